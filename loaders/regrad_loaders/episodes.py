@@ -1,0 +1,170 @@
+"""Episodes for meta-training: a batch of passages that serves many questions at once.
+
+Each question meets the passages that BM25 returns for it, with their scores, as at query time. A batch is
+grown from random questions: their gold passages and hard negatives, then further questions about the passages
+that are there already. A passage's gradient is computed once and serves every question that retrieves it.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from regrad_loaders.data import Dataset, Question
+
+from regrad_qdrant.prompts import Prompt
+
+RETRIEVAL_DEPTH = 10
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question of an episode, with its retrieved passages as rows of the episode's passages."""
+
+    question_id: str
+    prompt_ids: list[int]
+    answer_ids: list[int]  # with the end-of-turn token
+    rows: list[int]
+    scores: list[float]
+
+
+@dataclass
+class Episode:
+    """Passages (token ids, one gradient each) and the questions that they serve."""
+
+    passages: list[list[int]] = field(default_factory=list)
+    examples: list[Example] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    question: Question
+    kind_prompt: list[int]
+    hits: dict[str, float]  # passage id → score, best first, gold ones always among them
+
+
+class EpisodeSource:
+    """Draws episodes from one data set.
+
+    Args:
+        dataset: passages and the questions to train on (already restricted to their split).
+        tokenizer: of the base model.
+        passage_tokens: longer passages are cut to a window of this many tokens that holds the answer.
+    """
+
+    def __init__(self, dataset: Dataset, questions: Sequence[Question], tokenizer: Any, passage_tokens: int) -> None:
+        self.name = dataset.name
+        self.tokenizer = tokenizer
+        self.passage_tokens = passage_tokens
+        self.texts = {passage.id: passage.text for passage in dataset.passages}
+        asked = [question for question in questions if question.gold_ids]
+        hits = bm25_hits(self.texts, [question.question for question in asked])
+        self.entries = [self._entry(question, found) for question, found in zip(asked, hits, strict=True)]
+        self.by_gold: dict[str, list[_Entry]] = defaultdict(list)
+        for entry in self.entries:
+            self.by_gold[entry.question.gold_ids[0]].append(entry)
+        self._encoded: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
+
+    def _entry(self, question: Question, hits: dict[str, float]) -> _Entry:
+        lowest = min(hits.values(), default=1.0)
+        for gold in question.gold_ids:  # a gold passage that retrieval missed is trained on as its last hit
+            hits.setdefault(gold, lowest)
+        prompt = Prompt(question.question, question.kind, question.choices).render(self.tokenizer)
+        return _Entry(question, self.tokenizer(prompt, add_special_tokens=False).input_ids, hits)
+
+    def episode(self, rng: random.Random, passages: int, questions_per_passage: int, top_k: Sequence[int]) -> Episode:
+        """An episode of about `passages` passages, every question with k drawn from `top_k`."""
+        chosen: dict[str, list[int]] = {}  # passage id → window
+        asked: list[tuple[_Entry, Question]] = []
+        seen: set[str] = set()
+        while len(chosen) < passages:
+            entry = rng.choice(self.entries)
+            negatives = [key for key in entry.hits if key not in entry.question.gold_ids]
+            wanted = [*entry.question.gold_ids, *negatives[: rng.choice(top_k)]][: max(2, passages - len(chosen))]
+            for key in wanted:
+                if key not in chosen:
+                    local = entry if key in entry.question.gold_ids else rng.choice(self.by_gold.get(key) or [entry])
+                    chosen[key] = self._window(key, local.question.answers, rng)
+        for key in chosen:
+            entries = self.by_gold.get(key, ())
+            usable = [e for e in entries if self._answerable(e, chosen) and e.question.id not in seen]
+            for entry in rng.sample(usable, min(questions_per_passage, len(usable))):
+                seen.add(entry.question.id)
+                asked.append((entry, entry.question))
+        rows = {key: row for row, key in enumerate(chosen)}
+        examples = [self._example(entry, rows, rng.choice(top_k), rng) for entry, _ in asked]
+        used = sorted({row for example in examples for row in example.rows})
+        renumbered = {row: i for i, row in enumerate(used)}
+        windows = list(chosen.values())
+        return Episode(
+            [windows[row] for row in used],
+            [
+                Example(e.question_id, e.prompt_ids, e.answer_ids, [renumbered[row] for row in e.rows], e.scores)
+                for e in examples
+            ],
+        )
+
+    def _example(self, entry: _Entry, rows: dict[str, int], top_k: int, rng: random.Random) -> Example:
+        ranked = [key for key in entry.hits if key in rows]
+        golds = [key for key in entry.question.gold_ids if key in rows]
+        kept = list(dict.fromkeys([*golds, *ranked]))[: max(top_k, len(golds))]
+        answer = self.tokenizer(rng.choice(entry.question.answers), add_special_tokens=False).input_ids
+        return Example(
+            question_id=f"{self.name}/{entry.question.id}",
+            prompt_ids=entry.kind_prompt,
+            answer_ids=[*answer[:40], self.tokenizer.eos_token_id],
+            rows=[rows[key] for key in kept],
+            scores=[entry.hits[key] for key in kept],
+        )
+
+    def _answerable(self, entry: _Entry, chosen: dict[str, list[int]]) -> bool:
+        """Whether every gold passage is there, and the window still holds the answer if the passage did."""
+        if not all(gold in chosen for gold in entry.question.gold_ids):
+            return False
+        for gold in entry.question.gold_ids:
+            full = self.texts[gold]
+            answers = [answer for answer in entry.question.answers if answer in full]
+            if answers and len(chosen[gold]) == self.passage_tokens:
+                window = self.tokenizer.decode(chosen[gold])
+                if not any(answer in window for answer in answers):
+                    return False
+        return True
+
+    def _window(self, key: str, answers: Iterable[str], rng: random.Random) -> list[int]:
+        if key not in self._encoded:
+            encoding = self.tokenizer(self.texts[key], return_offsets_mapping=True)
+            self._encoded[key] = encoding.input_ids, encoding.offset_mapping
+        ids, offsets = self._encoded[key]
+        if len(ids) <= self.passage_tokens:
+            return ids
+        spot = next((at for answer in answers if (at := self.texts[key].find(answer)) >= 0), 0)
+        token = next((i for i, (_, end) in enumerate(offsets) if end > spot), 0)
+        last = len(ids) - self.passage_tokens
+        start = max(0, min(last, token - rng.randrange(self.passage_tokens * 3 // 4)))
+        return ids[start : start + self.passage_tokens]
+
+
+def bm25_hits(texts: dict[str, str], queries: Sequence[str], depth: int = RETRIEVAL_DEPTH) -> list[dict[str, float]]:
+    """For each query the ids and scores of the `depth` best texts, best first, by an embedded Qdrant Edge shard."""
+    import qdrant_edge as edge
+
+    bm25 = edge.Bm25()
+    keys = list(texts)
+    config = edge.EdgeConfig(
+        vectors={}, sparse_vectors={"bm25": edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)}
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        shard = edge.EdgeShard.create(str(Path(folder)), config)
+        points = [edge.Point(i, {"bm25": bm25.embed_document(texts[key])}, {}) for i, key in enumerate(keys)]
+        shard.update(edge.UpdateOperation.upsert_points(points))
+        found = []
+        for query in queries:
+            request = edge.QueryRequest(limit=depth, query=edge.Query.Nearest(bm25.embed_query(query), using="bm25"))
+            found.append({keys[int(point.id)]: point.score for point in shard.query(request)})
+        shard.close()
+    return found

@@ -1,0 +1,182 @@
+"""Evaluation: the same questions in several modes, side by side."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from regrad_loaders.data import Question
+from regrad_loaders.scores import accuracy, exact_match, f1
+
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.pipeline import MODES, Mode, ReGrad
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One question answered in one mode."""
+
+    id: str
+    mode: str
+    kind: str  # open, yesno or choice
+    question: str
+    answers: tuple[str, ...]
+    prediction: str
+    f1: float
+    em: float
+    accuracy: float
+    hits: tuple[str | int, ...]  # ids of the retrieved documents, best first
+    seconds: float
+    prompt_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The line of a predictions file."""
+        names = ("id", "mode", "question", "answers", "prediction", "f1", "em", "hits")
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation measured; `as_dict` is the contract of `--json`."""
+
+    settings: dict[str, Any]
+    predictions: list[Prediction]
+    recall_at_k: float | None
+
+    def results(self) -> list[dict[str, Any]]:
+        """One row a mode and kind of question, `all` first."""
+        groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
+        for prediction in self.predictions:
+            groups[prediction.mode, "all"].append(prediction)
+            groups[prediction.mode, prediction.kind].append(prediction)
+        return [
+            {
+                "mode": mode,
+                "type": kind,
+                "n": len(rows),
+                "f1": mean(row.f1 for row in rows),
+                "em": mean(row.em for row in rows),
+                "accuracy": mean(row.accuracy for row in rows) if kind in ("yesno", "choice") else None,
+                "seconds": sum(row.seconds for row in rows),
+                "prompt_tokens": mean(row.prompt_tokens for row in rows),
+            }
+            for (mode, kind), rows in groups.items()
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"settings": self.settings, "results": self.results(), "recall_at_k": self.recall_at_k}
+
+    def f1_of(self, mode: str) -> float:
+        """Mean F1 of one mode over all its questions, 0 to 1."""
+        return mean(prediction.f1 for prediction in self.predictions if prediction.mode == mode)
+
+
+def evaluate(
+    regrad: ReGrad,
+    questions: Sequence[Question],
+    modes: Sequence[Mode],
+    *,
+    top_k: int = 3,
+    using: str | None = None,
+    filter_field: str | None = None,
+    settings: dict[str, Any] | None = None,
+    on_progress: Callable[[Prediction], None] = lambda _: None,
+) -> Evaluation:
+    """Ask every question in every mode.
+
+    Args:
+        filter_field: restricts each question's search to passages with the question's own value of this field.
+        settings: recorded with the results.
+        on_progress: called with each prediction.
+
+    Raises:
+        DataError: for no questions, or a question without the filter field.
+    """
+    if not questions:
+        raise DataError("no questions to evaluate on: check --split and --limit")
+    predictions, recalls = [], []
+    for question in questions:
+        query_filter = _filter(question, filter_field)
+        for mode in modes:
+            started = time.perf_counter()
+            answer = regrad.answer(
+                question.question,
+                mode=mode,
+                top_k=top_k,
+                type=question.kind,
+                choices=question.choices,
+                using=using,
+                query_filter=query_filter,
+            )
+            prediction = Prediction(
+                id=question.id,
+                mode=mode,
+                kind=question.kind,
+                question=question.question,
+                answers=question.answers,
+                prediction=answer.text,
+                f1=f1(answer.text, question.answers),
+                em=exact_match(answer.text, question.answers),
+                accuracy=accuracy(answer.text, question.answers),
+                hits=tuple(hit.document_id for hit in answer.hits),
+                seconds=time.perf_counter() - started,
+                prompt_tokens=answer.prompt_tokens,
+            )
+            predictions.append(prediction)
+            on_progress(prediction)
+        if question.gold_ids:
+            hits = regrad.bank.search(
+                question.question, top_k, using=using, query_filter=query_filter, with_records=False
+            )
+            found = {str(hit.document_id) for hit in hits}
+            recalls.append(len(found & set(question.gold_ids)) / len(set(question.gold_ids)))
+    return Evaluation(settings or {}, predictions, mean(recalls) if recalls else None)
+
+
+def parse_modes(text: str) -> list[Mode]:
+    """Modes from a comma-separated list.
+
+    Raises:
+        DataError: for an unknown one.
+    """
+    known: dict[str, Mode] = {mode: mode for mode in MODES}
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise DataError(f"unknown modes {unknown}: choose from {', '.join(MODES)}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def select(questions: Sequence[Question], split: str | None, limit: int | None) -> list[Question]:
+    """The first `limit` questions of a split.
+
+    Raises:
+        DataError: if the split has none; the error lists the splits there are.
+    """
+    chosen = [question for question in questions if split is None or question.split == split]
+    if not chosen:
+        raise DataError(f"no questions of split {split!r}; splits found: {sorted({q.split for q in questions})}")
+    return chosen[:limit]
+
+
+def write_predictions(evaluation: Evaluation, path: Path) -> None:
+    """One JSON line a question and mode."""
+    with path.open("w", encoding="utf-8") as file:
+        for prediction in evaluation.predictions:
+            file.write(json.dumps(prediction.as_dict(), ensure_ascii=False) + "\n")
+
+
+def _filter(question: Question, field: str | None) -> Any:
+    from qdrant_client import models
+
+    if field is None:
+        return None
+    if field not in question.fields:
+        raise DataError(f"question {question.id!r} has no field {field!r}; it has {sorted(question.fields)}")
+    return models.Filter(must=[models.FieldCondition(key=field, match=models.MatchValue(value=question.fields[field]))])

@@ -1,0 +1,108 @@
+"""A recipe: one YAML file that says everything about a meta-training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.merge import RULES
+from regrad_qdrant.space import SPACES
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the mixture: a folder, or a world of invented facts."""
+
+    weight: float
+    folder: str | None = None  # below the recipe's data_dir
+    split: str = "train"
+    types: tuple[str, ...] = ()  # only questions of these types; empty: all
+    facts: dict[str, int] | None = None  # {"people": …, "seed": …}
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "types", tuple(self.types))
+        if (self.folder is None) == (self.facts is None):
+            raise DataError("a source of data is either a `folder` or a world of `facts`")
+        if self.split in ("dev", "test"):
+            raise DataError(f"{self.folder}: the split {self.split!r} is for evaluation, never for training")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a run; the names are those of the YAML file."""
+
+    name: str
+    base_model: str
+    # plug-in parameters and atom space
+    space: str
+    rank: int
+    lora_alpha: int
+    targets: tuple[str, ...]
+    layers: tuple[int, int]  # first and last adapted layer
+    basis_rank: int = 0  # p of the core space
+    max_length: int = 256  # tokens of a document at ingestion
+    merge: str = "margin"
+    temperature: float = 0.2
+    step_size: float | None = None  # None: calibrated
+    # data
+    data: tuple[Source, ...] = ()
+    data_dir: str = "../shared/data"
+    passage_tokens: int = 112  # longer passages are cut to a window in training
+    # episodes
+    passages: int = 16
+    questions_per_passage: int = 2
+    top_k: tuple[int, ...] = (1, 2, 3, 5)
+    # optimisation
+    steps: int = 300
+    warmup: int = 20
+    learning_rate: float = 1e-3  # of φ₀ and U
+    step_size_learning_rate: float = 2e-2  # of log α and log τ
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 1
+    autocast: bool = False  # bf16; pays where the processor multiplies bf16 faster than fp32
+    checkpoint_every: int = 20
+    evaluate_every: int = 50
+
+    def __post_init__(self) -> None:
+        if self.space not in SPACES:
+            raise DataError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
+        if self.merge not in RULES:
+            raise DataError(f"merge {self.merge!r} is not one of {', '.join(RULES)}")
+        if self.space == "core" and self.basis_rank < 1:
+            raise DataError("the core space needs a basis_rank of at least 1")
+        if not self.data:
+            raise DataError("the recipe names no data")
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read and check a recipe.
+
+        Raises:
+            DataError: for an unknown setting, a missing one, or a value that makes no sense.
+        """
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError(f"can't read the recipe {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path}: a recipe is a mapping of settings")
+        known = {setting.name for setting in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise DataError(f"{path}: unknown settings {unknown}; known are {sorted(known)}")
+        try:
+            values["data"] = tuple(Source(**source) for source in values.get("data") or ())
+            for name in ("targets", "layers", "top_k"):
+                if name in values:
+                    values[name] = tuple(values[name])
+            return cls(**values)
+        except TypeError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

@@ -1,0 +1,39 @@
+"""Scores of answers: SQuAD's exact match and token F1, and accuracy for yes/no and choices."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """Lower case, without punctuation, articles and surplus white space (as SQuAD's own script does)."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers after normalization, else 0."""
+    return float(any(normalize(prediction) == normalize(answer) for answer in answers))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best token F1 of the prediction against any of the answers."""
+    return max(_f1(normalize(prediction).split(), normalize(answer).split()) for answer in answers)
+
+
+def accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction begins with one of the answers (for yes/no and choices), else 0."""
+    said = normalize(prediction)
+    return float(any(said == wanted or said.startswith(f"{wanted} ") for wanted in map(normalize, answers)))
+
+
+def _f1(predicted: list[str], wanted: list[str]) -> float:
+    if not predicted or not wanted:
+        return float(predicted == wanted)
+    common = sum((Counter(predicted) & Counter(wanted)).values())
+    return 2 * common / (len(predicted) + len(wanted))

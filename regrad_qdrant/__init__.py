@@ -1,0 +1,77 @@
+"""Retrievable gradients for teams that already run Qdrant (ReGrad, arXiv 2606.15734).
+
+    from regrad_qdrant import GradientBank, MetaInitialization, ReGrad, load_base_model
+
+    initialization = MetaInitialization.load("smollm2-135m-instruct")
+    model, tokenizer = load_base_model(initialization.base.name)
+    bank = GradientBank.open("./regrad_bank", "docs", initialization.fingerprint)
+    print(ReGrad(model, tokenizer, bank, initialization).answer("Where was Ida Corvandine born?").text)
+
+Importing this package is cheap: torch, transformers and qdrant-client are imported when first needed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regrad_qdrant.adapter import Adapter
+    from regrad_qdrant.bank import Document, GradientBank, Hit
+    from regrad_qdrant.base_model import load_base_model
+    from regrad_qdrant.embed import Bm25, DenseEmbedder
+    from regrad_qdrant.errors import RegradError
+    from regrad_qdrant.gradients import GradientComputer
+    from regrad_qdrant.initialization import MetaInitialization
+    from regrad_qdrant.layouts import Layout
+    from regrad_qdrant.merge import MergeRule
+    from regrad_qdrant.pipeline import Answer, ReGrad
+    from regrad_qdrant.prompts import Prompt
+    from regrad_qdrant.record import Record
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Adapter": "adapter",
+    "Answer": "pipeline",
+    "Bm25": "embed",
+    "DenseEmbedder": "embed",
+    "Document": "bank",
+    "GradientBank": "bank",
+    "GradientComputer": "gradients",
+    "Hit": "bank",
+    "Layout": "layouts",
+    "MergeRule": "merge",
+    "MetaInitialization": "initialization",
+    "Prompt": "prompts",
+    "ReGrad": "pipeline",
+    "Record": "record",
+    "RegradError": "errors",
+    "load_base_model": "base_model",
+}
+
+__all__ = [
+    "Adapter",
+    "Answer",
+    "Bm25",
+    "DenseEmbedder",
+    "Document",
+    "GradientBank",
+    "GradientComputer",
+    "Hit",
+    "Layout",
+    "MergeRule",
+    "MetaInitialization",
+    "Prompt",
+    "ReGrad",
+    "Record",
+    "RegradError",
+    "load_base_model",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name's module when the name is first used (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -1,0 +1,150 @@
+"""The adapter: φ₀ plus the update of one query on the live model, and exact restore.
+
+    φ' = φ₀ − α ⊙ Σ wᵢ·g(dᵢ)
+
+Every record is decoded and checked before the first weight changes. The update is written into buffers that are
+allocated once; a LoRA parameter points at its buffer inside the block and at φ₀ again after it, so restoring copies
+nothing and is exact on every way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
+from regrad_qdrant.plugin import live_space, lora_layers, lora_weight, plug_in
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from regrad_qdrant.initialization import MetaInitialization
+    from regrad_qdrant.record import Record
+
+
+class Adapter:
+    """The plug-in of one meta-initialization on one model; one query at a time uses it.
+
+    Other threads wait for their turn; the same thread gets an `AdapterInUseError` instead of a deadlock.
+
+    Args:
+        model: the plain base model; it gets LoRA layers, its own weights stay as they are.
+        initialization: φ₀, α and the atom space.
+        check_model: compare the model's weights with those that the initialization was trained for.
+
+    Raises:
+        WrongModelError: if they differ.
+        AdapterError: if the model carries adapters already.
+    """
+
+    def __init__(self, model: nn.Module, initialization: MetaInitialization, *, check_model: bool = True) -> None:
+        import torch
+
+        if check_model:
+            initialization.check_model(model)
+        self.initialization = initialization
+        self.model = plug_in(model, initialization)
+        self.space = live_space(self.model, initialization)
+        layers = lora_layers(self.model)
+        self._parameters = {
+            f"{name}.{part}": lora_weight(layer, part)
+            for name, layer in layers.items()
+            for part in ("lora_A", "lora_B")
+        }
+        self._buffers: dict[str, Tensor] = {}
+        self._step_sizes = torch.cat(  # α, one number for each of the atom's
+            [
+                torch.full((math.prod(shape),), initialization.step_sizes[name])
+                for name, shape in self.space.shapes.items()
+            ]
+        )
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def decode(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Tensor:
+        """Σ wᵢ·g(dᵢ) of the records, (numel,) float32; wᵢ = 1 by default.
+
+        Raises:
+            RecordError: one of its kinds, if a record can't be used.
+        """
+        import torch
+
+        if weights is not None and len(weights) != len(records):
+            raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
+        total = torch.zeros(self.space.numel)
+        for i, record in enumerate(records):
+            atom = record.decode(self.initialization.fingerprint, self.space.numel)
+            total.add_(atom, alpha=1.0 if weights is None else weights[i])
+        return total
+
+    @contextlib.contextmanager
+    def applied(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Iterator[None]:
+        """Inside the block the model runs with φ' of these records; after it with φ₀, bit for bit.
+
+        Raises:
+            RecordError: if a record can't be used; no weight has changed then.
+            AdapterInUseError: if this thread is inside such a block already.
+        """
+        with self.applied_sum(self.decode(records, weights)):
+            yield
+
+    @contextlib.contextmanager
+    def applied_sum(self, atom_sum: Tensor) -> Iterator[float]:
+        """As `applied`, for an atom sum (numel,) that `decode` made. Yields the seconds that writing took."""
+        if atom_sum.shape != (self.space.numel,):
+            raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
+        with self._turn():
+            started = time.perf_counter()
+            before: list[tuple[nn.Parameter, Tensor]] = []
+            try:
+                for name, update in self._update(atom_sum).items():
+                    parameter = self._parameters[name]
+                    before.append((parameter, parameter.data))
+                    parameter.data = self._written(name, parameter.data, update)
+                yield time.perf_counter() - started
+            finally:
+                for parameter, initial in before:
+                    parameter.data = initial
+
+    @contextlib.contextmanager
+    def initial(self) -> Iterator[None]:
+        """Inside the block the model runs with φ₀ and no atoms."""
+        with self._turn():
+            yield
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the model is the bare base model."""
+        with self._turn(), self.model.disable_adapter():
+            yield
+
+    def _update(self, atom_sum: Tensor) -> dict[str, Tensor]:
+        """The change of the LoRA tensors, −α ⊙ sum mapped back by the space."""
+        like = next(iter(self._parameters.values()))
+        change = (-self._step_sizes * atom_sum).to(device=like.device, dtype=like.dtype)
+        return self.space.to_update(self.space.unflatten(change))
+
+    def _written(self, name: str, initial: Tensor, update: Tensor) -> Tensor:
+        """φ₀ + update in the tensor's buffer, which is made anew only where the model has moved."""
+        import torch
+
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.device != initial.device or buffer.dtype != initial.dtype:
+            buffer = self._buffers[name] = torch.empty_like(initial)
+        return torch.add(initial, update, out=buffer)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if self._owner == me:
+            raise AdapterInUseError("an update is applied already in this thread: leave its block before the next one")
+        with self._lock:
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None

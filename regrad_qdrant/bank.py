@@ -1,0 +1,409 @@
+"""The Gradient Bank: a Qdrant collection whose points carry knowledge atoms in their payload.
+
+The bank owns one top-level payload key and nothing else. Atoms are attached with `set_payload` in requests
+bounded by bytes, and found again by an index on `<key>.space`.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from regrad_qdrant.embed import Bm25, Embedder
+from regrad_qdrant.errors import BankError, RecordTooLargeError
+from regrad_qdrant.layouts import CORPUS, Layout
+from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
+from regrad_qdrant.store import (
+    ClientStore,
+    Payload,
+    Point,
+    PointId,
+    Store,
+    StoredPoint,
+    Vector,
+    VectorNames,
+    open_store,
+)
+
+if TYPE_CHECKING:
+    from qdrant_client import QdrantClient
+    from qdrant_client.models import FieldCondition, Filter
+
+MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
+PAGE = 256
+STATUS_SAMPLE = 1000  # atoms whose size `status` measures
+_ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document to add: the id that its owner knows it by, and its payload."""
+
+    id: str | int
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A retrieved point. `record` is None where it has no atom of this space, or where none was asked for."""
+
+    id: PointId
+    score: float
+    text: str
+    payload: Payload = field(repr=False)  # without the bank's own key
+    record: Record | None = field(default=None, repr=False)
+
+    @property
+    def document_id(self) -> str | int:
+        """The id that the document's owner knows it by: the payload's `id`, or else the point's."""
+        key = self.payload.get("id")
+        return key if isinstance(key, str | int) else self.id
+
+    @property
+    def stale(self) -> bool:
+        """Whether the text has changed since the atom was computed."""
+        return self.record is not None and self.record.sha != text_sha(self.text)
+
+
+@dataclass(frozen=True)
+class BankStatus:
+    """What `status` found; bytes are those of the record's JSON as it stands in the payload."""
+
+    points: int
+    atoms: int
+    missing: int
+    stale: int
+    space: str
+    codec: str | None
+    bytes_median: int | None
+    bytes_max: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "points": self.points,
+            "atoms": self.atoms,
+            "missing": self.missing,
+            "stale": self.stale,
+            "space": self.space,
+            "codec": self.codec,
+            "bytes_per_atom": {"median": self.bytes_median, "max": self.bytes_max},
+        }
+
+
+class GradientBank:
+    """Knowledge atoms of one space in one collection.
+
+    Args:
+        client: a `QdrantClient` (server or in process), or any `Store`.
+        collection_name: the collection; it need not exist yet (`create`).
+        space: fingerprint of the meta-initialization whose atoms this bank reads and writes.
+        payload_key: the one top-level payload key that the bank owns.
+        layout: where payloads keep the text.
+        embedders: for each named vector, what makes it from text.
+        max_request_bytes: bound of one write request.
+    """
+
+    def __init__(
+        self,
+        client: QdrantClient | Store,
+        collection_name: str,
+        space: str,
+        *,
+        payload_key: str = DEFAULT_KEY,
+        layout: Layout = CORPUS,
+        embedders: Mapping[str, Embedder] | None = None,
+        max_request_bytes: int = MAX_REQUEST_BYTES,
+    ) -> None:
+        self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
+        self.space = space
+        self.payload_key = payload_key
+        self.layout = layout
+        self.embedders: dict[str, Embedder] = dict(embedders) if embedders is not None else {"bm25": Bm25()}
+        self.max_request_bytes = max_request_bytes
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        collection_name: str,
+        space: str,
+        **options: Any,
+    ) -> Self:
+        """A bank in an embedded Qdrant Edge shard below the folder `path`; options as the constructor's."""
+        return cls(open_store(collection_name, path=path), collection_name, space, **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the store; an embedded shard can then be opened by another process."""
+        self.store.close()
+
+    # -- filling ----------------------------------------------------------------------------------------
+
+    def create(self) -> None:
+        """Make the collection with one vector for each embedder, if it is not there yet, and the index on the space.
+
+        Raises:
+            BankError: if it exists without a vector that an embedder makes.
+        """
+        if not self.store.exists():
+            dense = {name: size for name, embedder in self.embedders.items() if (size := embedder.size) is not None}
+            sparse = tuple(name for name, embedder in self.embedders.items() if embedder.size is None)
+            self.store.create(VectorNames(dense, sparse))
+        else:
+            present = self.store.vectors()
+            for name in self.embedders:
+                if name not in present:
+                    raise self._no_vector(name, present)
+        self.index()
+
+    def index(self) -> None:
+        """Index `<key>.space`, which `missing` and `stale` filter on. Making it again changes nothing."""
+        self.store.create_keyword_index(f"{self.payload_key}.space")
+
+    def add(self, documents: Iterable[Document]) -> int:
+        """Write new points with their vectors and payloads, without atoms; returns how many.
+
+        An existing point of the same id is replaced, its atom included: add only what is new or has changed.
+        """
+        written = 0
+        for page in _pages(documents, PAGE):
+            texts = [self._text(document.payload, document.id) for document in page]
+            vectors = {name: embedder.documents(texts) for name, embedder in self.embedders.items()}
+            points = [
+                Point(point_id(document.id), {name: rows[i] for name, rows in vectors.items()}, document.payload)
+                for i, document in enumerate(page)
+            ]
+            sized = ((point, _json_bytes(point.payload) + _vector_bytes(point.vectors)) for point in points)
+            for batch in self._bounded(sized, lambda point: point.id):
+                self.store.upsert(batch)
+            written += len(points)
+        return written
+
+    def put(self, records: Iterable[tuple[PointId, Record]]) -> int:
+        """Attach atoms to existing points; returns how many. Nothing but the bank's own key is written.
+
+        Raises:
+            RecordTooLargeError: if one record is larger than a request may be; what came before it is written.
+        """
+        values = ((key, {self.payload_key: record.to_payload()}) for key, record in records)
+        sized = ((value, _json_bytes(value[1])) for value in values)
+        written = 0
+        for batch in self._bounded(sized, lambda value: value[0]):
+            self.store.set_payload(batch)
+            written += len(batch)
+        return written
+
+    def unchanged(self, documents: Sequence[Document]) -> list[bool]:
+        """For each document whether its point is there already with the same text."""
+        keys = [point_id(document.id) for document in documents]
+        found = {point.id: point.payload for point in self.store.retrieve(keys, self.layout.fields())}
+        return [
+            key in found and self.layout.text_of(found[key]) == self.layout.text_of(document.payload)
+            for key, document in zip(keys, documents, strict=True)
+        ]
+
+    @property
+    def has_atom(self) -> Filter:
+        """The filter on points that carry an atom of this space."""
+        from qdrant_client import models
+
+        return models.Filter(must=[self._in_space()])
+
+    @property
+    def lacks_atom(self) -> Filter:
+        """The filter on points that carry none."""
+        from qdrant_client import models
+
+        return models.Filter(must_not=[self._in_space()])
+
+    def _in_space(self) -> FieldCondition:
+        from qdrant_client import models
+
+        return models.FieldCondition(key=f"{self.payload_key}.space", match=models.MatchValue(value=self.space))
+
+    # -- looking ----------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        query: str | Vector,
+        k: int,
+        *,
+        using: str | None = None,
+        query_filter: Filter | None = None,
+        with_records: bool = True,
+    ) -> list[Hit]:
+        """The k best points with text, score and atom, in one request that reads k payloads.
+
+        Args:
+            query: a text, embedded by the embedder of `using`, or a ready vector.
+            using: name of the vector; by default the bank's only embedder, or `bm25` where there are several.
+
+        Raises:
+            BankError: if the collection has no such vector, or nothing embeds text for it.
+        """
+        if k < 1:
+            raise BankError(f"k must be at least 1, found {k}")
+        name = self._using(using)
+        if isinstance(query, str):
+            if name not in self.embedders:
+                raise BankError(f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it")
+            query = self.embedders[name].query(query)
+        try:
+            points = self.store.search(query, name, k, query_filter, with_records or self.layout.fields() + ["id"])
+        except BankError as error:
+            present = self.store.vectors()
+            raise (self._no_vector(name, present) if name not in present else error) from error
+        return [self._hit(point) for point in points]
+
+    def fetch(self, ids: Sequence[PointId]) -> list[Hit]:
+        """The points of these ids, in their order, with their atoms; ids that are gone are left out."""
+        found = {point.id: point for point in self.store.retrieve(ids, True)}
+        return [self._hit(found[key]) for key in ids if key in found]
+
+    def points(self) -> Iterator[Hit]:
+        """Every point, page by page, without its atom."""
+        return (self._hit(point) for point in self._scroll(None, [*self.layout.fields(), "id"]))
+
+    def missing(self) -> Iterator[Hit]:
+        """The points that lack an atom of this space, page by page, without reading any atom.
+
+        Points may be given their atoms while this iterates. A point without text has an empty `text`.
+        """
+        return (self._hit(point) for point in self._scroll(self.lacks_atom, [*self.layout.fields(), "id"]))
+
+    def stale(self) -> Iterator[Hit]:
+        """The points whose text has changed since their atom was computed, without reading any atom."""
+        fields = [*self.layout.fields(), "id", f"{self.payload_key}.sha"]
+        for point in self._scroll(self.has_atom, fields):
+            text = self.layout.text_of(point.payload)
+            if point.payload.get(self.payload_key, {}).get("sha") != text_sha(text or ""):
+                yield self._hit(point)
+
+    def status(self) -> BankStatus:
+        """Counts of points and atoms, and the atoms' sizes (of the first thousand)."""
+        points, atoms = self.store.count(), self.store.count(self.has_atom)
+        sizes: list[int] = []
+        codecs: set[str] = set()
+        for point in self._scroll(self.has_atom, [self.payload_key], page=32):
+            value = point.payload[self.payload_key]
+            sizes.append(_json_bytes(value))
+            codecs.add(str(value.get("codec")))
+            if len(sizes) == STATUS_SAMPLE:
+                break
+        return BankStatus(
+            points=points,
+            atoms=atoms,
+            missing=points - atoms,
+            stale=sum(1 for _ in self.stale()),
+            space=self.space,
+            codec=", ".join(sorted(codecs)) or None,
+            bytes_median=int(statistics.median(sizes)) if sizes else None,
+            bytes_max=max(sizes) if sizes else None,
+        )
+
+    def drop(self) -> int:
+        """Remove this space's atoms, and nothing else; returns how many there were."""
+        condition = self.has_atom
+        count = self.store.count(condition)
+        self.store.delete_keys([self.payload_key], condition)
+        return count
+
+    # -- inside -----------------------------------------------------------------------------------------
+
+    def _scroll(self, query_filter: Filter | None, fields: list[str], page: int = PAGE) -> Iterator[StoredPoint]:
+        offset: PointId | None = None
+        while True:
+            points, offset = self.store.scroll(query_filter, page, offset, fields)
+            yield from points
+            if offset is None:
+                return
+
+    def _hit(self, point: StoredPoint) -> Hit:
+        payload = dict(point.payload)
+        value = payload.pop(self.payload_key, None)
+        record = None
+        if isinstance(value, Mapping) and value.get("space") == self.space and "atom" in value:
+            record = Record.from_payload(value)
+        return Hit(point.id, point.score, self.layout.text_of(payload) or "", payload, record)
+
+    def _using(self, using: str | None) -> str:
+        if using is not None:
+            return using
+        if "bm25" in self.embedders or not self.embedders:
+            return "bm25"
+        return next(iter(self.embedders))
+
+    def _no_vector(self, name: str, present: VectorNames) -> BankError:
+        names = [*present.dense, *present.sparse]
+        return BankError(
+            f"collection {self.store.name!r} has no vector {name!r}; it has {names or 'none'}: name one of these"
+        )
+
+    def _text(self, payload: Payload, key: str | int) -> str:
+        text = self.layout.text_of(payload)
+        if text is None:
+            raise BankError(
+                f"document {key!r} has no text under {self.layout.text!r}; its fields are {sorted(payload)}"
+            )
+        return text
+
+    def _bounded(self, sized: Iterable[tuple[Any, int]], key_of: Any) -> Iterator[list[Any]]:
+        """Batches whose bytes stay within the bound of a request."""
+        batch: list[Any] = []
+        total = 0
+        for item, size in sized:
+            size += 200  # the operation around it
+            if size > self.max_request_bytes:
+                if batch:
+                    yield batch
+                raise RecordTooLargeError(
+                    f"point {key_of(item)!r}: {size} bytes are more than one request may hold "
+                    f"({self.max_request_bytes}): use a coarser codec, a smaller space, or raise max_request_bytes"
+                )
+            if batch and total + size > self.max_request_bytes:
+                yield batch
+                batch, total = [], 0
+            batch.append(item)
+            total += size
+        if batch:
+            yield batch
+
+
+def point_id(key: str | int) -> PointId:
+    """The point id of a document: integers and UUIDs as they are, any other name hashed to a UUID."""
+    if isinstance(key, int):
+        return key
+    try:
+        return str(uuid.UUID(key))
+    except ValueError:
+        return str(uuid.uuid5(_ID_NAMESPACE, key))
+
+
+def _pages(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
+    page: list[Document] = []
+    for item in items:
+        page.append(item)
+        if len(page) == size:
+            yield page
+            page = []
+    if page:
+        yield page
+
+
+def _json_bytes(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+def _vector_bytes(vectors: Mapping[str, Vector]) -> int:
+    """About what the vectors take as JSON: a dozen characters a number."""
+    return sum(12 * (len(v) if isinstance(v, list) else 2 * len(v.values)) for v in vectors.values())

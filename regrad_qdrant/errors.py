@@ -1,0 +1,95 @@
+"""The exceptions of regrad-qdrant; every one says what was found, what was expected and what mends it.
+
+RegradError
+├── DataError                 a corpus, a question file or a text that can't be used
+├── InitializationError       a meta-initialization that is missing or damaged
+│   └── WrongModelError       … or that was trained for another base model
+├── RecordError               a payload value that is no usable knowledge atom
+│   ├── RecordVersionError    written by another version of the record's format
+│   ├── WrongSpaceError       computed in another atom space
+│   ├── StaleAtomError        computed from another text than the point now holds
+│   ├── UnknownCodecError     coded by a codec that this version does not know
+│   ├── TruncatedRecordError  cut short, or not base64 and zstd at all
+│   ├── CorruptRecordError    the bytes do not match their own checksum
+│   ├── OversizedRecordError  would decode to more than its space holds
+│   └── WrongShapeError       decodes to other tensors than its space says
+├── BankError                 a collection that is missing, or lacks what was asked of it
+│   ├── StoreUnavailableError the server or folder can't be reached
+│   └── RecordTooLargeError   one record is larger than a request may be
+└── AdapterError              an update that can't be applied
+    └── AdapterInUseError     … since one is applied already
+"""
+
+from __future__ import annotations
+
+
+class RegradError(Exception):
+    """Root of every error that this library raises on purpose."""
+
+
+class DataError(RegradError):
+    """A corpus, a question file or a text that can't be used."""
+
+
+class InitializationError(RegradError):
+    """A meta-initialization that is missing or damaged."""
+
+
+class WrongModelError(InitializationError):
+    """The meta-initialization was trained for another base model."""
+
+
+class RecordError(RegradError):
+    """A payload value that is no usable knowledge atom."""
+
+
+class RecordVersionError(RecordError):
+    """The record was written in another version of the format."""
+
+
+class WrongSpaceError(RecordError):
+    """The atom was computed in another atom space."""
+
+
+class StaleAtomError(RecordError):
+    """The atom was computed from another text than the point now holds."""
+
+
+class UnknownCodecError(RecordError):
+    """The atom is coded by a codec that this version does not know."""
+
+
+class TruncatedRecordError(RecordError):
+    """The record is cut short, or is not base64 and zstd at all."""
+
+
+class CorruptRecordError(RecordError):
+    """The record's bytes do not match their own checksum."""
+
+
+class OversizedRecordError(RecordError):
+    """The record would decode to more than its space holds."""
+
+
+class WrongShapeError(RecordError):
+    """The record decodes to other tensors than its space says."""
+
+
+class BankError(RegradError):
+    """A collection that is missing, or lacks what was asked of it."""
+
+
+class StoreUnavailableError(BankError):
+    """The server or the folder can't be reached."""
+
+
+class RecordTooLargeError(BankError):
+    """One record is larger than a request may be."""
+
+
+class AdapterError(RegradError):
+    """An update that can't be applied to the model."""
+
+
+class AdapterInUseError(AdapterError):
+    """An update is applied already."""

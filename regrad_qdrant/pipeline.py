@@ -1,0 +1,242 @@
+"""The way of a question: search, decode and merge, apply, generate, restore.
+
+direct      the bare model                         rag         the bare model, passages in the prompt
+regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
+random      atoms of other documents (a control)   init        φ₀ with no atoms (a control)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from regrad_qdrant.adapter import Adapter
+from regrad_qdrant.errors import RegradError, StaleAtomError, WrongSpaceError
+from regrad_qdrant.gradients import GradientComputer
+from regrad_qdrant.prompts import Prompt, QuestionType
+from regrad_qdrant.record import make_records
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
+    from torch import nn
+
+    from regrad_qdrant.bank import GradientBank, Hit
+    from regrad_qdrant.initialization import MetaInitialization
+    from regrad_qdrant.merge import MergeRule
+    from regrad_qdrant.store import PointId, Vector
+
+Mode = Literal["direct", "rag", "regrad", "regrad+icl", "random", "init"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+OnStale = Literal["skip", "recompute", "refuse"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each part of one answer; a part that the mode does not have is 0."""
+
+    search: float = 0.0
+    decode: float = 0.0
+    apply: float = 0.0
+    generate: float = 0.0
+    restore: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.search + self.decode + self.apply + self.generate + self.restore
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with what it came from."""
+
+    text: str
+    mode: Mode
+    hits: list[Hit] = field(repr=False)  # best first; those of `random` are the documents whose atoms were applied
+    timings: Timings
+    prompt_tokens: int
+
+
+class ReGrad:
+    """Answers questions with the retrieved documents' gradients in the model's weights.
+
+    Args:
+        model: the plain base model; it gets the plug-in, and is frozen.
+        tokenizer: of the model.
+        bank: whose space is the initialization's.
+        initialization: φ₀, α and the merge rule that fit the model.
+        merge: another rule than the one the initialization was trained with.
+        on_stale: what to do with an atom whose text has changed since: `skip` it with a warning, `recompute` it
+            for this query, or `refuse` the query.
+        check_model: compare the model's weights with those that the initialization was trained for.
+
+    Raises:
+        WrongModelError: if the initialization was trained for another model.
+        WrongSpaceError: if the bank holds another space.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        bank: GradientBank,
+        initialization: MetaInitialization,
+        *,
+        merge: MergeRule | None = None,
+        on_stale: OnStale = "skip",
+        check_model: bool = True,
+    ) -> None:
+        if bank.space != initialization.fingerprint:
+            raise WrongSpaceError(
+                f"the bank reads space {bank.space}, the initialization is {initialization.fingerprint}"
+            )
+        if on_stale not in get_args(OnStale):
+            raise RegradError(f"on_stale {on_stale!r} is not one of {', '.join(get_args(OnStale))}")
+        self.adapter = Adapter(model, initialization, check_model=check_model)
+        self.tokenizer = tokenizer
+        self.bank = bank
+        self.initialization = initialization
+        self.merge = merge or initialization.merge
+        self.on_stale = on_stale
+        self._gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
+        self._all_ids: list[PointId] | None = None
+
+    @property
+    def gradients(self) -> GradientComputer:
+        """Computes atoms with this model; use it inside `adapter.initial()`, while no update is applied."""
+        return self._gradients
+
+    def answer(
+        self,
+        question: str,
+        *,
+        mode: Mode = "regrad",
+        top_k: int = 3,
+        type: QuestionType = "open",
+        choices: Sequence[str] = (),
+        query_filter: Filter | None = None,
+        query: str | Vector | None = None,
+        using: str | None = None,
+        seed: int = 0,
+    ) -> Answer:
+        """Answer one question, greedily.
+
+        Args:
+            mode: one of `MODES`.
+            top_k: how many documents to retrieve.
+            type: `open`, `yesno` or `choice` (with `choices`).
+            query_filter: restricts the search.
+            query: what to search with, if not the question itself: a text or a vector.
+            using: name of the vector to search.
+            seed: of the documents that `random` draws.
+
+        Raises:
+            RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
+        """
+        if mode not in MODES:
+            raise RegradError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        started = time.perf_counter()
+        hits: list[Hit] = []
+        if mode not in ("direct", "init"):
+            wants_atoms = mode in ("regrad", "regrad+icl")
+            hits = self.bank.search(
+                query or question, top_k, using=using, query_filter=query_filter, with_records=wants_atoms
+            )
+            if mode == "random":
+                hits = self._random_hits(hits, top_k, f"{seed}-{question}")
+        searched = time.perf_counter()
+        passages = tuple(hit.text for hit in hits) if mode in ("rag", "regrad+icl") else ()
+        prompt = Prompt(question, type, tuple(choices), passages)
+        decoded_at = applied_at = searched
+        with contextlib.ExitStack() as stack:
+            if mode in ("direct", "rag"):
+                stack.enter_context(self.adapter.disabled())
+            elif mode == "init":
+                stack.enter_context(self.adapter.initial())
+            else:
+                atom_sum = self._merged(hits)
+                decoded_at = time.perf_counter()
+                stack.enter_context(self.adapter.applied_sum(atom_sum))
+            applied_at = time.perf_counter()
+            text, prompt_tokens = self._generate(prompt)
+            generated_at = time.perf_counter()
+        restored_at = time.perf_counter()
+        timings = Timings(
+            search=searched - started,
+            decode=decoded_at - searched,
+            apply=applied_at - decoded_at,
+            generate=generated_at - applied_at,
+            restore=restored_at - generated_at,
+        )
+        return Answer(text, mode, hits, timings, prompt_tokens)
+
+    def _merged(self, hits: Sequence[Hit]) -> Any:
+        """Σ wᵢ·g(dᵢ) of the hits whose atoms can be used."""
+        usable = list(self._usable(hits))
+        if hits and not usable:
+            warnings.warn("none of the retrieved documents has a usable atom: answering with φ₀ alone", stacklevel=3)
+        weights = self.merge.weights([hit.score for hit in usable])
+        return self.adapter.decode([hit.record for hit in usable if hit.record is not None], weights)
+
+    def _usable(self, hits: Sequence[Hit]) -> Iterator[Hit]:
+        for hit in hits:
+            if hit.record is None:
+                warnings.warn(
+                    f"point {hit.id!r} has no atom of space {self.bank.space}: run regrad-qdrant ingest", stacklevel=4
+                )
+            elif not hit.stale:
+                yield hit
+            elif self.on_stale == "refuse":
+                raise StaleAtomError(
+                    f"the text of point {hit.id!r} has changed since its atom was computed: ingest again"
+                )
+            elif self.on_stale == "recompute":
+                yield self._recomputed(hit)
+            else:
+                warnings.warn(
+                    f"the text of point {hit.id!r} has changed since its atom was computed: skipped", stacklevel=4
+                )
+
+    def _recomputed(self, hit: Hit) -> Hit:
+        from dataclasses import replace
+
+        with self.adapter.initial():
+            flat = self.gradients.atoms([self.gradients.encode(hit.text)])
+        return replace(hit, record=make_records(flat, [hit.text], self.bank.space, "fp32")[0])
+
+    def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
+        """Other documents' points under the scores of the retrieved ones."""
+        from dataclasses import replace
+
+        if self._all_ids is None:
+            self._all_ids = [hit.id for hit in self.bank.points()]
+        retrieved = {hit.id for hit in hits}
+        others = [key for key in self._all_ids if key not in retrieved]
+        drawn = random.Random(seed).sample(others, min(count, len(others)))
+        scores = [hit.score for hit in hits] + [1.0] * count
+        return [replace(hit, score=score) for hit, score in zip(self.bank.fetch(drawn), scores, strict=False)]
+
+    def _generate(self, prompt: Prompt) -> tuple[str, int]:
+        """The model's greedy answer to its first line break, and the length of the prompt in tokens."""
+        import torch
+        from transformers import GenerationConfig
+
+        encoded = self.tokenizer(prompt.render(self.tokenizer), return_tensors="pt", add_special_tokens=False)
+        encoded = encoded.to(self.adapter.model.device)
+        config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=prompt.max_new_tokens,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        with torch.inference_mode():
+            output = self.adapter.model.generate(  # type: ignore[no-untyped-call] # peft
+                input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, generation_config=config
+            )
+        length = encoded.input_ids.shape[1]
+        text = self.tokenizer.decode(output[0, length:], skip_special_tokens=True)
+        return text.strip().split("\n")[0].strip(), length

@@ -1,0 +1,165 @@
+"""The record: what stands under the payload key of a point.
+
+    {"v": 1, "space": "<fingerprint>", "sha": "<of the text>", "codec": "int4", "atom": "<base64 text>"}
+
+`atom` is base64(zstd(msgpack({part: bytes}))). Reading one trusts nothing: the size that the frame declares is
+checked before a byte is decompressed, zstd's own checksum guards the content, and msgpack yields bytes only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import zstandard
+
+from regrad_qdrant.codec import Codec, get_codec
+from regrad_qdrant.errors import (
+    CorruptRecordError,
+    OversizedRecordError,
+    RecordError,
+    RecordVersionError,
+    TruncatedRecordError,
+    WrongShapeError,
+    WrongSpaceError,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1
+DEFAULT_KEY = "regrad"
+ENVELOPE_BYTES = 256  # of msgpack around the parts, at most
+ZSTD_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored atom, still packed."""
+
+    space: str  # fingerprint of the meta-initialization
+    sha: str  # text_sha of the text that it was computed from
+    codec: str
+    atom: str  # base64 text
+
+    def to_payload(self) -> dict[str, Any]:
+        """The value for the payload key."""
+        return {"v": VERSION, "space": self.space, "sha": self.sha, "codec": self.codec, "atom": self.atom}
+
+    @classmethod
+    def from_payload(cls, value: Any) -> Record:
+        """Check the fields of a payload value; the atom stays packed.
+
+        Raises:
+            RecordVersionError: for a record of another version.
+            RecordError: for a value that is no record.
+        """
+        if not isinstance(value, Mapping):
+            raise RecordError(
+                f"expected a record (an object with v, space, sha, codec, atom), found {type(value).__name__}"
+            )
+        if value.get("v") != VERSION or isinstance(value.get("v"), bool):
+            raise RecordVersionError(
+                f"the record has version {value.get('v')!r}, this regrad-qdrant reads version {VERSION}"
+            )
+        fields = {name: value.get(name) for name in ("space", "sha", "codec", "atom")}
+        wrong = [name for name, text in fields.items() if not isinstance(text, str)]
+        if wrong:
+            raise RecordError(f"the record's fields {', '.join(wrong)} are missing or no text")
+        return cls(**{name: str(text) for name, text in fields.items()})
+
+    def parts(self, numel: int) -> dict[str, bytes]:
+        """Unpack the codec's parts of an atom of `numel` numbers, within the memory that these can take.
+
+        Raises:
+            UnknownCodecError, TruncatedRecordError, CorruptRecordError, OversizedRecordError, WrongShapeError
+        """
+        codec = get_codec(self.codec)
+        limit = sum(codec.sizes(numel).values()) + ENVELOPE_BYTES
+        return _unpack(_decompress(_from_base64(self.atom, limit), limit), limit)
+
+    def decode(self, fingerprint: str, numel: int) -> Tensor:
+        """The atom's numbers (numel,) float32.
+
+        Raises:
+            WrongSpaceError: if the atom was computed in another space than `fingerprint`.
+            RecordError: one of its kinds, if the record is damaged.
+        """
+        if self.space != fingerprint:
+            raise WrongSpaceError(
+                f"the atom belongs to space {self.space}, the initialization in use to {fingerprint}: ingest the "
+                "collection with this initialization, or load the one that made the atom"
+            )
+        return get_codec(self.codec).decode(self.parts(numel), numel)
+
+
+def make_records(flat: Tensor, texts: list[str], fingerprint: str, codec: str) -> list[Record]:
+    """Records of a batch of atoms (batch, numel) and the texts that they were computed from."""
+    coder: Codec = get_codec(codec)
+    return [
+        Record(fingerprint, text_sha(text), codec, _pack(parts))
+        for parts, text in zip(coder.encode(flat), texts, strict=True)
+    ]
+
+
+def text_sha(text: str) -> str:
+    """16 hex digits of the SHA-256 of the text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _pack(parts: Mapping[str, bytes]) -> str:
+    packed = msgpack.packb(dict(parts), use_bin_type=True)
+    compressed = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(packed)
+    return base64.b64encode(compressed).decode("ascii")
+
+
+def _from_base64(atom: str, limit: int) -> bytes:
+    if len(atom) > 2 * limit + 1024:  # base64 adds a third, and zstd never adds as much again
+        raise OversizedRecordError(
+            f"the atom's text has {len(atom)} characters; its space needs at most {2 * limit + 1024}"
+        )
+    if not atom or len(atom) % 4:
+        raise TruncatedRecordError(
+            f"the atom's base64 text has {len(atom)} characters, no multiple of 4: it was cut short"
+        )
+    try:
+        return base64.b64decode(atom, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CorruptRecordError(f"the atom is not base64 text: {error}") from error
+
+
+def _decompress(data: bytes, limit: int) -> bytes:
+    try:
+        declared = zstandard.get_frame_parameters(data)
+    except zstandard.ZstdError as error:
+        kind = TruncatedRecordError if len(data) < 18 else CorruptRecordError
+        raise kind(f"the atom holds no zstd frame ({len(data)} bytes): {error}") from error
+    if declared.content_size > limit or declared.window_size > max(2 * limit, 1024):
+        raise OversizedRecordError(f"the atom declares {declared.content_size} bytes, its space needs at most {limit}")
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        content = decompressor.decompress(data)
+    except zstandard.ZstdError as error:
+        raise CorruptRecordError(f"the atom does not match its checksum or is no zstd frame: {error}") from error
+    if not decompressor.eof or len(content) != declared.content_size:
+        raise TruncatedRecordError(f"the atom ends after {len(content)} of {declared.content_size} bytes")
+    if decompressor.unused_data:
+        raise CorruptRecordError(f"{len(decompressor.unused_data)} bytes follow the atom's zstd frame")
+    return content
+
+
+def _unpack(content: bytes, limit: int) -> dict[str, bytes]:
+    try:
+        parts = msgpack.unpackb(
+            content, raw=False, max_bin_len=limit, max_str_len=64, max_map_len=8, max_array_len=0, max_ext_len=0
+        )
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise CorruptRecordError(f"the atom's content is not the msgpack that was written: {error}") from error
+    if not isinstance(parts, dict) or not all(isinstance(k, str) and isinstance(v, bytes) for k, v in parts.items()):
+        raise WrongShapeError("the atom's content is no map of named byte strings")
+    return parts
