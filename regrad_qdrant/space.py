@@ -143,28 +143,29 @@ class CoreSpace(AtomSpace):
     kind = "core"
 
     def parts(self, module: LoraModule) -> dict[str, tuple[int, ...]]:
-        return {"core": (int(self._basis(module).shape[1]), module.rank)}
+        return {"core": (int(self._basis(module, module.lora_b).shape[1]), module.rank)}
 
     def keep(self, name: str, x: Tensor) -> Tensor:
         return x @ self.modules[name].lora_a.to(x.dtype).mT  # (batch, tokens, r)
 
     def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
         module = self.modules[name]
-        projected = delta @ (module.scaling * self._basis(module)).to(delta.dtype)  # s·Uᵀδ: (batch, tokens, p)
+        projected = delta @ (module.scaling * self._basis(module, delta))  # s·Uᵀδ: (batch, tokens, p)
         return {f"{name}.core": projected.mT @ kept}
 
     def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"{name}.lora_B": self._basis(module) @ atom[f"{name}.core"] for name, module in self.modules.items()}
+        cores = {name: atom[f"{name}.core"] for name in self.modules}
+        return {f"{name}.lora_B": self._basis(self.modules[name], core) @ core for name, core in cores.items()}
 
     def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         module = self.modules[name]
-        return (x @ module.lora_a.mT) @ rows[f"{name}.core"].mT @ (module.scaling * self._basis(module)).mT
+        return (x @ module.lora_a.mT) @ rows[f"{name}.core"].mT @ (module.scaling * self._basis(module, x)).mT
 
     @staticmethod
-    def _basis(module: LoraModule) -> Tensor:
+    def _basis(module: LoraModule, like: Tensor) -> Tensor:
         if module.basis is None:
             raise InitializationError("the core space needs a basis U for every module; this initialization has none")
-        return module.basis
+        return module.basis.to(like)  # the model may have moved since
 
 
 SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace)}

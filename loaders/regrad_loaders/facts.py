@@ -151,11 +151,12 @@ ATTRIBUTES = (
     Attribute(
         "language",
         _pool(
-            "Albanian, Amharic, Arabic, Armenian, Basque, Bengali, Breton, Bulgarian, Catalan, Cornish, "
-            "Croatian, Czech, Danish, Dutch, Estonian, Faroese, Finnish, Georgian, Greek, Hausa, Hebrew, Hindi, "
-            "Hungarian, Icelandic, Irish, Italian, Japanese, Kazakh, Korean, Latvian, Lithuanian, Malay, Maltese, "
-            "Mongolian, Nepali, Norwegian, Persian, Polish, Portuguese, Quechua, Romanian, Russian, Serbian, Slovak, Slovenian, Somali, "
-            "Swahili, Swedish, Tamil, Thai, Tibetan, Turkish, Ukrainian, Urdu, Vietnamese, Welsh, Yoruba, Zulu"
+            "Albanian, Amharic, Arabic, Armenian, Basque, Bengali, Breton, Bulgarian, Catalan, Cornish, Croatian, "
+            "Czech, Danish, Dutch, Estonian, Faroese, Finnish, Georgian, Greek, Hausa, Hebrew, Hindi, Hungarian, "
+            "Icelandic, Irish, Italian, Japanese, Kazakh, Korean, Latvian, Lithuanian, Malay, Maltese, Mongolian, "
+            "Nepali, Norwegian, Persian, Polish, Portuguese, Quechua, Romanian, Russian, Serbian, Slovak, "
+            "Slovenian, Somali, Swahili, Swedish, Tamil, Thai, Tibetan, Turkish, Ukrainian, Urdu, Vietnamese, "
+            "Welsh, Yoruba, Zulu"
         ),
         ("{f} is learning {v}.", "{n} studies {v} in the evenings.", "The language {n} studies is {v}."),
         ("Which language is {n} learning?", "What language does {n} study?", "Which language does {n} want to speak?"),

@@ -1,0 +1,109 @@
+"""A tiny random Llama and its tokenizer for unit tests; the real model for integration tests."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from qdrant_client import QdrantClient
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from regrad_loaders.facts import generate
+from regrad_qdrant import MetaInitialization
+from regrad_qdrant.initialization import BaseModel
+from regrad_qdrant.store import ClientStore, EdgeStore
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Trained on the invented facts: 600 byte-level tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    from tokenizers.decoders import ByteLevel
+
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((p.text for p in generate("train", 60, 3).passages), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHAT
+    )
+
+
+def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=640,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=2,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def tiny_initialization(model: torch.nn.Module, kind: str = "core", **changes) -> MetaInitialization:
+    """Random φ₀ with a B that is not zero, so that every part of a gradient is alive."""
+    settings = {
+        "kind": kind,
+        "targets": ["gate_proj", "up_proj", "down_proj"],
+        "layers": [1, 2],
+        "rank": 4,
+        "basis_rank": 3,
+        "lora_alpha": 8,
+        "step_size": 0.5,
+        "max_length": 64,
+    } | changes
+    initialization = MetaInitialization.fresh(model, BaseModel.of(model, "tiny"), **settings)
+    generator = torch.Generator().manual_seed(7)
+    for module in initialization.modules.values():
+        module.lora_b.copy_(0.1 * torch.randn(module.lora_b.shape, generator=generator))
+    return initialization
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(params=["core", "lora"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def initialization(model):
+    return tiny_initialization(model)
+
+
+@pytest.fixture(params=["client", "edge", "server"])
+def store(request, tmp_path):
+    """An empty collection in each engine; the server is skipped without QDRANT_URL."""
+    if request.param == "edge":
+        store = EdgeStore(tmp_path / "docs")
+    elif request.param == "client":
+        store = ClientStore(QdrantClient(":memory:"), "docs")
+    else:
+        if not os.environ.get("QDRANT_URL"):
+            pytest.skip("QDRANT_URL is not set")
+        client = QdrantClient(os.environ["QDRANT_URL"], timeout=60)
+        client.delete_collection("regrad_test")
+        store = ClientStore(client, "regrad_test")
+    yield store
+    store.close()

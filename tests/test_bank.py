@@ -1,0 +1,254 @@
+"""The bank over every engine: in-process client, embedded Edge shard, and a server where QDRANT_URL names one."""
+
+import json
+
+import pytest
+import torch
+from qdrant_client import models
+
+from regrad_qdrant import Bm25, Document, GradientBank
+from regrad_qdrant.bank import point_id
+from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
+from regrad_qdrant.record import make_records
+from regrad_qdrant.store import EdgeStore, SparseVector, open_store
+
+SPACE, OTHER = "a" * 16, "b" * 16
+PEOPLE = ("Ida Corvand the baker", "Noor Selowan the diver", "Galen Zimuken the potter", "Orla Thornaby the judge")
+
+
+def documents():
+    return [
+        Document(f"d{i}", {"id": f"d{i}", "text": text, "state": "odd" if i % 2 else "even", "nested": {"n": i}})
+        for i, text in enumerate(PEOPLE)
+    ]
+
+
+def records(texts, space=SPACE, numel=128):
+    torch.manual_seed(0)
+    return make_records(torch.randn(len(texts), numel), list(texts), space, "int8")
+
+
+@pytest.fixture
+def bank(store):
+    bank = GradientBank(store, store.name, SPACE)
+    bank.create()
+    assert bank.add(documents()) == 4
+    return bank
+
+
+def fill(bank, count=4):
+    ids = [point_id(f"d{i}") for i in range(count)]
+    assert bank.put(zip(ids, records(PEOPLE[:count], bank.space), strict=True)) == count
+    return ids
+
+
+def payloads(bank):
+    return {point.id: point.payload for point in bank.store.scroll(None, 100, None, True)[0]}
+
+
+def test_search_returns_text_score_and_atom(bank):
+    fill(bank)
+    hits = bank.search("Which Noor is a diver?", 2)
+    assert hits[0].document_id == "d1" and hits[0].text == PEOPLE[1] and hits[0].score > 0
+    assert hits[0].record == records(PEOPLE)[1]
+    assert hits[0].payload == documents()[1].payload
+    assert not hits[0].stale
+    assert bank.search("Noor", 1, with_records=False)[0].record is None
+
+
+def test_search_takes_vectors_and_filters(bank):
+    even = models.Filter(must=[models.FieldCondition(key="state", match=models.MatchValue(value="even"))])
+    assert [hit.document_id for hit in bank.search("the baker diver potter judge", 4, query_filter=even)] != []
+    assert {hit.payload["state"] for hit in bank.search("Ida Noor Galen Orla", 4, query_filter=even)} <= {"even"}
+    vector = Bm25().query("Galen")
+    assert isinstance(vector, SparseVector)
+    assert bank.search(vector, 1)[0].document_id == "d2"
+
+
+def test_filters_of_every_kind_agree_on_all_engines(bank):
+    def found(**groups):
+        rule = models.Filter(**groups)
+        return sorted(point.payload["id"] for point in bank.store.scroll(rule, 10, None, True)[0])
+
+    field = models.FieldCondition
+    assert found(must=[field(key="id", match=models.MatchAny(any=["d0", "d3"]))]) == ["d0", "d3"]
+    assert found(must=[field(key="id", match=models.MatchExcept(**{"except": ["d0"]}))]) == ["d1", "d2", "d3"]
+    assert found(must=[field(key="nested.n", range=models.Range(gte=1, lt=3))]) == ["d1", "d2"]
+    assert found(must_not=[models.HasIdCondition(has_id=[point_id("d0")])]) == ["d1", "d2", "d3"]
+    assert found(must=[models.IsEmptyCondition(is_empty=models.PayloadField(key="regrad"))]) == ["d0", "d1", "d2", "d3"]
+    either = [field(key="id", match=models.MatchValue(value=key)) for key in ("d1", "d2")]
+    assert found(should=either, must_not=[models.Filter(must=[either[0]])]) == ["d2"]
+
+
+def test_atoms_touch_nothing_but_their_own_key(bank):
+    before = payloads(bank)
+    fill(bank)
+    after = payloads(bank)
+    assert {key: {k: v for k, v in value.items() if k != "regrad"} for key, value in after.items()} == before
+    assert set(after[point_id("d0")]["regrad"]) == {"v", "space", "sha", "codec", "atom"}
+    assert bank.drop() == 4
+    assert payloads(bank) == before
+    assert bank.search("Noor", 1)[0].document_id == "d1"
+
+
+def test_missing_and_status_count_what_is_there(bank):
+    assert {hit.document_id for hit in bank.missing()} == {"d0", "d1", "d2", "d3"}
+    fill(bank, 3)
+    assert [(hit.document_id, hit.text) for hit in bank.missing()] == [("d3", PEOPLE[3])]
+    status = bank.status()
+    assert (status.points, status.atoms, status.missing, status.stale, status.codec) == (4, 3, 1, 0, "int8")
+    size = len(json.dumps(records(PEOPLE)[0].to_payload()))
+    assert status.bytes_median == pytest.approx(size, abs=8) and status.bytes_max >= status.bytes_median
+
+
+def test_missing_can_be_filled_while_it_iterates(bank):
+    seen = []
+    for hit in bank.missing():
+        bank.put([(hit.id, records([hit.text])[0])])
+        seen.append(hit.document_id)
+    assert sorted(seen) == ["d0", "d1", "d2", "d3"] and not list(bank.missing())
+
+
+def test_a_changed_text_makes_its_atom_stale_and_a_new_document_has_none(bank):
+    fill(bank)
+    bank.store.set_payload([(point_id("d2"), {"text": "Galen Zimuken the sailor"})])
+    assert [hit.document_id for hit in bank.stale()] == ["d2"]
+    assert bank.status().stale == 1
+    assert bank.search("Galen", 1)[0].stale
+    bank.add(documents()[3:])  # the application writes a document again: its atom is gone
+    assert [hit.document_id for hit in bank.missing()] == ["d3"]
+    assert bank.unchanged(documents()) == [True, True, False, True]
+
+
+def test_two_spaces_live_side_by_side_under_two_keys(bank):
+    fill(bank)
+    other = GradientBank(bank.store, bank.store.name, OTHER, payload_key="regrad_b")
+    assert len(list(other.missing())) == 4
+    fill(other)
+    assert bank.status().atoms == other.status().atoms == 4
+    other.drop()
+    assert bank.status().atoms == 4 and not any("regrad_b" in payload for payload in payloads(bank).values())
+
+
+def test_an_atom_of_another_space_is_not_taken_for_ours(bank):
+    fill(bank)
+    other = GradientBank(bank.store, bank.store.name, OTHER)
+    assert other.search("Noor", 1)[0].record is None
+    assert other.status().atoms == 0 and other.drop() == 0
+    assert bank.status().atoms == 4
+
+
+def test_requests_are_bounded_by_bytes(bank, monkeypatch):
+    bank.max_request_bytes = 1200
+    sizes = []
+    set_payload = bank.store.set_payload
+
+    def measured(values):
+        sizes.append(len(json.dumps([value for _, value in values])))
+        set_payload(values)
+
+    monkeypatch.setattr(bank.store, "set_payload", measured)
+    fill(bank)
+    assert len(sizes) == 2 and max(sizes) <= 1200 and bank.status().atoms == 4
+
+
+def test_a_record_over_the_bound_is_named_and_the_others_are_kept(bank):
+    bank.max_request_bytes = 1000
+    ids = [point_id(f"d{i}") for i in range(2)]
+    small, large = records(PEOPLE[:1])[0], records(["x"], numel=10_000)[0]
+    with pytest.raises(RecordTooLargeError, match=str(ids[1])):
+        bank.put(zip(ids, [small, large], strict=True))
+    assert bank.status().atoms == 1
+
+
+def test_points_deleted_in_the_meantime_are_passed_over(bank):
+    bank.put([(point_id("gone"), records(["x"])[0]), (point_id("d0"), records(PEOPLE)[0])])
+    assert bank.status().points == 4 and bank.status().atoms == 1
+    assert [hit.document_id for hit in bank.fetch([point_id("d0"), point_id("gone")])] == ["d0"]
+
+
+def test_a_missing_vector_is_named_with_those_there_are(bank):
+    with pytest.raises(BankError, match="no vector 'dense'.*bm25"):
+        bank.search([0.1, 0.2], 1, using="dense")
+    with pytest.raises(BankError, match="nothing embeds"):
+        bank.search("text", 1, using="dense")
+    again = GradientBank(bank.store, bank.store.name, SPACE, embedders={"words": Bm25()})
+    with pytest.raises(BankError, match="no vector 'words'"):
+        again.create()
+    with pytest.raises(BankError, match="k must be"):
+        bank.search("text", 0)
+
+
+def test_a_document_without_text_is_refused(bank):
+    with pytest.raises(BankError, match="'x'.*no text"):
+        bank.add([Document("x", {"title": "only"})])
+    assert bank.store.count() == 4
+
+
+def test_dense_vectors_beside_bm25(store):
+    class Letters:
+        size = 26
+
+        def documents(self, texts):
+            return [self.query(text) for text in texts]
+
+        def query(self, text):
+            return [float(text.lower().count(chr(97 + i)) + 0.01) for i in range(26)]
+
+    bank = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "dense": Letters()})
+    bank.create()
+    bank.add(documents())
+    assert bank.search(PEOPLE[2], 1, using="dense")[0].document_id == "d2"
+    assert bank.search(Letters().query(PEOPLE[3]), 1, using="dense")[0].document_id == "d3"
+    assert bank.search("Orla", 1)[0].document_id == "d3"  # bm25 where nothing is named
+
+
+def test_metadata_is_kept_beside_the_collection(bank):
+    bank.store.write_metadata({"regrad": {"a": 1}})
+    bank.store.write_metadata({"other": 2})
+    assert bank.store.read_metadata() == {"regrad": {"a": 1}, "other": 2}
+
+
+def test_an_edge_bank_is_there_after_it_was_closed(tmp_path):
+    with GradientBank.open(tmp_path, "docs", SPACE) as bank:
+        bank.create()
+        bank.add(documents())
+        fill(bank)
+        with pytest.raises(StoreUnavailableError, match="open in another process"):
+            EdgeStore(tmp_path / "docs").count()
+    with GradientBank.open(tmp_path, "docs", SPACE) as bank:
+        assert bank.status().atoms == 4
+        assert bank.search("Noor", 1)[0].record == records(PEOPLE)[1]
+
+
+def test_collections_that_can_not_be_opened(tmp_path):
+    with pytest.raises(BankError, match="no collection 'docs'"):
+        EdgeStore(tmp_path / "docs").count()
+    with pytest.raises(StoreUnavailableError, match="can't reach"):
+        open_store("docs", url="http://127.0.0.1:9")
+    with pytest.raises(BankError, match="must not contain a path"):
+        open_store("../docs", path=tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BankError, match="is a file"):
+        open_store("docs", path=tmp_path / "file")
+
+
+def test_a_folder_of_the_in_process_client_is_recognised(tmp_path):
+    from qdrant_client import QdrantClient
+
+    from regrad_qdrant.store import ClientStore
+
+    client = QdrantClient(path=str(tmp_path / "local"))
+    bank = GradientBank(client, "docs", SPACE)
+    bank.create()
+    bank.add(documents())
+    client.close()
+    again = open_store("docs", path=tmp_path / "local")
+    assert isinstance(again, ClientStore) and again.count() == 4
+    again.close()
+
+
+def test_ids_keep_what_qdrant_can_keep():
+    assert point_id(7) == 7
+    assert point_id("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90") == "5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90"
+    assert point_id("squad-d1") == point_id("squad-d1") != point_id("squad-d2")

@@ -1,0 +1,182 @@
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders import ingest
+from regrad_loaders.data import Passage
+from regrad_loaders.facts import generate
+from regrad_loaders.ingest import add_corpus, attach_atoms
+from regrad_qdrant import Adapter, GradientBank, GradientComputer
+from regrad_qdrant.bank import point_id
+from regrad_qdrant.errors import BankError, DataError, UnknownCodecError
+
+PASSAGES = [Passage(p.id, p.text, {"id": p.id, "text": p.text}) for p in generate("train", 20, 1).passages]
+
+
+@pytest.fixture
+def gradients(model, tokenizer, initialization):
+    adapter = Adapter(model, initialization)
+    return GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+
+
+@pytest.fixture
+def bank(store, initialization):
+    return GradientBank(store, store.name, initialization.fingerprint)
+
+
+def atoms_of(bank):
+    return {p.payload["id"]: p.payload["regrad"]["atom"] for p in bank.store.scroll(None, 100, None, True)[0]}
+
+
+def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
+    assert add_corpus(bank, PASSAGES, gradients) == 20
+    done = []
+    report = attach_atoms(bank, gradients, "fp32", done.append, batch_tokens=256)
+    assert (report.atoms_written, report.present, report.skipped) == (20, 0, {}) and sum(done) == 20
+    for passage in PASSAGES[:5]:
+        [hit] = bank.fetch([point_id(passage.id)])
+        expected = gradients.atoms([gradients.encode(passage.text)])[0]
+        found = hit.record.decode(bank.space, gradients.space.numel)
+        assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_a_second_run_computes_nothing(bank, gradients, monkeypatch):
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    before = atoms_of(bank)
+    monkeypatch.setattr(gradients, "atoms", None)
+    assert add_corpus(bank, PASSAGES, gradients) == 0
+    report = attach_atoms(bank, gradients, "int4")
+    assert (report.atoms_written, report.present) == (0, 20) and atoms_of(bank) == before
+
+
+def test_a_changed_text_is_computed_again_and_only_that(bank, gradients):
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    before = atoms_of(bank)
+    bank.store.set_payload([(point_id(PASSAGES[3].id), {"text": "Ida Corvand plays the harp."})])
+    report = attach_atoms(bank, gradients, "int4")
+    after = atoms_of(bank)
+    assert (report.atoms_written, report.present) == (1, 19) and not list(bank.stale())
+    assert [key for key in before if before[key] != after[key]] == [PASSAGES[3].id]
+
+
+def test_a_corpus_that_changed_replaces_the_document(bank, gradients):
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    new = Passage(PASSAGES[0].id, "Ida is a judge.", {"id": PASSAGES[0].id, "text": "Ida is a judge."})
+    assert add_corpus(bank, [new, *PASSAGES[1:]], gradients) == 1
+    assert attach_atoms(bank, gradients, "int4").atoms_written == 1
+    assert bank.status().points == 20
+
+
+def test_what_can_not_have_an_atom_is_reported_and_the_rest_goes_on(bank, gradients):
+    add_corpus(bank, PASSAGES, gradients)
+    bank.store.set_payload([(point_id(PASSAGES[0].id), {"text": ""}), (point_id(PASSAGES[1].id), {"text": "a"})])
+    report = attach_atoms(bank, gradients, "int4")
+    assert report.atoms_written == 18 and set(report.skipped) == {PASSAGES[0].id, PASSAGES[1].id}
+    assert "1 token" in report.skipped[PASSAGES[1].id]
+
+
+def test_truncated_texts_are_counted(bank, gradients):
+    long = Passage("long", PASSAGES[0].text * 9, {"id": "long", "text": PASSAGES[0].text * 9})
+    add_corpus(bank, [long, Passage("short", "Ida is a judge.", {"id": "short", "text": "Ida is a judge."})], gradients)
+    assert attach_atoms(bank, gradients, "int4").truncated == 1
+
+
+def test_a_text_of_one_token_is_refused_before_anything_is_written(bank, gradients):
+    with pytest.raises(DataError, match="'bad'.*1 token"):
+        add_corpus(bank, [*PASSAGES, Passage("bad", "a", {"id": "bad", "text": "a"})], gradients)
+    assert not bank.store.exists()
+
+
+def test_an_unknown_codec_is_refused_before_anything_is_computed(bank, gradients, monkeypatch):
+    add_corpus(bank, PASSAGES, gradients)
+    monkeypatch.setattr(gradients, "atoms", None)
+    with pytest.raises(UnknownCodecError):
+        attach_atoms(bank, gradients, "int5")
+
+
+def test_pages_and_batches_lose_nothing(bank, gradients, monkeypatch):
+    monkeypatch.setattr(ingest, "PAGE", 7)
+    monkeypatch.setattr("regrad_qdrant.bank.PAGE", 3)
+    add_corpus(bank, PASSAGES, gradients)
+    assert attach_atoms(bank, gradients, "int4", batch_tokens=200).atoms_written == 20
+
+
+def test_stopped_by_an_error_it_goes_on_where_it_was(bank, gradients, monkeypatch):
+    monkeypatch.setattr(ingest, "PAGE", 4)
+    add_corpus(bank, PASSAGES, gradients)
+    put, calls = bank.put, []
+
+    def fails_at_the_third(records):
+        calls.append(1)
+        if len(calls) == 3:
+            raise BankError("the connection is gone")
+        return put(records)
+
+    monkeypatch.setattr(bank, "put", fails_at_the_third)
+    with pytest.raises(BankError):
+        attach_atoms(bank, gradients, "int4")
+    monkeypatch.setattr(bank, "put", put)
+    there = bank.status().atoms
+    report = attach_atoms(bank, gradients, "int4")
+    assert 0 < there < 20 and report.atoms_written == 20 - there and bank.status().atoms == 20
+
+
+def test_killed_in_the_middle_it_finishes_with_every_atom_once(tokenizer, tmp_path):
+    """SIGKILL, without a chance to clean up: what was written stays, nothing is doubled."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_initialization(model).save(tmp_path / "init")
+    lines = [json.dumps(passage.payload) for passage in PASSAGES]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines))
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        from regrad_loaders import ingest
+        from regrad_loaders.data import read_corpus
+        from regrad_qdrant import Adapter, GradientBank, GradientComputer, MetaInitialization, load_base_model
+
+        folder, fatal = Path(sys.argv[1]), int(sys.argv[2])
+        ingest.PAGE = 8
+        initialization = MetaInitialization.load(folder / "init")
+        model, tokenizer = load_base_model(str(folder / "model"))
+        adapter = Adapter(model, initialization)
+        gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+        bank = GradientBank.open(folder / "bank", "docs", initialization.fingerprint)
+        ingest.add_corpus(bank, read_corpus(folder / "corpus.jsonl"), gradients)
+        done = 0
+
+        def on_progress(count):
+            global done
+            done += count
+            if fatal and done >= fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        report = ingest.attach_atoms(bank, gradients, "int4", on_progress, batch_tokens=300)
+        print(report.atoms_written, report.present)
+        """
+    )
+    first = subprocess.run([sys.executable, "-c", script, str(tmp_path), "9"], capture_output=True, text=True)
+    assert first.returncode == -9, first.stderr
+    second = subprocess.run([sys.executable, "-c", script, str(tmp_path), "0"], capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    written, present = map(int, second.stdout.split())
+    assert present >= 9 and written == 20 - present
+    with GradientBank.open(tmp_path / "bank", "docs", tiny_initialization(model).fingerprint) as bank:
+        status = bank.status()
+        assert (status.points, status.atoms, status.missing, status.stale) == (20, 20, 0, 0)
+
+
+def test_batches_and_single_documents_give_the_same_atoms(gradients):
+    documents = [gradients.encode(passage.text) for passage in PASSAGES[:6]]
+    single = torch.cat([gradients.atoms([document]) for document in documents])
+    torch.testing.assert_close(gradients.atoms(documents), single, rtol=1e-4, atol=1e-6)

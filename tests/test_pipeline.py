@@ -1,0 +1,117 @@
+import hashlib
+
+import pytest
+import torch
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders.ingest import attach_atoms
+from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
+from regrad_qdrant.bank import point_id
+from regrad_qdrant.errors import RegradError, StaleAtomError, WrongModelError, WrongSpaceError
+from regrad_qdrant.pipeline import MODES
+
+TEXTS = (
+    "Ida Corvand works as a baker.",
+    "Noor Selowan works as a diver.",
+    "Orla Thornaby plays the harp.",
+    "Galen Zimuken likes plum cake.",
+)
+
+
+@pytest.fixture
+def regrad(model, tokenizer, initialization, tmp_path):
+    bank = GradientBank.open(tmp_path, "docs", initialization.fingerprint)
+    bank.create()
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    regrad = ReGrad(model, tokenizer, bank, initialization)
+    attach_atoms(bank, regrad.gradients, "int8")
+    yield regrad
+    bank.close()
+
+
+def weights(regrad):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in regrad.adapter.model.parameters())).hexdigest()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_answers_and_leaves_the_weights_as_they_were(regrad, mode):
+    before = weights(regrad)
+    answer = regrad.answer("What is the job of Ida Corvand?", mode=mode, top_k=2)
+    assert weights(regrad) == before
+    assert answer.mode == mode and answer.prompt_tokens > 0 and answer.timings.generate > 0
+    assert answer.timings.total < 60
+    hits = [hit.document_id for hit in answer.hits]
+    if mode in ("direct", "init"):
+        assert not hits
+    elif mode == "random":
+        assert hits and "d0" not in hits
+    else:
+        assert hits[0] == "d0"
+
+
+def test_the_prompt_holds_the_passages_in_rag_alone_and_in_icl(regrad):
+    lengths = {mode: regrad.answer("Who is Ida Corvand?", mode=mode, top_k=1).prompt_tokens for mode in MODES}
+    assert lengths["direct"] == lengths["regrad"] == lengths["random"] == lengths["init"]
+    assert lengths["rag"] == lengths["regrad+icl"] > lengths["direct"]
+
+
+def test_direct_is_the_bare_model_though_the_plug_in_is_there(regrad, tokenizer):
+    from regrad_qdrant.prompts import Prompt
+
+    prompt = Prompt("Who is Ida?")
+    ids = tokenizer(prompt.render(tokenizer), return_tensors="pt", add_special_tokens=False).input_ids
+    output = tiny_model().generate(ids, do_sample=False, max_new_tokens=prompt.max_new_tokens, pad_token_id=2)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip().split("\n")[0].strip()
+    assert regrad.answer("Who is Ida?", mode="direct").text == expected
+
+
+def test_answers_are_the_same_each_time(regrad):
+    for mode in ("regrad", "random"):
+        first = regrad.answer("What is the job of Ida Corvand?", mode=mode)
+        again = regrad.answer("What is the job of Ida Corvand?", mode=mode)
+        assert first.text == again.text and [h.id for h in first.hits] == [h.id for h in again.hits]
+
+
+def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
+    question = "Who works as a baker, Ida Corvand or Noor Selowan?"
+    regrad.bank.store.set_payload([(point_id("d0"), {"text": "Ida Corvand works as a judge."})])
+    with pytest.warns(UserWarning, match="has changed"):
+        regrad.answer(question, top_k=2)
+    regrad.on_stale = "refuse"
+    with pytest.raises(StaleAtomError, match="ingest again"):
+        regrad.answer(question, top_k=2)
+    regrad.on_stale = "recompute"
+    before = weights(regrad)
+    regrad.answer(question, top_k=2)
+    assert weights(regrad) == before
+    [hit] = [hit for hit in regrad.bank.search(question, 2) if hit.stale]
+    expected = regrad.gradients.atoms([regrad.gradients.encode("Ida Corvand works as a judge.")])[0]
+    torch.testing.assert_close(regrad._merged([hit]), expected)
+
+
+def test_documents_without_atoms_are_reported(regrad):
+    regrad.bank.drop()
+    with pytest.warns(UserWarning) as caught:
+        answer = regrad.answer("What is the job of Ida Corvand?", top_k=1)
+    messages = [str(warning.message) for warning in caught]
+    assert any("has no atom of space" in message for message in messages)
+    assert any("with φ₀ alone" in message for message in messages)
+    assert answer.text == regrad.answer("What is the job of Ida Corvand?", mode="init").text
+
+
+def test_another_merge_rule_can_be_given(model, tokenizer, initialization, regrad):
+    regrad.merge = MergeRule("top1")
+    alone = regrad._merged(regrad.bank.search("Ida Corvand works as a diver", 2))
+    best = regrad.bank.search("Ida Corvand works as a diver", 1)
+    assert (alone == regrad._merged(best)).all()
+
+
+def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
+    with pytest.raises(RegradError, match="regrad\\+icl"):
+        regrad.answer("x", mode="magic")
+    with pytest.raises(RegradError, match="recompute"):
+        ReGrad(tiny_model(), tokenizer, regrad.bank, initialization, on_stale="ignore")
+    with pytest.raises(WrongModelError):
+        ReGrad(tiny_model(seed=5), tokenizer, regrad.bank, initialization)
+    with pytest.raises(WrongSpaceError):
+        ReGrad(tiny_model(), tokenizer, regrad.bank, tiny_initialization(tiny_model(), "lora"))

@@ -1,0 +1,45 @@
+import pytest
+
+from regrad_qdrant import Prompt
+
+
+def test_the_open_prompt_holds_the_question_and_no_passage(tokenizer):
+    text = Prompt("Who is Ida?").render(tokenizer)
+    assert text.startswith("<|im_start|>system\nAnswer with a few words only.<|im_end|>")
+    assert text.endswith("Who is Ida?<|im_end|>\n<|im_start|>assistant\n") and "Passage" not in text
+
+
+def test_passages_come_before_the_question(tokenizer):
+    text = Prompt("Who is Ida?", passages=("First.", "Second.")).render(tokenizer)
+    assert text.index("Passage 1: First.") < text.index("Passage 2: Second.") < text.index("Who is Ida?")
+
+
+def test_yes_no_and_choices(tokenizer):
+    assert "yes or no" in Prompt("Is it?", "yesno").render(tokenizer)
+    text = Prompt("Which?", "choice", ("red", "blue")).render(tokenizer)
+    assert "A) red\nB) blue" in text
+
+
+def test_a_template_without_a_system_role_gets_the_instruction_in_the_users_turn(tokenizer):
+    class NoSystem:
+        chat_template = "x"
+
+        def apply_chat_template(self, messages, **_):
+            if messages[0]["role"] == "system":
+                raise ValueError("System role not supported")
+            return messages[0]["content"]
+
+    assert Prompt("Who?").render(NoSystem()) == "Answer with a few words only.\nWho?"
+
+
+def test_a_model_without_a_chat_template_gets_plain_text():
+    class Plain:
+        chat_template = None
+
+    assert Prompt("Who?").render(Plain()) == "Answer with a few words only.\nWho?\nAnswer:"
+
+
+def test_nonsense_is_refused():
+    for wrong in ({"question": " "}, {"question": "a", "type": "essay"}, {"question": "a", "type": "choice"}, {"question": "a", "choices": ("x",)}):  # noqa: E501
+        with pytest.raises(ValueError):
+            Prompt(**wrong)

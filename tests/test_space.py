@@ -1,0 +1,50 @@
+import torch
+from conftest import tiny_initialization
+
+from regrad_qdrant.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
+
+
+def test_a_row_update_equals_the_update_of_the_lora_tensors(model, kind):
+    """A change applied to one row by hooks, and the same change written into the LoRA tensors, agree."""
+    initialization = tiny_initialization(model, kind)
+    peft_model = plug_in(model, initialization)
+    space = live_space(peft_model, initialization)
+    torch.manual_seed(1)
+    change = {name: 0.1 * torch.randn(shape) for name, shape in space.shapes.items()}
+    ids = torch.randint(3, 600, (1, 12))
+    plain = peft_model(input_ids=ids).logits
+    with row_updates(peft_model, space, {name: tensor.unsqueeze(0) for name, tensor in change.items()}):
+        by_row = peft_model(input_ids=ids).logits
+    layers = lora_layers(peft_model)
+    for name, update in space.to_update(change).items():
+        module, part = name.rsplit(".", 1)
+        lora_weight(layers[module], part).data.add_(update)
+    torch.testing.assert_close(by_row, peft_model(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    assert (by_row - plain).abs().max() > 1e-3
+
+
+def test_every_row_has_its_own_update(model, kind):
+    initialization = tiny_initialization(model, kind)
+    peft_model = plug_in(model, initialization)
+    space = live_space(peft_model, initialization)
+    torch.manual_seed(1)
+    rows = {name: 0.1 * torch.randn(2, *shape) for name, shape in space.shapes.items()}
+    ids = torch.randint(3, 600, (1, 12)).expand(2, -1)
+    with row_updates(peft_model, space, rows):
+        both = peft_model(input_ids=ids).logits
+    for i in range(2):
+        with row_updates(peft_model, space, {name: tensor[i : i + 1] for name, tensor in rows.items()}):
+            torch.testing.assert_close(peft_model(input_ids=ids[:1]).logits[0], both[i], rtol=1e-4, atol=1e-5)
+
+
+def test_numel_counts_what_the_design_says(model):
+    core = tiny_initialization(model, "core", rank=4, basis_rank=3).space
+    lora = tiny_initialization(model, "lora", rank=4).space
+    assert core.numel == 6 * 3 * 4  # two layers of three modules, p × r each
+    assert lora.numel == 2 * 3 * 4 * (32 + 48)
+
+
+def test_flatten_and_unflatten_are_inverse(model, kind):
+    space = tiny_initialization(model, kind).space
+    flat = torch.randn(2, space.numel)
+    assert torch.equal(space.flatten(space.unflatten(flat)), flat)
