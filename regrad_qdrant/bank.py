@@ -6,6 +6,7 @@ bounded by bytes, and found again by an index on `<key>.space`.
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import uuid
@@ -263,7 +264,9 @@ class GradientBank:
         except BankError as error:
             present = self.store.vectors()
             raise (self._no_vector(name, present) if name not in present else error) from error
-        return [self._hit(point) for point in points]
+        # Engines leave the order of equal scores open; answers must not depend on it.
+        ties = itertools.groupby(points, key=lambda point: point.score)
+        return [self._hit(point) for _, tied in ties for point in sorted(tied, key=lambda point: str(point.id))]
 
     def fetch(self, ids: Sequence[PointId]) -> list[Hit]:
         """The points of these ids, in their order, with their atoms; ids that are gone are left out."""

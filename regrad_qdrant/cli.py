@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(stderr=False)
+console = Console(width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True)
 
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Name of the Qdrant collection.")]
@@ -557,14 +557,16 @@ def _print_report(report: IngestReport) -> None:
 
 
 def _answers_table(result: Evaluation, modes: list[Any]) -> Table:
-    table = Table("question", "gold", *modes, title="The same questions in every mode", show_lines=False)
+    table = Table(title="The same questions in every mode; what is right is green")
+    for name in ("question", "gold", *modes):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=2 if name == "question" else 1)
     rows: dict[str, dict[str, Any]] = {}
     for prediction in result.predictions:
         rows.setdefault(prediction.id, {})[prediction.mode] = prediction
     for by_mode in rows.values():
         first = next(iter(by_mode.values()))
         cells = [
-            f"[green]{_escape(p.prediction)}[/green]" if p.em else _escape(p.prediction[:40])
+            f"[green]{_escape(p.prediction)}[/green]" if p.em else _escape(p.prediction)
             for p in (by_mode[mode] for mode in modes)
         ]
         table.add_row(_escape(first.question), _escape(first.answers[0]), *cells)

@@ -42,7 +42,7 @@ def document_losses(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
     weight = cast("Tensor", base_of(peft_model).get_output_embeddings().weight)
     losses = token_cross_entropy(hidden[row, position], weight, ids[:, 1:][row, position])
     lengths = mask[:, 1:].sum(dim=1)
-    return torch.zeros(len(ids), device=losses.device).index_add(0, row, losses) / lengths
+    return losses.new_zeros(len(ids)).index_add(0, row, losses) / lengths
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> tuple[Tensor, Tensor]:

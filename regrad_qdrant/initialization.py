@@ -141,10 +141,10 @@ class MetaInitialization:
         }
         adapter, own = {}, {"step_sizes": torch.tensor([self.step_sizes[name] for name in self.space.shapes])}
         for name, module in self.modules.items():
-            adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"] = module.lora_a.detach().cpu().contiguous()
-            adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"] = module.lora_b.detach().cpu().contiguous()
+            adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _compact(module.lora_a)
+            adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _compact(module.lora_b)
             if module.basis is not None:
-                own[f"{name}.basis"] = module.basis.detach().cpu().contiguous()
+                own[f"{name}.basis"] = _compact(module.basis)
         regrad = {
             "format": FORMAT,
             "fingerprint": self.fingerprint,
@@ -331,6 +331,15 @@ def _tensors(modules: Mapping[str, LoraModule]) -> dict[str, Tensor]:
         if module.basis is not None:
             found[f"{name}.basis"] = module.basis
     return found
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor in float16 where that holds its numbers exactly, as training rounds them; else as it is."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    half = tensor.to(torch.float16)
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
 
 
 def _find(name_or_folder: str | Path) -> Path:

@@ -21,7 +21,7 @@ CHUNK = 128
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """The cross-entropy of each token, (tokens,) in float32.
+    """The cross-entropy of each token, (tokens,) in float32 or better.
 
     Args:
         hidden: (tokens, d) last hidden states.
@@ -32,6 +32,11 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
     return losses
 
 
+def _precise(hidden: Tensor) -> torch.dtype:
+    """The type to take exponentials in: float32 at least."""
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
 def _chunks(count: int) -> Iterator[slice]:
     return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
 
@@ -39,11 +44,11 @@ def _chunks(count: int) -> Iterator[slice]:
 class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=_precise(hidden))
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden) if wants_gradient else None
         for part in _chunks(len(hidden)):
-            logits = (hidden[part] @ weight.T).float()
+            logits = (hidden[part] @ weight.T).to(losses.dtype)
             index = targets[part, None]
             norm = logits.logsumexp(dim=1, keepdim=True)
             losses[part] = (norm - logits.gather(1, index)).squeeze(1)
@@ -75,8 +80,8 @@ class _CrossEntropyGradient(Function):
         hidden, weight = ctx.saved_tensors
         result = torch.empty_like(hidden)
         for part in _chunks(len(hidden)):
-            probabilities = (hidden[part] @ weight.T).float().softmax(dim=1)
-            moved = (grads[0][part].to(weight.dtype) @ weight.T).float()
+            probabilities = (hidden[part] @ weight.T).to(_precise(hidden)).softmax(dim=1)
+            moved = (grads[0][part].to(weight.dtype) @ weight.T).to(probabilities.dtype)
             moved.sub_((probabilities * moved).sum(dim=1, keepdim=True)).mul_(probabilities)
             result[part] = moved.to(weight.dtype) @ weight
         return result, None, None

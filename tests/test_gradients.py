@@ -56,7 +56,9 @@ def test_an_atom_is_the_gradient_of_a_row_update(model, tokenizer, kind):
 
     gradients = computer(model, tokenizer, kind)
     documents = [gradients.encode(text) for text in TEXTS]
-    zeros = {name: torch.zeros(len(TEXTS), *shape, requires_grad=True) for name, shape in gradients.space.shapes.items()}
+    zeros = {
+        name: torch.zeros(len(TEXTS), *shape, requires_grad=True) for name, shape in gradients.space.shapes.items()
+    }
     with row_updates(gradients.model, gradients.space, zeros):
         losses = document_losses(gradients.model, *pad([document.ids for document in documents], 2))
     grads = dict(zip(zeros, torch.autograd.grad(losses.sum(), list(zeros.values())), strict=True))

@@ -15,7 +15,7 @@ from regrad_qdrant import Adapter, GradientBank, GradientComputer
 from regrad_qdrant.bank import point_id
 from regrad_qdrant.errors import BankError, DataError, UnknownCodecError
 
-PASSAGES = [Passage(p.id, p.text, {"id": p.id, "text": p.text}) for p in generate("train", 20, 1).passages]
+PASSAGES = generate("train", 20, 1).passages
 
 
 @pytest.fixture

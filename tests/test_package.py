@@ -18,7 +18,9 @@ def test_import_is_cheap_and_leaves_torch_alone():
         "import sys, time; t = time.perf_counter(); import regrad_qdrant; s = time.perf_counter() - t;"
         "print(s, [m for m in ('torch', 'transformers', 'qdrant_client', 'peft') if m in sys.modules])"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "123"]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "123"
+    ]
     assert min(float(run.split()[0]) for run in runs) < 0.3
     assert all(run.strip().endswith("[]") for run in runs)
 

@@ -40,6 +40,11 @@ def test_a_model_without_a_chat_template_gets_plain_text():
 
 
 def test_nonsense_is_refused():
-    for wrong in ({"question": " "}, {"question": "a", "type": "essay"}, {"question": "a", "type": "choice"}, {"question": "a", "choices": ("x",)}):  # noqa: E501
+    for wrong in (
+        {"question": " "},
+        {"question": "a", "type": "essay"},
+        {"question": "a", "type": "choice"},
+        {"question": "a", "choices": ("x",)},
+    ):  # noqa: E501
         with pytest.raises(ValueError):
             Prompt(**wrong)

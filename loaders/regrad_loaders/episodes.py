@@ -164,7 +164,10 @@ def bm25_hits(texts: dict[str, str], queries: Sequence[str], depth: int = RETRIE
         shard.update(edge.UpdateOperation.upsert_points(points))
         found = []
         for query in queries:
-            request = edge.QueryRequest(limit=depth, query=edge.Query.Nearest(bm25.embed_query(query), using="bm25"))
-            found.append({keys[int(point.id)]: point.score for point in shard.query(request)})
+            nearest = edge.Query.Nearest(bm25.embed_query(query), using="bm25")
+            # The engine leaves the order of equal scores open; a run must not depend on it.
+            points = shard.query(edge.QueryRequest(limit=2 * depth, query=nearest))
+            ranked = sorted(points, key=lambda point: (-point.score, point.id))[:depth]
+            found.append({keys[int(point.id)]: point.score for point in ranked})
         shard.close()
     return found

@@ -211,7 +211,8 @@ def generate(world: World, people: int, seed: int, questions_per_person: int = 6
         for position, attribute in enumerate(chosen):
             wordings = [w for w in attribute.sentences if position > 0 or "{n}" in w]
             sentences.append(rng.choice(wordings).format(n=name, f=first, v=values[attribute.name]))
-        passages.append(Passage(id=f"{world}-p{number}", text=" ".join(sentences)))
+        key, text = f"{world}-p{number}", " ".join(sentences)
+        passages.append(Passage(key, text, {"id": key, "text": text}))
         for i, attribute in enumerate(rng.sample(chosen, questions_per_person)):
             questions.append(
                 Question(

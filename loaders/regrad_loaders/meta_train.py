@@ -84,7 +84,8 @@ class MetaLearner(nn.Module):
     def atoms(self, passages: Sequence[Sequence[int]], *, create_graph: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The atom of each passage, (passages, *shape) a tensor, and each passage's loss (passages,)."""
         zeros = {
-            name: torch.zeros(len(passages), *shape, requires_grad=True) for name, shape in self.space.shapes.items()
+            name: self.lora_a[0].new_zeros(len(passages), *shape).requires_grad_(True)
+            for name, shape in self.space.shapes.items()
         }
         ids, mask = pad(passages, self.pad_id)
         with row_updates(self.model[0], self.space, zeros), sdpa_kernel(SDPBackend.MATH):
@@ -108,19 +109,20 @@ class MetaLearner(nn.Module):
             position += range(len(example.prompt_ids) - 1, len(example.prompt_ids) + len(example.answer_ids) - 1)
             target += example.answer_ids
         index, goal = torch.tensor(owner), torch.tensor(target)
-        logits = self.model[0].get_output_embeddings()(hidden[index, torch.tensor(position)]).float()
+        logits = self.model[0].get_output_embeddings()(hidden[index, torch.tensor(position)])
         token_losses = nn.functional.cross_entropy(logits, goal, reduction="none")
         lengths = torch.bincount(index, minlength=len(examples))
-        losses = torch.zeros(len(examples)).index_add(0, index, token_losses) / lengths
+        losses = token_losses.new_zeros(len(examples)).index_add(0, index, token_losses) / lengths
         right = torch.zeros(len(examples)).index_add(0, index, (logits.detach().argmax(-1) == goal).float())
         return losses, (right == lengths).float()
 
     def updates(self, examples: Sequence[Example], atoms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """−α ⊙ Σ wᵢ·g(dᵢ) for every question: (questions, *shape) a tensor."""
         count = next(iter(atoms.values())).shape[0]
-        scores, present = torch.zeros(len(examples), count), torch.zeros(len(examples), count, dtype=torch.bool)
+        scores = self.lora_a[0].new_zeros(len(examples), count)
+        present = torch.zeros(len(examples), count, dtype=torch.bool)
         for i, example in enumerate(examples):
-            scores[i, example.rows], present[i, example.rows] = torch.tensor(example.scores), True
+            scores[i, example.rows], present[i, example.rows] = scores.new_tensor(example.scores), True
         weights = merge_weights(self.merge, scores, present, self.log_temperature.exp())
         sizes = self.step_sizes()
         return {name: -sizes[name] * torch.einsum("qn,n...->q...", weights, atom) for name, atom in atoms.items()}

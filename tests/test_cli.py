@@ -1,0 +1,195 @@
+"""Commands on the tiny model: what they write, and how they refuse."""
+
+import json
+import sys
+
+import pytest
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders.facts import generate
+from regrad_qdrant import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A base model, its initialization, a corpus and questions."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    tiny_initialization(model).save(folder / "init")
+    other = tiny_model(seed=4)
+    other.save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    world = generate("demo", 12, 1, questions_per_person=1)
+    rows = [{"id": p.id, "text": p.text, "state": str(i % 2)} for i, p in enumerate(world.passages)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = [
+        {
+            "id": q.id,
+            "question": q.question,
+            "answers": q.answers,
+            "gold_ids": q.gold_ids,
+            "split": "dev",
+            "state": str(i % 2),
+        }
+        for i, q in enumerate(world.questions)
+    ]
+    (folder / "qa.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder; returns its exit code, output and error output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QDRANT_URL", raising=False)
+
+    def run(*arguments, model="model"):
+        command = [str(argument) for argument in arguments]
+        if command[0] in ("ingest", "ask", "eval"):
+            command += ["--model", str(folder / model)]
+        if command[0] in ("ingest", "ask", "eval", "status", "drop"):
+            command += ["--init", str(folder / "init")]
+        monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def ingest(run, folder):
+    return run(
+        "ingest", "--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank", "--json", "in.json"
+    )
+
+
+def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
+    code, out, err = ingest(run, folder)
+    assert code == 0 and "12 points added, 12 atoms written" in out, err
+    report = json.loads((tmp_path / "in.json").read_text())
+    assert report["atoms_written"] == 12 and report["documents_per_second"] > 0
+
+    code, out, _ = ingest(run, folder)
+    assert code == 0 and "0 points added, 0 atoms written, 12 present" in out
+
+    code, out, _ = run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert code == 0 and list(status) == ["points", "atoms", "missing", "stale", "space", "codec", "bytes_per_atom"]
+    assert (status["points"], status["atoms"], status["missing"], status["codec"]) == (12, 12, 0, "int4")
+    assert 0 < status["bytes_per_atom"]["median"] <= status["bytes_per_atom"]["max"]
+
+    code, out, _ = run(
+        "ask", "Who is Ida?", "--collection", "docs", "--path", "bank", "--mode", "regrad+icl", "--json", "ask.json"
+    )
+    answer = json.loads((tmp_path / "ask.json").read_text())
+    assert code == 0 and answer["mode"] == "regrad+icl" and set(answer["timings"]) >= {"search", "generate", "restore"}
+
+    code, out, _ = run("drop", "--collection", "docs", "--path", "bank", "--yes")
+    assert code == 0 and "12 atoms removed" in out
+    run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["points"], status["atoms"], status["missing"]) == (12, 0, 12)
+
+    code, out, _ = run("ingest", "--from-collection", "docs", "--path", "bank", "--codec", "int8")
+    assert code == 0 and "0 points added, 12 atoms written" in out
+
+
+def test_eval_writes_the_contract(run, folder, tmp_path):
+    code, out, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--modes", "direct,rag,regrad,random",
+        "--split", "dev", "--limit", "3", "--filter-field", "state", "--json", "out.json", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result) == {"settings", "results", "recall_at_k"} and 0 <= result["recall_at_k"] <= 1
+    rows = {(row["mode"], row["type"]): row for row in result["results"]}
+    assert {mode for mode, _ in rows} == {"direct", "rag", "regrad", "random"}
+    for row in rows.values():
+        assert set(row) == {"mode", "type", "n", "f1", "em", "accuracy", "seconds", "prompt_tokens"}
+        assert row["n"] == 3 and 0 <= row["f1"] <= 1
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert set(lines[0]) == {"id", "mode", "question", "answers", "prediction", "f1", "em", "hits"}
+    assert not (tmp_path / "regrad_bank").exists()
+
+
+def test_help_teaches_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("demo", "ingest", "status", "ask", "eval", "train", "drop"):
+        assert command in out
+        assert run(command, "--help")[0] == 0 if command in ("demo", "train") else True
+
+
+CORPUS_ERRORS = [
+    ('{"id": "a"}', "field 'text' is missing"),
+    ('{"id": "a", "text": " "}', "is empty"),
+    ('{"id": "a", "text": "a"}', "1 token"),
+    ("{", "not valid JSON"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), CORPUS_ERRORS)
+def test_a_bad_corpus_is_one_line_and_changes_nothing(run, tmp_path, line, message):
+    (tmp_path / "bad.jsonl").write_text(line)
+    code, _, err = run("ingest", "--corpus", "bad.jsonl", "--collection", "docs", "--path", "bank")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "bank" / "docs").exists()
+
+
+def test_a_wrong_model_is_refused(run, folder, tmp_path):
+    arguments = ("--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
+    code, _, err = run("ingest", *arguments, model="other")
+    assert code == 2 and "was trained for tiny" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "bank" / "docs").exists()
+
+
+def test_a_long_text_is_truncated_and_counted(run, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "a", "text": "Ida works as a baker. " * 60}))
+    code, out, _ = run("ingest", "--corpus", "long.jsonl", "--collection", "docs", "--path", "bank")
+    assert code == 0 and "1 truncated" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["ask", "x", "--collection", "docs", "--url", "http://127.0.0.1:9"], "can't reach the Qdrant server"),
+        (["status", "--collection", "docs", "--url", "http://127.0.0.1:9"], "can't reach the Qdrant server"),
+        (["status", "--collection", "none", "--path", "bank"], "no collection 'none'"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--mode", "magic"], "unknown modes"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--using", "dense"], "no vector 'dense'; it has bm25"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--type", "choice"], "0 choices"),
+        (["ask", " ", "--collection", "docs", "--path", "bank"], "question is empty"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--merge", "mean"], "merge rule 'mean'"),
+        (["ingest", "--collection", "docs"], "give either --corpus"),
+        (["ingest", "--corpus", "none.jsonl", "--collection", "docs"], "no such file"),
+        (["ingest", "--from-collection", "none", "--path", "bank"], "no collection 'none'"),
+        (["eval", "--qa", "none.jsonl", "--collection", "docs"], "no such file"),
+        (["train", "--recipe", "none.yaml"], "can't read the recipe"),
+    ],
+)
+def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, message):
+    ingest(run, folder)
+    code, _, err = run(*command)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    _, out, _ = run("status", "--collection", "docs", "--path", "bank")
+    assert "│ 12     │ 12    │ 0       │ 0" in out
+
+
+def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
+    from regrad_qdrant.bank import point_id
+    from regrad_qdrant.store import EdgeStore
+
+    ingest(run, folder)
+    run("drop", "--collection", "docs", "--path", "bank", "--yes")
+    store = EdgeStore(tmp_path / "bank" / "docs")
+    store.set_payload([(point_id("demo-p3"), {"text": ""})])
+    store.close()
+    code, out, err = run("ingest", "--from-collection", "docs", "--path", "bank")
+    assert code == 1 and "11 atoms written" in out and "skipped demo-p3" in err

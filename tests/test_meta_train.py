@@ -1,0 +1,209 @@
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders.episodes import EpisodeSource, bm25_hits
+from regrad_loaders.facts import generate
+from regrad_loaders.meta_train import MetaLearner, Trainer, calibrate, run
+from regrad_loaders.recipe import Recipe, Source
+from regrad_qdrant import Adapter, MetaInitialization
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.initialization import BaseModel
+from regrad_qdrant.record import make_records
+
+RECIPE = Recipe(
+    name="tiny",
+    base_model="tiny",
+    space="core",
+    rank=4,
+    basis_rank=4,
+    lora_alpha=8,
+    targets=("gate_proj", "up_proj", "down_proj"),
+    layers=(1, 2),
+    step_size=1.0,
+    data=(Source(weight=1.0, facts={"people": 12, "seed": 1}),),
+    passage_tokens=48,
+    passages=3,
+    top_k=(1, 2),
+    steps=6,
+    warmup=2,
+    learning_rate=5e-3,
+    checkpoint_every=2,
+    evaluate_every=100,
+)
+
+
+@pytest.fixture
+def source(tokenizer):
+    world = generate("train", 12, 1)
+    return EpisodeSource(world, world.questions, tokenizer, passage_tokens=48)
+
+
+def trainer(tokenizer, out, recipe=RECIPE):
+    model = tiny_model()
+    return Trainer(recipe, model, tokenizer, BaseModel.of(model, "tiny"), out)
+
+
+def test_episodes_hold_what_retrieval_returned_and_the_gold_passage(source):
+    episode = source.episode(random.Random(0), passages=4, questions_per_passage=2, top_k=[2])
+    assert 3 <= len(episode.passages) <= 6 and len(episode.examples) >= 4
+    assert all(len(ids) <= 48 for ids in episode.passages)
+    assert {row for example in episode.examples for row in example.rows} == set(range(len(episode.passages)))
+    for example in episode.examples:
+        assert len(example.rows) == len(example.scores) <= 2 and example.answer_ids
+    assert source.episode(random.Random(0), 4, 2, [2]) == episode
+
+
+def test_a_window_of_a_long_passage_holds_the_answer(tokenizer):
+    world = generate("train", 12, 1)
+    source = EpisodeSource(world, world.questions, tokenizer, passage_tokens=30)
+    for seed in range(5):
+        episode = source.episode(random.Random(seed), 4, 2, [2])
+        for example in episode.examples:
+            answer = tokenizer.decode(example.answer_ids[:-1])
+            assert any(answer in tokenizer.decode(episode.passages[row]) for row in example.rows)
+
+
+def test_hits_are_those_of_a_bank():
+    hits = bm25_hits({"a": "Ida the baker", "b": "Noor the diver"}, ["who is the diver Noor?"])
+    assert list(hits[0]) == ["b"] and hits[0]["b"] > 0
+
+
+def test_the_learner_answers_as_the_adapter_does(source, tokenizer):
+    """The update in meta-training (rows, in the graph) and at query time (in place, through a codec) are one."""
+    model = tiny_model()
+    initialization = tiny_initialization(model)
+    learner = MetaLearner(model, initialization, "sum")
+    episode = source.episode(random.Random(0), 3, 2, [2])
+    atoms, _ = learner.atoms(episode.passages, create_graph=False)
+    [example] = [e for e in episode.examples if len(e.rows) == 2][:1]
+    with torch.no_grad():
+        expected, _ = learner.answer_losses([example], learner.updates([example], atoms))
+    adapter = Adapter(tiny_model(), initialization)
+    flat = adapter.space.flatten(atoms)[example.rows]
+    ids = torch.tensor([example.prompt_ids + example.answer_ids])
+    labels = ids.clone()
+    labels[:, : len(example.prompt_ids)] = -100
+    with adapter.applied(make_records(flat, ["t"] * 2, initialization.fingerprint, "fp32")), torch.no_grad():
+        found = adapter.model(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_the_second_order_gradient_is_that_of_finite_differences(source):
+    model = tiny_model()
+    learner = MetaLearner(model, tiny_initialization(model), "softmax").double()
+    learner.model[0].double()
+    episode = source.episode(random.Random(1), 3, 2, [2])
+
+    def loss():
+        losses, _ = learner.objective(episode)
+        return losses.mean()
+
+    loss().backward()
+    for parameter in (
+        learner.lora_a[0],
+        learner.lora_b[3],
+        learner.basis[2],
+        learner.log_step_size,
+        learner.log_temperature,
+    ):
+        flat, gradient = parameter.data.view(-1), parameter.grad.reshape(-1)
+        index = int(gradient.abs().argmax())
+        before, step = float(flat[index]), 1e-3
+        values = []
+        for sign in (1, -1):
+            flat[index] = before + sign * step
+            values.append(float(loss().detach()))
+        flat[index] = before
+        assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(gradient[index]), rel=0.05, abs=1e-5)
+
+
+def test_a_few_steps_lower_the_loss(tokenizer, tmp_path, monkeypatch):
+    run_of = trainer(tokenizer, tmp_path, replace(RECIPE, steps=25, learning_rate=2e-2))
+    episode = run_of._draw(random.Random(0))
+    monkeypatch.setattr(run_of, "_draw", lambda _rng: episode)
+    losses = [run_of.train_step().loss for _ in range(25)]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_resumes_exactly(tokenizer, tmp_path):
+    """In float64: in float32 two runs differ in their last bits anyway, by how their tensors lie in memory."""
+
+    def double(run_of):
+        run_of.learner.double()
+        run_of.learner.model[0].double()
+        return run_of
+
+    whole = double(trainer(tokenizer, tmp_path / "whole"))
+    expected = [whole.train_step().loss for _ in range(6)]
+    first = double(trainer(tokenizer, tmp_path / "parts"))
+    found = [first.train_step().loss for _ in range(3)]
+    first.save()
+    second = double(trainer(tokenizer, tmp_path / "parts"))
+    assert second.resume()
+    for name, tensor in first.learner.state_dict().items():
+        assert torch.equal(second.learner.state_dict()[name], tensor)
+    found += [second.train_step().loss for _ in range(3)]
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert second.seen == whole.seen and whole.seen
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(tokenizer, tmp_path):
+    trainer(tokenizer, tmp_path).save()
+    with pytest.raises(DataError, match="learning_rate"):
+        trainer(tokenizer, tmp_path, replace(RECIPE, learning_rate=1.0)).resume()
+
+
+def test_calibration_lowers_the_documents_loss(source):
+    model = tiny_model()
+    learner = MetaLearner(model, tiny_initialization(model), "sum")
+    episode = source.episode(random.Random(0), 6, 2, [2])
+    size, table = calibrate(learner, episode.passages)
+    [row] = [row for row in table if row["step_size"] == size]
+    assert row["own"] < 0 and row["other"] <= -0.5 * row["own"]
+
+
+def test_a_run_leaves_an_initialization_and_its_metrics(tokenizer, tmp_path):
+    model = tiny_model()
+    steps = []
+    made = run(RECIPE, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path, on_step=steps.append)
+    again = MetaInitialization.load(tmp_path / "initialization")
+    assert again.fingerprint == made.fingerprint
+    assert again.card["recipe"]["name"] == "tiny" and again.card["questions_seen"] > 0
+    assert again.merge.rule == "margin" and sum(steps) == 6
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert kinds.count("step") == 6 and kinds[0] == "calibration" and kinds[-1] == "evaluation"
+
+
+def test_recipes_are_checked(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    good = "name: a\nbase_model: b\nspace: core\nrank: 4\nbasis_rank: 4\nlora_alpha: 8\ntargets: [up_proj]\nlayers: [0, 1]\n"
+    path.write_text(good + "data: [{facts: {people: 3, seed: 1}, weight: 1.0}]\n")
+    assert Recipe.load(path).layers == (0, 1)
+    for lines, message in (
+        ("data: []\n", "names no data"),
+        ("data: [{folder: x, split: dev, weight: 1.0}]\n", "never for training"),
+        ("data: [{folder: x, facts: {people: 1, seed: 1}, weight: 1.0}]\n", "either"),
+        ("data: [{folder: x, weight: 1.0}]\nlr: 3\n", r"unknown settings \['lr'\]"),
+        ("data: [{folder: x, weight: 1.0}]\nspace: cone\n", "space 'cone'"),
+    ):
+        path.write_text(
+            good.replace("space: core\n", "") * ("space:" in lines) + good * ("space:" not in lines) + lines
+        )
+        with pytest.raises(DataError, match=message):
+            Recipe.load(path)
+    with pytest.raises(DataError, match="can't read"):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+def test_the_shipped_recipes_are_valid():
+    from pathlib import Path
+
+    recipes = list((Path(__file__).parent.parent / "loaders" / "recipes").glob("*.yaml"))
+    assert recipes
+    for path in recipes:
+        assert Recipe.load(path).name == path.stem
