@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.embed import Bm25, Embedder
 from regrad_qdrant.errors import BankError, RecordTooLargeError
 from regrad_qdrant.layouts import CORPUS, Layout
 from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.store import (
-    ClientStore,
     Payload,
     Point,
     PointId,

@@ -6,28 +6,24 @@ import json
 import os
 import sys
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from regrad_qdrant.codec import CODECS, DEFAULT_CODEC
+from regrad_qdrant.console import answers_table, console, errors, print_report, progress, scores_table
 from regrad_qdrant.errors import DataError, RegradError
 from regrad_qdrant.merge import RULES
 from regrad_qdrant.record import DEFAULT_KEY
 
 if TYPE_CHECKING:
-    from regrad_loaders.evaluate import Evaluation
     from regrad_loaders.ingest import IngestReport
-
     from regrad_qdrant.bank import GradientBank
     from regrad_qdrant.initialization import MetaInitialization
     from regrad_qdrant.pipeline import ReGrad
@@ -45,8 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-console = Console(width=None if sys.stdout.isatty() else 160)
-errors = Console(stderr=True)
 
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Name of the Qdrant collection.")]
 Url = Annotated[str | None, typer.Option("--url", help="A running Qdrant server, such as http://localhost:6333.")]
@@ -106,12 +100,12 @@ def demo(
             "people": DEMO_PEOPLE,
             "seed": DEMO_SEED,
         }
-        with _progress("Answering", len(questions) * len(chosen)) as advance:
+        with progress("Answering", len(questions) * len(chosen)) as advance:
             result = evaluate(
                 regrad, questions, chosen, top_k=top_k, settings=settings, on_progress=lambda _: advance(1)
             )
-    console.print(_answers_table(result, chosen))
-    console.print(_scores_table(result))
+    console.print(answers_table(result, chosen))
+    console.print(scores_table(result))
     console.print(
         f"{status.atoms} atoms in {path}/demo, {status.bytes_median} bytes each in the payload (codec {status.codec}); "
         + (
@@ -156,7 +150,6 @@ def ingest(
     Safe to stop and to start again: what is there is not computed twice.
     """
     from regrad_loaders.data import read_corpus
-
     from regrad_qdrant.codec import get_codec
     from regrad_qdrant.errors import BankError
 
@@ -177,7 +170,7 @@ def ingest(
         else:
             report = _attach(regrad, codec, batch_tokens)
         status = bank.status()
-    _print_report(report)
+    print_report(report)
     _write_json(json_out, report.as_dict() | {"status": status.as_dict()})
     if report.skipped:
         raise typer.Exit(1)
@@ -230,7 +223,6 @@ def ask(
 ) -> None:
     """Answer one question from the bank."""
     from regrad_loaders.evaluate import parse_modes
-
     from regrad_qdrant.prompts import INSTRUCTIONS, Prompt
 
     [chosen] = parse_modes(mode)[:1]
@@ -329,7 +321,7 @@ def evaluation(
                 "merge": asdict(regrad.merge),
             }
             _check_vector(store, using)
-            with _progress("Answering", len(questions) * len(chosen)) as advance:
+            with progress("Answering", len(questions) * len(chosen)) as advance:
                 result = evaluate(
                     regrad,
                     questions,
@@ -340,9 +332,9 @@ def evaluation(
                     settings=settings,
                     on_progress=lambda _: advance(1),
                 )
-    console.print(_scores_table(result))
+    console.print(scores_table(result))
     if report is not None:
-        _print_report(report)
+        print_report(report)
     if predictions:
         write_predictions(result, predictions)
     _write_json(json_out, result.as_dict())
@@ -364,7 +356,6 @@ def train(
 
     from regrad_loaders.meta_train import run
     from regrad_loaders.recipe import Recipe
-
     from regrad_qdrant.base_model import load_base_model
     from regrad_qdrant.initialization import BaseModel
 
@@ -379,7 +370,7 @@ def train(
     with console.status("Loading the base model"):
         model, tokenizer = load_base_model(settings.base_model)
     base = BaseModel.of(model, settings.base_model)
-    with _progress("Training", settings.steps) as advance:
+    with progress("Training", settings.steps) as advance:
         initialization = run(settings, model, tokenizer, base, folder, resume=resume, on_step=advance)
     console.print(
         f"{folder / 'initialization'}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom"
@@ -522,81 +513,8 @@ def _attach(regrad: ReGrad, codec: str, batch_tokens: int) -> IngestReport:
     from regrad_loaders.ingest import attach_atoms
 
     bank = regrad.bank
-    with _progress("Computing atoms", bank.store.count(bank.lacks_atom)) as advance:
+    with progress("Computing atoms", bank.store.count(bank.lacks_atom)) as advance:
         return attach_atoms(bank, regrad.gradients, codec, advance, batch_tokens=batch_tokens)
-
-
-@contextmanager
-def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; yields the function that advances it."""
-    columns = (
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    started, done = time.perf_counter(), 0
-    with Progress(*columns, console=errors, transient=True) as bar:
-        task = bar.add_task(what, total=total, rate="")
-
-        def advance(count: int) -> None:
-            nonlocal done
-            done += count
-            rate = f"{done / (time.perf_counter() - started):.1f}/s"
-            bar.update(task, advance=count, rate=rate)
-
-        yield advance
-
-
-def _print_report(report: IngestReport) -> None:
-    console.print(
-        f"{report.points_added} points added, {report.atoms_written} atoms written, {report.present} present, "
-        f"{report.truncated} truncated, {len(report.skipped)} skipped; {report.documents_per_second:.1f} documents/s",
-        highlight=False,
-    )
-    for key, reason in list(report.skipped.items())[:20]:
-        errors.print(f"skipped {key}: {reason}", style="yellow", markup=False)
-
-
-def _answers_table(result: Evaluation, modes: list[Any]) -> Table:
-    table = Table(title="The same questions in every mode; what is right is green")
-    for name in ("question", "gold", *modes):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=2 if name == "question" else 1)
-    rows: dict[str, dict[str, Any]] = {}
-    for prediction in result.predictions:
-        rows.setdefault(prediction.id, {})[prediction.mode] = prediction
-    for by_mode in rows.values():
-        first = next(iter(by_mode.values()))
-        cells = [
-            f"[green]{_escape(p.prediction)}[/green]" if p.em else _escape(p.prediction)
-            for p in (by_mode[mode] for mode in modes)
-        ]
-        table.add_row(_escape(first.question), _escape(first.answers[0]), *cells)
-    return table
-
-
-def _scores_table(result: Evaluation) -> Table:
-    table = Table(
-        "mode", "type", "n", "F1", "EM", "accuracy", "seconds per answer", "prompt tokens", title="Scores, 0 to 100"
-    )
-    for row in result.results():
-        table.add_row(
-            row["mode"],
-            row["type"],
-            str(row["n"]),
-            f"{100 * row['f1']:.1f}",
-            f"{100 * row['em']:.1f}",
-            "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}",
-            f"{row['seconds'] / row['n']:.2f}",
-            f"{row['prompt_tokens']:.0f}",
-        )
-    if result.recall_at_k is not None:
-        table.caption = f"retrieval recall at k: {100 * result.recall_at_k:.1f}"
-    return table
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _write_json(path: Path | None, value: dict[str, Any]) -> None:

@@ -33,7 +33,6 @@ def document_losses(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
 
     `ids` and `mask` are (batch, tokens), padded on the right; each row has at least two tokens.
     """
-    import torch
 
     from regrad_qdrant.loss import token_cross_entropy
 

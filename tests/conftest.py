@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrad_loaders.facts import generate
 from regrad_qdrant import MetaInitialization
+from regrad_qdrant.client_store import ClientStore
+from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.initialization import BaseModel
-from regrad_qdrant.store import ClientStore, EdgeStore
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,9 +8,10 @@ from qdrant_client import models
 
 from regrad_qdrant import Bm25, Document, GradientBank
 from regrad_qdrant.bank import point_id
+from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
 from regrad_qdrant.record import make_records
-from regrad_qdrant.store import EdgeStore, SparseVector, open_store
+from regrad_qdrant.store import SparseVector, open_store
 
 SPACE, OTHER = "a" * 16, "b" * 16
 PEOPLE = ("Ida Corvand the baker", "Noor Selowan the diver", "Galen Zimuken the potter", "Orla Thornaby the judge")
@@ -236,7 +237,7 @@ def test_collections_that_can_not_be_opened(tmp_path):
 def test_a_folder_of_the_in_process_client_is_recognised(tmp_path):
     from qdrant_client import QdrantClient
 
-    from regrad_qdrant.store import ClientStore
+    from regrad_qdrant.client_store import ClientStore
 
     client = QdrantClient(path=str(tmp_path / "local"))
     bank = GradientBank(client, "docs", SPACE)

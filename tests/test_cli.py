@@ -102,8 +102,9 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
 
 def test_eval_writes_the_contract(run, folder, tmp_path):
     code, out, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--modes", "direct,rag,regrad,random",
-        "--split", "dev", "--limit", "3", "--filter-field", "state", "--json", "out.json", "--predictions", "lines.jsonl",
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--split", "dev", "--limit", "3",
+        "--modes", "direct,rag,regrad,random", "--filter-field", "state", "--json", "out.json",
+        "--predictions", "lines.jsonl",
     )  # fmt: skip
     assert code == 0, err
     result = json.loads((tmp_path / "out.json").read_text())
@@ -184,7 +185,7 @@ def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, messag
 
 def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
     from regrad_qdrant.bank import point_id
-    from regrad_qdrant.store import EdgeStore
+    from regrad_qdrant.edge_store import EdgeStore
 
     ingest(run, folder)
     run("drop", "--collection", "docs", "--path", "bank", "--yes")

@@ -8,7 +8,8 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.episodes import EpisodeSource, bm25_hits
 from regrad_loaders.facts import generate
-from regrad_loaders.meta_train import MetaLearner, Trainer, calibrate, run
+from regrad_loaders.meta_learner import MetaLearner, calibrate
+from regrad_loaders.meta_train import Trainer, run
 from regrad_loaders.recipe import Recipe, Source
 from regrad_qdrant import Adapter, MetaInitialization
 from regrad_qdrant.errors import DataError
@@ -181,7 +182,8 @@ def test_a_run_leaves_an_initialization_and_its_metrics(tokenizer, tmp_path):
 
 def test_recipes_are_checked(tmp_path):
     path = tmp_path / "recipe.yaml"
-    good = "name: a\nbase_model: b\nspace: core\nrank: 4\nbasis_rank: 4\nlora_alpha: 8\ntargets: [up_proj]\nlayers: [0, 1]\n"
+    settings = ["name: a", "base_model: b", "space: core", "rank: 4", "basis_rank: 4", "lora_alpha: 8"]
+    good = "\n".join([*settings, "targets: [up_proj]", "layers: [0, 1]", ""])
     path.write_text(good + "data: [{facts: {people: 3, seed: 1}, weight: 1.0}]\n")
     assert Recipe.load(path).layers == (0, 1)
     for lines, message in (

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from regrad_loaders.data import Dataset, Question
-
 from regrad_qdrant.prompts import Prompt
 
 RETRIEVAL_DEPTH = 10

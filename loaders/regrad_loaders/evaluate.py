@@ -13,7 +13,6 @@ from typing import Any
 
 from regrad_loaders.data import Question
 from regrad_loaders.scores import accuracy, exact_match, f1
-
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.pipeline import MODES, Mode, ReGrad
 

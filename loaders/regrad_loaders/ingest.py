@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from regrad_loaders.data import Passage
-
 from regrad_qdrant.bank import Document, GradientBank, Hit
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.errors import DataError

@@ -1,10 +1,4 @@
-"""Meta-training: min over φ₀, α, U of Σ −log p(answer | question; θ, φ₀ − α ⊙ Σ wᵢ·g(dᵢ)), second order.
-
-One step works on an episode: all its passages go through the model in one batch, a zero change of the atom
-space in every row; the gradient of each row's loss by its own zero change is that passage's atom, and stays in
-the graph. Then all questions go through the model in one batch, row q with the update of the passages that q
-retrieved. Layers below the first adapted one never enter the graph.
-"""
+"""A meta-training run: a recipe's steps, with metrics, checkpoints and exact resumption."""
 
 from __future__ import annotations
 
@@ -14,27 +8,22 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import nn
 
 from regrad_loaders.data import read_folder
-from regrad_loaders.episodes import Episode, EpisodeSource, Example
+from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
+from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.recipe import Recipe
-from regrad_qdrant.errors import DataError, InitializationError
-from regrad_qdrant.gradients import document_losses, hidden_states, pad
+from regrad_qdrant.errors import DataError
 from regrad_qdrant.initialization import BaseModel, MetaInitialization
-from regrad_qdrant.merge import MergeRule, merge_weights
-from regrad_qdrant.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
-from regrad_qdrant.space import SPACES, LoraModule
-
-STEP_SIZE_GRID = tuple(10 ** (i / 4) for i in range(-8, 13))  # 0.01 to 1000, four a decade
+from regrad_qdrant.merge import MergeRule
 
 
 @dataclass(frozen=True)
@@ -48,144 +37,6 @@ class StepMetrics:
     seconds: float
     questions: int
     passages: int
-
-
-class MetaLearner(nn.Module):
-    """The outer parameters φ₀, log α, log τ (and U) over a live model, and the objective of one episode."""
-
-    def __init__(self, model: nn.Module, initialization: MetaInitialization, merge: str) -> None:
-        super().__init__()
-        self.initialization = initialization
-        self.model = [plug_in(model, initialization)]  # in a list: the base model's weights are no parameters of ours
-        self.merge = merge
-        layers = lora_layers(self.model[0])
-        live = live_space(self.model[0], initialization)
-        self.names = list(live.modules)
-        self.lora_a = nn.ParameterList(lora_weight(layers[name], "lora_A").requires_grad_(True) for name in self.names)
-        self.lora_b = nn.ParameterList(lora_weight(layers[name], "lora_B").requires_grad_(True) for name in self.names)
-        bases = [live.modules[name].basis for name in self.names]
-        self.basis = nn.ParameterList(nn.Parameter(basis.clone()) for basis in bases if basis is not None)
-        sizes = [initialization.step_sizes[name] for name in live.shapes]
-        self.log_step_size = nn.Parameter(torch.tensor(sizes).log())
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(initialization.merge.temperature)))
-        self.space = SPACES[initialization.kind](self.plug_in_modules())
-
-    def plug_in_modules(self) -> dict[str, LoraModule]:
-        scaling = self.initialization.lora_alpha / self.initialization.rank
-        bases: Sequence[Tensor | None] = list(self.basis) or [None] * len(self.names)
-        return {
-            name: LoraModule(a, b, scaling, u)
-            for name, a, b, u in zip(self.names, self.lora_a, self.lora_b, bases, strict=True)
-        }
-
-    def step_sizes(self) -> dict[str, Tensor]:
-        return dict(zip(self.space.shapes, self.log_step_size.exp(), strict=True))
-
-    def atoms(self, passages: Sequence[Sequence[int]], *, create_graph: bool) -> tuple[dict[str, Tensor], Tensor]:
-        """The atom of each passage, (passages, *shape) a tensor, and each passage's loss (passages,)."""
-        zeros = {
-            name: self.lora_a[0].new_zeros(len(passages), *shape).requires_grad_(True)
-            for name, shape in self.space.shapes.items()
-        }
-        ids, mask = pad(passages, self.pad_id)
-        with row_updates(self.model[0], self.space, zeros), sdpa_kernel(SDPBackend.MATH):
-            losses = document_losses(self.model[0], ids, mask)
-        grads = torch.autograd.grad(losses.sum(), list(zeros.values()), create_graph=create_graph)
-        return dict(zip(zeros, grads, strict=True)), losses
-
-    @property
-    def pad_id(self) -> int:
-        return int(self.model[0].config.pad_token_id or 0)
-
-    def answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """For every question, run with its own row of `rows`: the answer's mean negative log-likelihood and
-        whether greedy decoding would give it (questions,)."""
-        ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id)
-        with row_updates(self.model[0], self.space, rows):
-            hidden = hidden_states(self.model[0], ids, mask)
-        owner, position, target = [], [], []
-        for i, example in enumerate(examples):
-            owner += [i] * len(example.answer_ids)
-            position += range(len(example.prompt_ids) - 1, len(example.prompt_ids) + len(example.answer_ids) - 1)
-            target += example.answer_ids
-        index, goal = torch.tensor(owner), torch.tensor(target)
-        logits = self.model[0].get_output_embeddings()(hidden[index, torch.tensor(position)])
-        token_losses = nn.functional.cross_entropy(logits, goal, reduction="none")
-        lengths = torch.bincount(index, minlength=len(examples))
-        losses = token_losses.new_zeros(len(examples)).index_add(0, index, token_losses) / lengths
-        right = torch.zeros(len(examples)).index_add(0, index, (logits.detach().argmax(-1) == goal).float())
-        return losses, (right == lengths).float()
-
-    def updates(self, examples: Sequence[Example], atoms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """−α ⊙ Σ wᵢ·g(dᵢ) for every question: (questions, *shape) a tensor."""
-        count = next(iter(atoms.values())).shape[0]
-        scores = self.lora_a[0].new_zeros(len(examples), count)
-        present = torch.zeros(len(examples), count, dtype=torch.bool)
-        for i, example in enumerate(examples):
-            scores[i, example.rows], present[i, example.rows] = scores.new_tensor(example.scores), True
-        weights = merge_weights(self.merge, scores, present, self.log_temperature.exp())
-        sizes = self.step_sizes()
-        return {name: -sizes[name] * torch.einsum("qn,n...->q...", weights, atom) for name, atom in atoms.items()}
-
-    def objective(self, episode: Episode, *, create_graph: bool = True) -> tuple[Tensor, Tensor]:
-        """The episode's answer losses and greedy hits, (questions,) each."""
-        atoms, _ = self.atoms(episode.passages, create_graph=create_graph)
-        return self.answer_losses(episode.examples, self.updates(episode.examples, atoms))
-
-    def trained(self, card: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> MetaInitialization:
-        """The meta-initialization as learned so far, its tensors rounded to `dtype` as they are saved."""
-
-        def rounded(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype).float()
-
-        start = self.initialization
-        modules = {
-            name: LoraModule(
-                rounded(m.lora_a), rounded(m.lora_b), m.scaling, None if m.basis is None else rounded(m.basis)
-            )
-            for name, m in self.plug_in_modules().items()
-        }
-        return MetaInitialization(
-            base=start.base,
-            kind=start.kind,
-            lora_alpha=start.lora_alpha,
-            modules=modules,
-            step_sizes={name: float(size.detach()) for name, size in self.step_sizes().items()},
-            max_length=start.max_length,
-            merge=MergeRule(self.merge, float(self.log_temperature.detach().exp())),
-            passages_in_prompt=start.passages_in_prompt,
-            card=dict(card),
-        )
-
-
-def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[float, list[dict[str, float]]]:
-    """The step size that lowers the documents' own loss most within a trust region.
-
-    Each document's atom is applied with every size of the grid; `own` is the mean change of the document's
-    loss, `other` that of a document which the atom knows nothing of (the one half the list away). The trust
-    region: `other` may rise by no more than half of what `own` falls. Returns the size and the whole table.
-    """
-    atoms, before = learner.atoms(passages, create_graph=False)
-    batch = pad(passages, learner.pad_id)
-    half = len(passages) // 2
-    table = []
-    with torch.no_grad():
-        for size in STEP_SIZE_GRID:
-            changes = []
-            for shift in (0, half):
-                rows = {name: -size * atom.roll(shift, 0) for name, atom in atoms.items()}
-                with row_updates(learner.model[0], learner.space, rows):
-                    changes.append(float((document_losses(learner.model[0], *batch) - before).mean()))
-            own, other = changes
-            table.append({"step_size": size, "own": own, "other": other})
-            if own > 0.5:
-                break  # far past the minimum
-    trusted = [row for row in table if row["own"] < 0 and row["other"] <= -0.5 * row["own"]]
-    if not trusted:
-        raise InitializationError(
-            f"no step size lowers the documents' loss; tried {[row['step_size'] for row in table]}"
-        )
-    return min(trusted, key=lambda row: row["own"])["step_size"], table
 
 
 class Trainer:

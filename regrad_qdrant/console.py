@@ -1,0 +1,93 @@
+"""What the command line shows: tables, reports and progress bars."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from regrad_loaders.evaluate import Evaluation
+    from regrad_loaders.ingest import IngestReport
+
+console = Console(width=None if sys.stdout.isatty() else 160)
+errors = Console(stderr=True)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields the function that advances it."""
+    columns = (
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
+    )  # fmt: skip
+    started, done = time.perf_counter(), 0
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(what, total=total, rate="")
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            rate = f"{done / (time.perf_counter() - started):.1f}/s"
+            bar.update(task, advance=count, rate=rate)
+
+        yield advance
+
+
+def print_report(report: IngestReport) -> None:
+    console.print(
+        f"{report.points_added} points added, {report.atoms_written} atoms written, {report.present} present, "
+        f"{report.truncated} truncated, {len(report.skipped)} skipped; {report.documents_per_second:.1f} documents/s",
+        highlight=False,
+    )
+    for key, reason in list(report.skipped.items())[:20]:
+        errors.print(f"skipped {key}: {reason}", style="yellow", markup=False)
+
+
+def answers_table(result: Evaluation, modes: list[Any]) -> Table:
+    table = Table(title="The same questions in every mode; what is right is green")
+    for name in ("question", "gold", *modes):
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=2 if name == "question" else 1)
+    rows: dict[str, dict[str, Any]] = {}
+    for prediction in result.predictions:
+        rows.setdefault(prediction.id, {})[prediction.mode] = prediction
+    for by_mode in rows.values():
+        first = next(iter(by_mode.values()))
+        cells = [
+            f"[green]{_escape(p.prediction)}[/green]" if p.em else _escape(p.prediction)
+            for p in (by_mode[mode] for mode in modes)
+        ]
+        table.add_row(_escape(first.question), _escape(first.answers[0]), *cells)
+    return table
+
+
+def scores_table(result: Evaluation) -> Table:
+    table = Table(
+        "mode", "type", "n", "F1", "EM", "accuracy", "seconds per answer", "prompt tokens", title="Scores, 0 to 100"
+    )
+    for row in result.results():
+        table.add_row(
+            row["mode"],
+            row["type"],
+            str(row["n"]),
+            f"{100 * row['f1']:.1f}",
+            f"{100 * row['em']:.1f}",
+            "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}",
+            f"{row['seconds'] / row['n']:.2f}",
+            f"{row['prompt_tokens']:.0f}",
+        )
+    if result.recall_at_k is not None:
+        table.caption = f"retrieval recall at k: {100 * result.recall_at_k:.1f}"
+    return table
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,257 @@
+"""A collection as an embedded Qdrant Edge shard on disk, and the translation of filters for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrad_qdrant.errors import BankError, StoreUnavailableError
+from regrad_qdrant.store import (
+    Payload,
+    Point,
+    PointId,
+    SparseVector,
+    StoredPoint,
+    Vector,
+    VectorNames,
+    WithPayload,
+    plain_id,
+)
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
+
+METADATA_FILE = "regrad_metadata.json"
+
+
+class EdgeStore:
+    """A collection as an embedded Qdrant Edge shard in a folder of its own. One process opens it at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self._shard: Any = None
+
+    @property
+    def shard(self) -> Any:
+        """The open shard."""
+        if self._shard is None:
+            from qdrant_edge import EdgeShard
+
+            if not self.exists():
+                raise BankError(f"there is no collection {self.name!r} in {self.folder.parent}: ingest a corpus first")
+            with self._errors():
+                self._shard = EdgeShard.load(str(self.folder))
+        return self._shard
+
+    def exists(self) -> bool:
+        return (self.folder / "edge_config.json").is_file()
+
+    def create(self, vectors: VectorNames) -> None:
+        import qdrant_edge as edge
+
+        config = edge.EdgeConfig(
+            vectors={name: edge.EdgeVectorParams(size, edge.Distance.Cosine) for name, size in vectors.dense.items()},
+            sparse_vectors={name: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf) for name in vectors.sparse},
+        )
+        with self._errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._shard = edge.EdgeShard.create(str(self.folder), config)
+            self._shard.flush()
+
+    def vectors(self) -> VectorNames:
+        _ = self.shard  # exists, and its configuration is on disk
+        config = json.loads((self.folder / "edge_config.json").read_text(encoding="utf-8"))
+        dense = config.get("vectors") or {}
+        named = {"": dense} if "size" in dense else dense
+        return VectorNames(
+            {name: vector["size"] for name, vector in named.items()}, tuple(config.get("sparse_vectors") or ())
+        )
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        import qdrant_edge as edge
+
+        rows = [
+            edge.Point(point.id, {name: _edge_vector(vector) for name, vector in point.vectors.items()}, point.payload)
+            for point in points
+        ]
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.upsert_points(rows))
+
+    def set_payload(self, values: Sequence[tuple[PointId, Payload]]) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            for key, payload in values:
+                only = edge.Filter(must=[edge.HasIdCondition({key})])
+                self.shard.update(edge.UpdateOperation.set_payload_by_filter(only, payload))
+            self.shard.flush()
+
+    def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.delete_payload_by_filter(_edge_filter(query_filter), keys))
+            self.shard.flush()
+
+    def search(
+        self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
+    ) -> list[StoredPoint]:
+        import qdrant_edge as edge
+
+        request = edge.QueryRequest(
+            limit=limit,
+            query=edge.Query.Nearest(_edge_vector(vector), using=using or None),
+            filter=None if query_filter is None else _edge_filter(query_filter),
+            with_payload=with_payload,
+        )
+        with self._errors():
+            found = self.shard.query(request)
+        return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found]
+
+    def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
+        with self._errors():
+            found = self.shard.retrieve(list(ids), with_payload, False)
+        return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
+
+    def scroll(
+        self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
+    ) -> tuple[list[StoredPoint], PointId | None]:
+        import qdrant_edge as edge
+
+        request = edge.ScrollRequest(
+            offset=offset,
+            limit=limit,
+            filter=None if query_filter is None else _edge_filter(query_filter),
+            with_payload=with_payload,
+        )
+        with self._errors():
+            found, following = self.shard.scroll(request)
+        points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
+        return points, None if following is None else plain_id(following)
+
+    def count(self, query_filter: Filter | None = None) -> int:
+        import qdrant_edge as edge
+
+        with self._errors():
+            return int(
+                self.shard.count(
+                    edge.CountRequest(exact=True, filter=None if query_filter is None else _edge_filter(query_filter))
+                )
+            )
+
+    def create_keyword_index(self, key: str) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.create_field_index(key, edge.PayloadSchemaType.Keyword))
+
+    def read_metadata(self) -> dict[str, Any]:
+        path = self.folder / METADATA_FILE
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+    def write_metadata(self, metadata: dict[str, Any]) -> None:
+        partial = self.folder / f"{METADATA_FILE}.partial"
+        partial.write_text(json.dumps(self.read_metadata() | metadata), encoding="utf-8")
+        os.replace(partial, self.folder / METADATA_FILE)
+
+    def close(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """The engine raises plain `Exception` with a message; sort it into ours."""
+        try:
+            yield
+        except BankError:
+            raise
+        except Exception as error:  # noqa: BLE001 (qdrant_edge has no exception type of its own)
+            message = str(error)
+            if "WouldBlock" in message or "lock" in message.lower():
+                raise StoreUnavailableError(
+                    f"the collection folder {self.folder} is open in another process: wait for it or stop it"
+                ) from error
+            raise BankError(f"collection {self.name!r} in {self.folder.parent}: {message}") from error
+
+
+def _edge_vector(vector: Vector) -> Any:
+    import qdrant_edge as edge
+
+    return edge.SparseVector(vector.indices, vector.values) if isinstance(vector, SparseVector) else vector
+
+
+def _edge_filter(query_filter: Filter) -> Any:
+    import qdrant_edge as edge
+
+    def conditions(group: Any) -> list[Any] | None:
+        if group is None:
+            return None
+        return [_edge_condition(condition) for condition in (group if isinstance(group, list) else [group])]
+
+    minimum = query_filter.min_should
+    return edge.Filter(
+        must=conditions(query_filter.must),
+        should=conditions(query_filter.should),
+        must_not=conditions(query_filter.must_not),
+        min_should=None
+        if minimum is None
+        else edge.MinShould([_edge_condition(condition) for condition in minimum.conditions], minimum.min_count),
+    )
+
+
+def _edge_condition(condition: Any) -> Any:
+    import qdrant_edge as edge
+    from qdrant_client import models
+
+    if isinstance(condition, models.Filter):
+        return _edge_filter(condition)
+    if isinstance(condition, models.HasIdCondition):
+        return edge.HasIdCondition(set(condition.has_id))
+    if isinstance(condition, models.IsEmptyCondition):
+        return edge.IsEmptyCondition(condition.is_empty.key)
+    if isinstance(condition, models.IsNullCondition):
+        return edge.IsNullCondition(condition.is_null.key)
+    if isinstance(condition, models.NestedCondition):
+        return edge.NestedCondition(condition.nested.key, _edge_filter(condition.nested.filter))
+    if isinstance(condition, models.FieldCondition):
+        parts = {name: value for name, value in condition if name != "key" and value is not None}
+        if set(parts) <= {"match", "range"}:
+            return edge.FieldCondition(
+                condition.key,
+                match=_edge_match(parts["match"]) if "match" in parts else None,
+                range=_edge_range(parts["range"]) if "range" in parts else None,
+            )
+    raise BankError(f"this filter condition is not supported on an embedded Edge shard: {condition!r}")
+
+
+def _edge_match(match: Any) -> Any:
+    import qdrant_edge as edge
+    from qdrant_client import models
+
+    makers: dict[type, Callable[[Any], Any]] = {
+        models.MatchValue: lambda m: edge.MatchValue(m.value),
+        models.MatchAny: lambda m: edge.MatchAny(m.any),
+        models.MatchExcept: lambda m: edge.MatchExcept(m.except_),
+        models.MatchText: lambda m: edge.MatchText(m.text),
+    }
+    if type(match) not in makers:
+        raise BankError(f"this match is not supported on an embedded Edge shard: {match!r}")
+    return makers[type(match)](match)
+
+
+def _edge_range(bounds: Any) -> Any:
+    import qdrant_edge as edge
+    from qdrant_client import models
+
+    limits = {name: getattr(bounds, name) for name in ("gte", "gt", "lte", "lt")}
+    if isinstance(bounds, models.DatetimeRange):
+        return edge.RangeDateTime(
+            **{name: None if value is None else value.isoformat() for name, value in limits.items()}
+        )
+    return edge.RangeFloat(**limits)
