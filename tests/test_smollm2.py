@@ -1,0 +1,72 @@
+"""The real model, the real engine and the shipped meta-initialization."""
+
+import hashlib
+
+import pytest
+import torch
+
+from regrad_loaders.evaluate import evaluate
+from regrad_loaders.facts import generate
+from regrad_loaders.ingest import add_corpus, attach_atoms
+from regrad_qdrant import GradientBank, MetaInitialization, ReGrad, load_base_model
+from regrad_qdrant.cli import DEFAULT_INIT
+from regrad_qdrant.plugin import lora_layers, lora_weight
+
+
+@pytest.fixture(scope="module")
+def initialization():
+    return MetaInitialization.load(DEFAULT_INIT)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return generate("demo", 14, 5, questions_per_person=1)
+
+
+@pytest.fixture(scope="module")
+def regrad(initialization, tmp_path_factory, world):
+    model, tokenizer = load_base_model(initialization.base.name)
+    with GradientBank.open(tmp_path_factory.mktemp("bank"), "people", initialization.fingerprint) as bank:
+        regrad = ReGrad(model, tokenizer, bank, initialization)
+        add_corpus(bank, world.passages, regrad.gradients)
+        attach_atoms(bank, regrad.gradients, "int4")
+        yield regrad
+
+
+def test_the_initialization_says_what_made_it(initialization):
+    assert {"recipe", "steps", "questions_seen", "scores"} <= set(initialization.card)
+    assert initialization.card["recipe"]["seed"] is not None
+    assert all(source["split"] == "train" for source in initialization.card["recipe"]["data"])
+
+
+def test_batched_atoms_equal_one_document_autograd(regrad, world):
+    gradients = regrad.gradients
+    texts = [world.passages[0].text, world.passages[1].text[:60], " ".join(p.text for p in world.passages[:3])]
+    documents = [gradients.encode(text) for text in texts]
+    atoms = gradients.space.unflatten(gradients.atoms(documents))
+    layers = lora_layers(gradients.model)
+    for row, document in enumerate(documents):
+        weights = {name: lora_weight(layers[name], "lora_B").requires_grad_(True) for name in gradients.space.modules}
+        ids = torch.tensor([document.ids])
+        loss = gradients.model(input_ids=ids, labels=ids).loss
+        grads = torch.autograd.grad(loss, list(weights.values()))
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        for (name, module), g_b in zip(gradients.space.modules.items(), grads, strict=True):
+            expected, found = module.basis.T @ g_b, atoms[f"{name}.core"][row]
+            assert torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0) >= 0.9999
+            assert (found - expected).norm() <= 1e-4 * expected.norm()
+
+
+def test_retrieved_gradients_answer_what_the_model_can_not_know(regrad, world):
+    before = _digest(regrad)
+    result = evaluate(regrad, world.questions, ["direct", "regrad", "random"], top_k=3)
+    assert result.f1_of("regrad") >= result.f1_of("direct") + 0.4
+    assert result.f1_of("regrad") >= result.f1_of("random") + 0.3
+    assert _digest(regrad) == before
+    prompts = {row["mode"]: row["prompt_tokens"] for row in result.results()}
+    assert prompts["regrad"] == prompts["direct"]  # nothing of the documents is in the prompt
+
+
+def _digest(regrad):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in regrad.adapter.model.parameters())).hexdigest()
