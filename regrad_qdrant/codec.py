@@ -200,14 +200,13 @@ class NF4(Codec):
 
     def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
         import torch
-        from bitsandbytes.functional import dequantize_4bit
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
         rows = []
         for codes, scales in zip(parts["codes"], parts["scales"].view(torch.float32), strict=True):
-            row = dequantize_4bit(
-                codes.unsqueeze(1), absmax=scales, blocksize=BLOCK, quant_type="nf4", out=torch.empty(len(codes) * 2)
-            )
-            rows.append(row[:numel])
+            shape = torch.Size([2 * len(codes)])
+            state = QuantState(scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=torch.float32)
+            rows.append(dequantize_4bit(codes.unsqueeze(1), state).flatten()[:numel])
         return torch.stack(rows)
 
 
