@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -93,19 +92,18 @@ class Adapter:
             yield
 
     @contextlib.contextmanager
-    def applied_sum(self, atom_sum: Tensor) -> Iterator[float]:
-        """As `applied`, for an atom sum (numel,) that `decode` made. Yields the seconds that writing took."""
+    def applied_sum(self, atom_sum: Tensor) -> Iterator[None]:
+        """As `applied`, for an atom sum (numel,) that `decode` made."""
         if atom_sum.shape != (self.space.numel,):
             raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
         with self._turn():
-            started = time.perf_counter()
             before: list[tuple[nn.Parameter, Tensor]] = []
             try:
                 for name, update in self._update(atom_sum).items():
                     parameter = self._parameters[name]
                     before.append((parameter, parameter.data))
                     parameter.data = self._written(name, parameter.data, update)
-                yield time.perf_counter() - started
+                yield
             finally:
                 for parameter, initial in before:
                     parameter.data = initial
@@ -119,8 +117,13 @@ class Adapter:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Inside the block the model is the bare base model."""
-        with self._turn(), self.model.disable_adapter():
-            yield
+        with self._turn():
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:
+                for parameter in self._parameters.values():  # peft makes them trainable when it enables them again
+                    parameter.requires_grad_(False)
 
     def _update(self, atom_sum: Tensor) -> dict[str, Tensor]:
         """The change of the LoRA tensors, −α ⊙ sum mapped back by the space."""

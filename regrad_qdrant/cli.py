@@ -410,9 +410,10 @@ def main() -> None:
         line = " ".join(str(error).split())
         errors.print(f"error: {line}", style="red", markup=False, soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("stopped: start the same command again to go on", style="yellow")
-        sys.exit(130)
+    except SystemExit as stopped:
+        if stopped.code == 130:  # what typer makes of Ctrl-C
+            errors.print("stopped: start the same command again to go on", style="yellow")
+        raise
 
 
 # -- the parts that commands share ----------------------------------------------------------------------

@@ -139,6 +139,7 @@ def test_disabled_is_the_bare_model(model, initialization):
     assert not torch.equal(adapter.model(input_ids=IDS).logits, plain)
     with adapter.disabled():
         assert torch.equal(adapter.model(input_ids=IDS).logits, plain)
+    assert not any(parameter.requires_grad for parameter in adapter.model.parameters())
 
 
 def test_follows_a_model_that_moves_to_another_type(adapter):
