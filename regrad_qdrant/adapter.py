@@ -137,8 +137,10 @@ class Adapter:
 
         buffer = self._buffers.get(name)
         if buffer is None or buffer.device != initial.device or buffer.dtype != initial.dtype:
-            buffer = self._buffers[name] = torch.empty_like(initial)
-        return torch.add(initial, update, out=buffer)
+            with torch.inference_mode(False):  # the buffer outlives a caller's inference mode
+                buffer = self._buffers[name] = torch.empty_like(initial)
+        with torch.no_grad():
+            return torch.add(initial, update, out=buffer)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:

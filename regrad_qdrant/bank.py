@@ -123,6 +123,9 @@ class GradientBank:
         max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> None:
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
+        own = [*layout.fields(), "id"]
+        if not payload_key or set(payload_key) & set('.[]"') or payload_key in own:
+            raise BankError(f"payload key {payload_key!r}: needs a name without dots or brackets that is none of {own}")
         self.space = space
         self.payload_key = payload_key
         self.layout = layout
@@ -156,7 +159,8 @@ class GradientBank:
         """Make the collection with one vector for each embedder, if it is not there yet, and the index on the space.
 
         Raises:
-            BankError: if it exists without a vector that an embedder makes.
+            BankError: if it exists without a vector that an embedder makes, or with one that none makes: documents
+                added here would lack it.
         """
         if not self.store.exists():
             dense = {name: size for name, embedder in self.embedders.items() if (size := embedder.size) is not None}
@@ -167,6 +171,12 @@ class GradientBank:
             for name in self.embedders:
                 if name not in present:
                     raise self._no_vector(name, present)
+            unmade = [name for name in (*present.dense, *present.sparse) if name not in self.embedders]
+            if unmade:
+                raise BankError(
+                    f"collection {self.store.name!r} has a vector {unmade[0]!r} that nothing here makes, and documents "
+                    "added now would lack it: give its model too (--dense)"
+                )
         self.index()
 
     def index(self) -> None:
@@ -183,21 +193,41 @@ class GradientBank:
     def add(self, documents: Iterable[Document]) -> int:
         """Write new points with their vectors and payloads, without atoms; returns how many.
 
-        An existing point of the same id is replaced, its atom included: add only what is new or has changed.
+        An existing point of the same id is replaced, its atom included; `sync` keeps what is there.
         """
         written = 0
         for page in _pages(documents, PAGE):
-            texts = [self._text(document.payload, document.id) for document in page]
-            vectors = {name: embedder.documents(texts) for name, embedder in self.embedders.items()}
-            points = [
-                Point(point_id(document.id), {name: rows[i] for name, rows in vectors.items()}, document.payload)
-                for i, document in enumerate(page)
-            ]
-            sized = ((point, _json_bytes(point.payload) + _vector_bytes(point.vectors)) for point in points)
-            for batch in self._bounded(sized, lambda point: point.id):
+            points = self._points(page)
+            for batch in self._bounded(_sized(points), lambda point: point.id):
                 self.store.upsert(batch)
             written += len(points)
         return written
+
+    def sync(self, documents: Iterable[Document]) -> tuple[int, int]:
+        """Add the documents that are new, and bring those that differ up to date; returns how many of each.
+
+        A point that is there keeps every field that the document does not have, its atom among them; where the
+        text has changed, its vectors are made anew and its atom is `stale` from then on.
+        """
+        added, updated = 0, 0
+        for page in _pages(documents, PAGE):
+            fields = sorted({*self.layout.fields(), *(name for document in page for name in document.payload)})
+            found = {point.id: point.payload for point in self.store.retrieve([point_id(d.id) for d in page], fields)}
+            there = [(document, found.get(point_id(document.id))) for document in page]
+            added += self.add(document for document, payload in there if payload is None)
+            differing = [
+                (document, payload)
+                for document, payload in there
+                if payload is not None and any(payload.get(key) != value for key, value in document.payload.items())
+            ]
+            reworded = [d for d, payload in differing if self.layout.text_of(payload) != self.layout.text_of(d.payload)]
+            for batch in self._bounded(_sized(self._points(reworded)), lambda point: point.id):
+                self.store.update_vectors(batch)
+            values = ((point_id(document.id), document.payload) for document, _ in differing)
+            for batch in self._bounded(((value, _json_bytes(value[1])) for value in values), lambda value: value[0]):
+                self.store.set_payload(batch)
+            updated += len(differing)
+        return added, updated
 
     def put(self, records: Iterable[tuple[PointId, Record]]) -> int:
         """Attach atoms to existing points; returns how many. Nothing but the bank's own key is written.
@@ -212,15 +242,6 @@ class GradientBank:
             self.store.set_payload(batch)
             written += len(batch)
         return written
-
-    def unchanged(self, documents: Sequence[Document]) -> list[bool]:
-        """For each document whether its point is there already with the same text."""
-        keys = [point_id(document.id) for document in documents]
-        found = {point.id: point.payload for point in self.store.retrieve(keys, self.layout.fields())}
-        return [
-            key in found and self.layout.text_of(found[key]) == self.layout.text_of(document.payload)
-            for key, document in zip(keys, documents, strict=True)
-        ]
 
     @property
     def has_atom(self) -> Filter:
@@ -348,6 +369,15 @@ class GradientBank:
             record = Record.from_payload(value)
         return Hit(point.id, point.score, self.layout.text_of(payload) or "", payload, record)
 
+    def _points(self, documents: Sequence[Document]) -> list[Point]:
+        """The points of new documents with their vectors."""
+        texts = [self._text(document) for document in documents]
+        vectors = {name: embedder.documents(texts) for name, embedder in self.embedders.items()} if texts else {}
+        return [
+            Point(point_id(document.id), {name: rows[i] for name, rows in vectors.items()}, document.payload)
+            for i, document in enumerate(documents)
+        ]
+
     def _using(self, using: str | None) -> str:
         if using is not None:
             return using
@@ -361,11 +391,14 @@ class GradientBank:
             f"collection {self.store.name!r} has no vector {name!r}; it has {names or 'none'}: name one of these"
         )
 
-    def _text(self, payload: Payload, key: str | int) -> str:
-        text = self.layout.text_of(payload)
+    def _text(self, document: Document) -> str:
+        text = self.layout.text_of(document.payload)
         if text is None:
+            fields = sorted(document.payload)
+            raise BankError(f"document {document.id!r} has no text under {self.layout.text!r}; its fields are {fields}")
+        if self.payload_key in document.payload:
             raise BankError(
-                f"document {key!r} has no text under {self.layout.text!r}; its fields are {sorted(payload)}"
+                f"document {document.id!r} has a field {self.payload_key!r} of its own: choose --payload-key"
             )
         return text
 
@@ -410,6 +443,10 @@ def _pages(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
             page = []
     if page:
         yield page
+
+
+def _sized(points: Iterable[Point]) -> Iterator[tuple[Point, int]]:
+    return ((point, _json_bytes(point.payload) + _vector_bytes(point.vectors)) for point in points)
 
 
 def _json_bytes(value: Any) -> int:

@@ -81,6 +81,7 @@ def demo(
     from regrad_loaders.facts import generate
 
     chosen = parse_modes(modes)
+    _check_outputs(json_out, predictions)
     world = generate("demo", DEMO_PEOPLE, DEMO_SEED, questions_per_person=1)
     questions = world.questions[:limit]
     initialization, model, tokenizer = _load(init, None)
@@ -154,6 +155,7 @@ def ingest(
     from regrad_qdrant.errors import BankError
 
     get_codec(codec)
+    _check_outputs(json_out)
     if (corpus is None) == (from_collection is None):
         raise DataError("give either --corpus FILE with --collection NAME, or --from-collection NAME")
     if corpus is not None and collection is None:
@@ -233,9 +235,10 @@ def ask(
     except ValueError as error:
         raise DataError(str(error)) from error
     store = _existing(collection, url, path)
-    _check_vector(store, using)
+    if chosen not in ("direct", "init"):
+        _check_vector(store, using)
     initialization, base, tokenizer = _load(init, model)
-    with _bank(store, initialization, payload_key, dense, text_path) as bank:
+    with _bank(store, initialization, payload_key, dense, text_path, using) as bank:
         regrad = _regrad(base, tokenizer, bank, initialization, merge)
         answer = regrad.answer(
             prompt.question, mode=chosen, top_k=top_k, type=prompt.type, choices=prompt.choices, using=using
@@ -283,15 +286,20 @@ def evaluation(
     using: Using = None,
     dense: Dense = None,
     merge: Merge = None,
+    payload_key: Key = DEFAULT_KEY,
+    text_path: Annotated[str, typer.Option("--text-path", help="Where payloads keep the text.")] = "text",
     json_out: JsonOut = None,
     predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
 ) -> None:
     """Answer a question file in several modes, side by side, and score the answers."""
     from regrad_loaders.data import read_corpus, read_questions
-    from regrad_loaders.evaluate import evaluate, parse_modes, select, write_predictions
+    from regrad_loaders.evaluate import evaluate, field_filter, parse_modes, select, write_predictions
 
     chosen = parse_modes(modes)
+    _check_outputs(json_out, predictions)
     questions = select(read_questions(qa), split, limit)
+    for question in questions:
+        field_filter(question, filter_field)
     passages = read_corpus(corpus) if corpus is not None else None
     if passages is None and collection is None:
         raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
@@ -300,8 +308,12 @@ def evaluation(
             store = _store(collection, url, path) if passages is not None else _existing(collection, url, path)
         else:
             store = _store("eval", None, Path(folder))
+        if store.exists():
+            _check_vector(store, using)
+        elif _vector(using) != "bm25" and dense is None:
+            raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
         initialization, base, tokenizer = _load(init, model)
-        with _bank(store, initialization, DEFAULT_KEY, dense) as bank:
+        with _bank(store, initialization, payload_key, dense, text_path, using) as bank:
             regrad = _regrad(base, tokenizer, bank, initialization, merge)
             report = _ingest_corpus(regrad, passages, codec) if passages is not None else None
             settings = {
@@ -312,15 +324,20 @@ def evaluation(
                 "limit": limit,
                 "modes": chosen,
                 "top_k": top_k,
-                "using": using or "bm25",
+                "using": _vector(using),
+                "dense": dense,
                 "filter_field": filter_field,
+                "collection": collection,
+                "url": url,
+                "path": str(path) if path else None,
+                "payload_key": payload_key,
+                "text_path": text_path,
                 "init": init,
                 "base_model": model or initialization.base.name,
                 "space": initialization.fingerprint,
-                "codec": codec,
+                "codec": bank.status().codec,
                 "merge": asdict(regrad.merge),
             }
-            _check_vector(store, using)
             with progress("Answering", len(questions) * len(chosen)) as advance:
                 result = evaluate(
                     regrad,
@@ -442,15 +459,15 @@ def _existing(collection: str, url: str | None, path: Path | None) -> Store:
 
 
 def _check_vector(store: Store, using: str | None) -> None:
-    """Refuse a vector that the collection lacks before the model is loaded."""
+    """Refuse a vector that the collection lacks, before the model is loaded."""
     from regrad_qdrant.errors import BankError
 
     present = store.vectors()
-    if (using or "bm25") not in present:
+    if _vector(using) not in present:
         names = [name or "the unnamed one" for name in (*present.dense, *present.sparse)]
         raise BankError(
-            f"collection {store.name!r} has no vector {using or 'bm25'!r}; it has {', '.join(names) or 'none'}: "
-            "choose with --using"
+            f"collection {store.name!r} has no vector {_vector(using)!r}; it has {', '.join(names) or 'none'}: "
+            "choose with --using NAME (and --dense MODEL for a dense one)"
         )
 
 
@@ -467,7 +484,12 @@ def _load(init: str, model: str | None) -> tuple[MetaInitialization, Any, Any]:
 
 @contextmanager
 def _bank(
-    store: Store, initialization: MetaInitialization, payload_key: str, dense: str | None, text_path: str = "text"
+    store: Store,
+    initialization: MetaInitialization,
+    payload_key: str,
+    dense: str | None,
+    text_path: str = "text",
+    using: str | None = None,
 ) -> Iterator[GradientBank]:
     from regrad_qdrant.bank import GradientBank
     from regrad_qdrant.embed import Bm25, DenseEmbedder, Embedder
@@ -475,7 +497,7 @@ def _bank(
 
     embedders: dict[str, Embedder] = {"bm25": Bm25()}
     if dense is not None:
-        embedders["dense"] = DenseEmbedder(dense)
+        embedders["dense" if using in (None, "bm25") else str(using)] = DenseEmbedder(dense)
     layout = CORPUS if text_path == CORPUS.text else Layout("given", text_path)
     bank = GradientBank(
         store, store.name, initialization.fingerprint, payload_key=payload_key, layout=layout, embedders=embedders
@@ -506,7 +528,7 @@ def _ingest_corpus(regrad: ReGrad, passages: Any, codec: str, batch_tokens: int 
     with console.status("Adding passages"):
         added = add_corpus(regrad.bank, passages, regrad.gradients)
     report = _attach(regrad, codec, batch_tokens)
-    report.points_added = added
+    report.points_added, report.points_updated = added
     return report
 
 
@@ -516,6 +538,19 @@ def _attach(regrad: ReGrad, codec: str, batch_tokens: int) -> IngestReport:
     bank = regrad.bank
     with progress("Computing atoms", bank.store.count(bank.lacks_atom)) as advance:
         return attach_atoms(bank, regrad.gradients, codec, advance, batch_tokens=batch_tokens)
+
+
+def _vector(using: str | None) -> str:
+    return "bm25" if using is None else using
+
+
+def _check_outputs(*paths: Path | None) -> None:
+    """Refuse files that can't be written before the long work begins."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise DataError(
+                f"can't write {path}: there is no folder {path.parent} to write to, or it is a folder itself"
+            )
 
 
 def _write_json(path: Path | None, value: dict[str, Any]) -> None:

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 class ClientStore:
     """A collection behind a `QdrantClient`: a running server, or the client's own in-process engine."""
 
-    def __init__(self, client: QdrantClient, name: str) -> None:
+    def __init__(self, client: QdrantClient, name: str, *, owns_client: bool = False) -> None:
         self.client = client
         self.name = name
+        self.owns_client = owns_client  # whether `close` closes it
 
     def exists(self) -> bool:
         with client_errors(self.name):
@@ -72,6 +73,16 @@ class ClientStore:
         ]
         with client_errors(self.name):
             self.client.upsert(self.name, structs, wait=True)
+
+    def update_vectors(self, points: Sequence[Point]) -> None:
+        from qdrant_client import models
+
+        rows = [
+            models.PointVectors(id=point.id, vector={name: _client_vector(v) for name, v in point.vectors.items()})
+            for point in points
+        ]
+        with client_errors(self.name):
+            self.client.update_vectors(self.name, rows, wait=True)
 
     def set_payload(self, values: Sequence[tuple[PointId, Payload]]) -> None:
         from qdrant_client import models
@@ -143,7 +154,8 @@ class ClientStore:
             self.client.update_collection(self.name, metadata=metadata)
 
     def close(self) -> None:
-        self.client.close()
+        if self.owns_client:
+            self.client.close()
 
 
 def _client_vector(vector: Vector) -> Any:

@@ -42,7 +42,8 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 def print_report(report: IngestReport) -> None:
     console.print(
-        f"{report.points_added} points added, {report.atoms_written} atoms written, {report.present} present, "
+        f"{report.points_added} points added, {report.points_updated} updated, "
+        f"{report.atoms_written} atoms written, {report.present} present, "
         f"{report.truncated} truncated, {len(report.skipped)} skipped; {report.documents_per_second:.1f} documents/s",
         highlight=False,
     )

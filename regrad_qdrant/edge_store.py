@@ -82,6 +82,16 @@ class EdgeStore:
         with self._errors():
             self.shard.update(edge.UpdateOperation.upsert_points(rows))
 
+    def update_vectors(self, points: Sequence[Point]) -> None:
+        import qdrant_edge as edge
+
+        rows = [
+            edge.PointVectors(point.id, {name: _edge_vector(vector) for name, vector in point.vectors.items()})
+            for point in points
+        ]
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.update_vectors(rows))
+
     def set_payload(self, values: Sequence[tuple[PointId, Payload]]) -> None:
         import qdrant_edge as edge
 

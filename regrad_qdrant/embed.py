@@ -65,7 +65,10 @@ class DenseEmbedder:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise BankError("dense vectors need sentence-transformers: pip install 'regrad-qdrant[dense]'") from error
-        return SentenceTransformer(resolve_package(self.name))
+        try:
+            return SentenceTransformer(resolve_package(self.name))
+        except (OSError, ValueError) as error:
+            raise BankError(f"can't load the sentence-transformers model {self.name!r}: {error}") from error
 
     @property
     def size(self) -> int | None:

@@ -87,7 +87,10 @@ class GradientComputer:
         Raises:
             DataError: for a text of fewer than two tokens: there is no next token to predict.
         """
-        ids = self.tokenizer(text, verbose=False).input_ids
+        try:
+            ids = self.tokenizer(text, verbose=False).input_ids
+        except (TypeError, UnicodeError) as error:  # a lone surrogate
+            raise DataError(f"the text {text[:40]!r} is no valid Unicode: {error}") from error
         if len(ids) < 2:
             raise DataError(f"the text {text[:40]!r} has {len(ids)} token(s); a gradient needs at least 2")
         return EncodedDocument(ids[: self.max_length], len(ids) > self.max_length)
@@ -100,11 +103,11 @@ class GradientComputer:
         import torch
 
         device = next(self.model.parameters()).device
-        ids, mask = pad([document.ids for document in documents], self.tokenizer.pad_token_id or 0, device)
         atoms: dict[str, Tensor] = {}
-        with torch.enable_grad(), _capture(self.model, self.space, atoms):
+        with torch.inference_mode(False), torch.enable_grad(), _capture(self.model, self.space, atoms):
+            ids, mask = pad([document.ids for document in documents], self.tokenizer.pad_token_id or 0, device)
             document_losses(self.model, ids, mask).sum().backward()
-        return self.space.flatten({name: atom.float() for name, atom in atoms.items()})
+            return self.space.flatten({name: atom.float() for name, atom in atoms.items()})
 
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:

@@ -77,6 +77,9 @@ class Store(Protocol):
 
     def upsert(self, points: Sequence[Point]) -> None: ...
 
+    def update_vectors(self, points: Sequence[Point]) -> None:
+        """Replace the vectors of existing points; their payloads stay."""
+
     def set_payload(self, values: Sequence[tuple[PointId, Payload]]) -> None:
         """Set top-level keys of existing points; ids that are gone are passed over."""
 
@@ -119,15 +122,15 @@ def open_store(
         with client_errors(collection):
             client = QdrantClient(url=url, api_key=api_key, timeout=CLIENT_TIMEOUT, check_compatibility=False)
             client.get_collections()
-        return ClientStore(client, collection)
+        return ClientStore(client, collection, owns_client=True)
     folder = Path(path or "regrad_bank")
-    if not collection or Path(collection).name != collection:
+    if not collection or Path(collection).name != collection or collection == "..":
         raise BankError(f"{collection!r} is no collection name for a folder: it must not contain a path")
     if (folder / "meta.json").is_file():
         from qdrant_client import QdrantClient
 
         try:
-            return ClientStore(QdrantClient(path=str(folder)), collection)
+            return ClientStore(QdrantClient(path=str(folder)), collection, owns_client=True)
         except RuntimeError as error:
             raise StoreUnavailableError(f"the folder {folder} is open in another process: {error}") from error
     if folder.exists() and not folder.is_dir():

@@ -99,12 +99,12 @@ def store(request, tmp_path):
     if request.param == "edge":
         store = EdgeStore(tmp_path / "docs")
     elif request.param == "client":
-        store = ClientStore(QdrantClient(":memory:"), "docs")
+        store = ClientStore(QdrantClient(":memory:"), "docs", owns_client=True)
     else:
         if not os.environ.get("QDRANT_URL"):
             pytest.skip("QDRANT_URL is not set")
-        client = QdrantClient(os.environ["QDRANT_URL"], timeout=60)
+        client = QdrantClient(os.environ["QDRANT_URL"], timeout=60, check_compatibility=False)
         client.delete_collection("regrad_test")
-        store = ClientStore(client, "regrad_test")
+        store = ClientStore(client, "regrad_test", owns_client=True)
     yield store
     store.close()

@@ -118,7 +118,63 @@ def test_a_changed_text_makes_its_atom_stale_and_a_new_document_has_none(bank):
     assert bank.search("Galen", 1)[0].stale
     bank.add(documents()[3:])  # the application writes a document again: its atom is gone
     assert [hit.document_id for hit in bank.missing()] == ["d3"]
-    assert bank.unchanged(documents()) == [True, True, False, True]
+    assert bank.sync(documents()) == (0, 1)  # the text that the application changed, and nothing else
+
+
+def test_sync_updates_a_point_and_keeps_what_the_application_added(bank):
+    fill(bank)
+    bank.store.set_payload([(point_id("d1"), {"note": "theirs"})])
+    other = GradientBank(bank.store, bank.store.name, OTHER, payload_key="regrad_b")
+    fill(other)
+    changed = [
+        Document("d1", {"id": "d1", "text": "Noor Selowan the glazier", "state": "new"}),
+        Document("d9", {"text": "x y"}),
+    ]
+    assert bank.sync([*documents()[:1], *changed]) == (1, 1)
+    payload = payloads(bank)[point_id("d1")]
+    assert (payload["note"], payload["state"], payload["text"]) == ("theirs", "new", "Noor Selowan the glazier")
+    assert "regrad" in payload and "regrad_b" in payload
+    assert [hit.document_id for hit in bank.stale()] == ["d1"]
+    assert bank.search("glazier", 1)[0].document_id == "d1"  # the vector follows the text
+    assert bank.sync(changed) == (0, 0)
+
+
+def test_documents_that_would_lack_a_vector_are_refused(store):
+    class One:
+        size = 2
+
+        def documents(self, texts):
+            return [[1.0, 0.5] for _ in texts]
+
+        def query(self, text):
+            return [1.0, 0.5]
+
+    both = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "dense": One()})
+    both.create()
+    both.add(documents())
+    with pytest.raises(BankError, match="'dense' that nothing here makes"):
+        GradientBank(store, store.name, SPACE).create()
+
+
+@pytest.mark.parametrize("key", ["", "text", "id", "meta.regrad", "a[0]"])
+def test_a_payload_key_that_would_harm_the_document_is_refused(store, key):
+    with pytest.raises(BankError, match="payload key"):
+        GradientBank(store, store.name, SPACE, payload_key=key)
+
+
+def test_a_field_under_our_key_is_the_users(bank):
+    with pytest.raises(BankError, match="'regrad' of its own"):
+        bank.add([Document("x", {"text": "a b", "regrad": "mine"})])
+
+
+def test_closing_a_bank_leaves_the_users_client_open():
+    from qdrant_client import QdrantClient
+
+    client = QdrantClient(":memory:")
+    with GradientBank(client, "docs", SPACE) as bank:
+        bank.create()
+    assert client.collection_exists("docs")
+    client.close()
 
 
 def test_two_spaces_live_side_by_side_under_two_keys(bank):

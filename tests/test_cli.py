@@ -71,12 +71,12 @@ def ingest(run, folder):
 
 def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     code, out, err = ingest(run, folder)
-    assert code == 0 and "12 points added, 12 atoms written" in out, err
+    assert code == 0 and "12 points added, 0 updated, 12 atoms written" in out, err
     report = json.loads((tmp_path / "in.json").read_text())
     assert report["atoms_written"] == 12 and report["documents_per_second"] > 0
 
     code, out, _ = ingest(run, folder)
-    assert code == 0 and "0 points added, 0 atoms written, 12 present" in out
+    assert code == 0 and "0 points added, 0 updated, 0 atoms written, 12 present" in out
 
     code, out, _ = run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
     status = json.loads((tmp_path / "status.json").read_text())
@@ -97,7 +97,7 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     assert (status["points"], status["atoms"], status["missing"]) == (12, 0, 12)
 
     code, out, _ = run("ingest", "--from-collection", "docs", "--path", "bank", "--codec", "int8")
-    assert code == 0 and "0 points added, 12 atoms written" in out
+    assert code == 0 and "0 points added, 0 updated, 12 atoms written" in out
 
 
 def test_eval_writes_the_contract(run, folder, tmp_path):
@@ -133,12 +133,14 @@ CORPUS_ERRORS = [
     ('{"id": "a", "text": " "}', "is empty"),
     ('{"id": "a", "text": "a"}', "1 token"),
     ("{", "not valid JSON"),
+    ('{"id": "a", "text": "x \\ud800 y"}', "no valid Unicode"),
+    (b'{"id": "a", "text": "\xff"}', "not UTF-8"),
 ]
 
 
 @pytest.mark.parametrize(("line", "message"), CORPUS_ERRORS)
 def test_a_bad_corpus_is_one_line_and_changes_nothing(run, tmp_path, line, message):
-    (tmp_path / "bad.jsonl").write_text(line)
+    (tmp_path / "bad.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
     code, _, err = run("ingest", "--corpus", "bad.jsonl", "--collection", "docs", "--path", "bank")
     assert code == 2 and message in err and len(err.strip().splitlines()) == 1
     assert not (tmp_path / "bank" / "docs").exists()
@@ -173,6 +175,9 @@ def test_a_long_text_is_truncated_and_counted(run, tmp_path):
         (["ingest", "--from-collection", "none", "--path", "bank"], "no collection 'none'"),
         (["eval", "--qa", "none.jsonl", "--collection", "docs"], "no such file"),
         (["train", "--recipe", "none.yaml"], "can't read the recipe"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--payload-key", "text"], "payload key 'text'"),
+        (["status", "--collection", "..", "--path", "bank"], "must not contain a path"),
+        (["ingest", "--from-collection", "docs", "--path", "bank", "--json", "no/such/out.json"], "can't write"),
     ],
 )
 def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, message):

@@ -34,7 +34,7 @@ def atoms_of(bank):
 
 
 def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
-    assert add_corpus(bank, PASSAGES, gradients) == 20
+    assert add_corpus(bank, PASSAGES, gradients) == (20, 0)
     done = []
     report = attach_atoms(bank, gradients, "fp32", done.append, batch_tokens=256)
     assert (report.atoms_written, report.present, report.skipped) == (20, 0, {}) and sum(done) == 20
@@ -58,7 +58,7 @@ def test_a_second_run_computes_nothing(bank, gradients, monkeypatch):
     attach_atoms(bank, gradients, "int4")
     before = atoms_of(bank)
     monkeypatch.setattr(gradients, "atoms", None)
-    assert add_corpus(bank, PASSAGES, gradients) == 0
+    assert add_corpus(bank, PASSAGES, gradients) == (0, 0)
     report = attach_atoms(bank, gradients, "int4")
     assert (report.atoms_written, report.present) == (0, 20) and atoms_of(bank) == before
 
@@ -78,7 +78,7 @@ def test_a_corpus_that_changed_replaces_the_document(bank, gradients):
     add_corpus(bank, PASSAGES, gradients)
     attach_atoms(bank, gradients, "int4")
     new = Passage(PASSAGES[0].id, "Ida is a judge.", {"id": PASSAGES[0].id, "text": "Ida is a judge."})
-    assert add_corpus(bank, [new, *PASSAGES[1:]], gradients) == 1
+    assert add_corpus(bank, [new, *PASSAGES[1:]], gradients) == (0, 1)
     assert attach_atoms(bank, gradients, "int4").atoms_written == 1
     assert bank.status().points == 20
 
@@ -115,6 +115,20 @@ def test_pages_and_batches_lose_nothing(bank, gradients, monkeypatch):
     monkeypatch.setattr("regrad_qdrant.bank.PAGE", 3)
     add_corpus(bank, PASSAGES, gradients)
     assert attach_atoms(bank, gradients, "int4", batch_tokens=200).atoms_written == 20
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_named(bank, gradients, monkeypatch):
+    add_corpus(bank, PASSAGES[:3], gradients)
+    atoms = gradients.atoms
+
+    def broken(documents):
+        flat = atoms(documents)
+        flat[0, 0] = float("nan")
+        return flat
+
+    monkeypatch.setattr(gradients, "atoms", broken)
+    report = attach_atoms(bank, gradients, "int4")
+    assert report.atoms_written == 2 and list(report.skipped.values()) == ["its gradient is not finite"]
 
 
 def test_stopped_by_an_error_it_goes_on_where_it_was(bank, gradients, monkeypatch):

@@ -59,6 +59,16 @@ def test_episodes_hold_what_retrieval_returned_and_the_gold_passage(source):
     assert source.episode(random.Random(0), 4, 2, [2]) == episode
 
 
+def test_data_that_can_not_be_trained_on_is_refused_and_little_data_ends(tokenizer):
+    world = generate("train", 3, 1)
+    source = EpisodeSource(world, world.questions, tokenizer, passage_tokens=48)
+    assert len(source.episode(random.Random(0), 50, 2, [2]).passages) == 3
+    with pytest.raises(DataError, match="gold_ids"):
+        EpisodeSource(world, [replace(world.questions[0], gold_ids=())], tokenizer, 48)
+    with pytest.raises(DataError, match="'nowhere', not in the corpus"):
+        EpisodeSource(world, [replace(world.questions[0], gold_ids=("nowhere",))], tokenizer, 48)
+
+
 def test_a_window_of_a_long_passage_holds_the_answer(tokenizer):
     world = generate("train", 12, 1)
     source = EpisodeSource(world, world.questions, tokenizer, passage_tokens=30)
@@ -186,12 +196,16 @@ def test_recipes_are_checked(tmp_path):
     good = "\n".join([*settings, "targets: [up_proj]", "layers: [0, 1]", ""])
     path.write_text(good + "data: [{facts: {people: 3, seed: 1}, weight: 1.0}]\n")
     assert Recipe.load(path).layers == (0, 1)
+    path.write_text(good + "data: [{folder: x, weight: 1.0}]\nlearning_rate: 1e-3\n")
+    assert Recipe.load(path).learning_rate == 1e-3  # which YAML reads as text
     for lines, message in (
         ("data: []\n", "names no data"),
         ("data: [{folder: x, split: dev, weight: 1.0}]\n", "never for training"),
         ("data: [{folder: x, facts: {people: 1, seed: 1}, weight: 1.0}]\n", "either"),
         ("data: [{folder: x, weight: 1.0}]\nlr: 3\n", r"unknown settings \['lr'\]"),
         ("data: [{folder: x, weight: 1.0}]\nspace: cone\n", "space 'cone'"),
+        ("data: [{folder: x, weight: 1.0}]\nsteps: many\n", "steps must be a number"),
+        ("data: [{folder: x, weight: 1.0}]\nwarmup: 0.5\n", "warmup must be a whole number"),
     ):
         path.write_text(
             good.replace("space: core\n", "") * ("space:" in lines) + good * ("space:" not in lines) + lines

@@ -72,6 +72,15 @@ def test_answers_are_the_same_each_time(regrad):
         assert first.text == again.text and [h.id for h in first.hits] == [h.id for h in again.hits]
 
 
+def test_a_callers_inference_mode_leaves_nothing_behind(regrad):
+    question = "What is the job of Ida Corvand?"
+    with torch.inference_mode():
+        first = regrad.answer(question, top_k=1)
+        flat = regrad.gradients.atoms([regrad.gradients.encode(TEXTS[0])])
+    assert regrad.answer(question, top_k=1).text == first.text
+    torch.testing.assert_close(flat, regrad.gradients.atoms([regrad.gradients.encode(TEXTS[0])]))
+
+
 def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     question = "Who works as a baker, Ida Corvand or Noor Selowan?"
     regrad.bank.store.set_payload([(point_id("d0"), {"text": "Ida Corvand works as a judge."})])

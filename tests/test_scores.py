@@ -1,6 +1,6 @@
 import pytest
 
-from regrad_loaders.scores import accuracy, exact_match, f1
+from regrad_loaders.scores import accuracy, chosen, exact_match, f1
 
 
 def test_exact_match_ignores_case_articles_and_punctuation():
@@ -20,3 +20,10 @@ def test_accuracy_reads_the_first_word():
     assert accuracy("Yes, it is.", ["yes"]) == 1
     assert accuracy("yesterday", ["yes"]) == 0
     assert accuracy("No.", ["yes"]) == 0
+
+
+def test_a_letter_means_its_choice():
+    choices = ("Paris", "London")
+    assert [chosen(text, choices) for text in ("B", "b)", "B) London", "London", "C", "A small town")] == [
+        "London", "London", "London", "London", "C", "A small town",
+    ]  # fmt: skip

@@ -87,6 +87,8 @@ def read_questions(path: Path) -> list[Question]:
         answers = row.get("answers")
         if not isinstance(answers, list) or not answers:
             raise DataError(f"{place}: 'answers' must be a list with at least one answer, found {answers!r}")
+        if not _field(row, "question", place).strip():
+            raise DataError(f"{place}: the question is empty")
         questions.append(
             Question(
                 id=_field(row, "id", place),
@@ -112,13 +114,15 @@ def read_folder(folder: Path) -> Dataset:
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             place = f"{path}, line {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from error
             except json.JSONDecodeError as error:
                 raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
             if not isinstance(row, dict):

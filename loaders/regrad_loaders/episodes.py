@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_loaders.data import Dataset, Question
+from regrad_qdrant.errors import DataError
 from regrad_qdrant.prompts import Prompt
 
 RETRIEVAL_DEPTH = 10
@@ -62,11 +63,20 @@ class EpisodeSource:
         self.passage_tokens = passage_tokens
         self.texts = {passage.id: passage.text for passage in dataset.passages}
         asked = [question for question in questions if question.gold_ids]
+        if not asked:
+            raise DataError(f"{dataset.name}: no question names its gold passages (gold_ids): nothing to train on")
+        for question in asked:
+            unknown = [key for key in question.gold_ids if key not in self.texts]
+            if unknown:
+                raise DataError(
+                    f"{dataset.name}: question {question.id!r} names passage {unknown[0]!r}, not in the corpus"
+                )
         hits = bm25_hits(self.texts, [question.question for question in asked])
         self.entries = [self._entry(question, found) for question, found in zip(asked, hits, strict=True)]
         self.by_gold: dict[str, list[_Entry]] = defaultdict(list)
         for entry in self.entries:
             self.by_gold[entry.question.gold_ids[0]].append(entry)
+        self.golds = {key for question in asked for key in question.gold_ids}
         self._encoded: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
 
     def _entry(self, question: Question, hits: dict[str, float]) -> _Entry:
@@ -81,7 +91,7 @@ class EpisodeSource:
         chosen: dict[str, list[int]] = {}  # passage id → window
         asked: list[tuple[_Entry, Question]] = []
         seen: set[str] = set()
-        while len(chosen) < passages:
+        while len(chosen) < min(passages, len(self.golds)):
             entry = rng.choice(self.entries)
             negatives = [key for key in entry.hits if key not in entry.question.gold_ids]
             wanted = [*entry.question.gold_ids, *negatives[: rng.choice(top_k)]][: max(2, passages - len(chosen))]

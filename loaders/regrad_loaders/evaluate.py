@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from regrad_loaders.data import Question
-from regrad_loaders.scores import accuracy, exact_match, f1
+from regrad_loaders.scores import accuracy, chosen, exact_match, f1
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.pipeline import MODES, Mode, ReGrad
 
@@ -99,9 +99,9 @@ def evaluate(
     """
     if not questions:
         raise DataError("no questions to evaluate on: check --split and --limit")
+    filters = [field_filter(question, filter_field) for question in questions]
     predictions, recalls = [], []
-    for question in questions:
-        query_filter = _filter(question, filter_field)
+    for question, query_filter in zip(questions, filters, strict=True):
         for mode in modes:
             started = time.perf_counter()
             answer = regrad.answer(
@@ -113,6 +113,7 @@ def evaluate(
                 using=using,
                 query_filter=query_filter,
             )
+            said = chosen(answer.text, question.choices)
             prediction = Prediction(
                 id=question.id,
                 mode=mode,
@@ -120,9 +121,9 @@ def evaluate(
                 question=question.question,
                 answers=question.answers,
                 prediction=answer.text,
-                f1=f1(answer.text, question.answers),
-                em=exact_match(answer.text, question.answers),
-                accuracy=accuracy(answer.text, question.answers),
+                f1=f1(said, question.answers),
+                em=exact_match(said, question.answers),
+                accuracy=accuracy(said, question.answers),
                 hits=tuple(hit.document_id for hit in answer.hits),
                 seconds=time.perf_counter() - started,
                 prompt_tokens=answer.prompt_tokens,
@@ -171,11 +172,18 @@ def write_predictions(evaluation: Evaluation, path: Path) -> None:
             file.write(json.dumps(prediction.as_dict(), ensure_ascii=False) + "\n")
 
 
-def _filter(question: Question, field: str | None) -> Any:
+def field_filter(question: Question, field: str | None) -> Any:
+    """The filter on passages that share the question's own value of a field.
+
+    Raises:
+        DataError: if the question has no such field, or no text, whole number or truth value there.
+    """
     from qdrant_client import models
 
     if field is None:
         return None
+    if not isinstance(question.fields.get(field, ""), str | int):
+        raise DataError(f"question {question.id!r}: can't filter on {field!r} = {question.fields[field]!r}")
     if field not in question.fields:
         raise DataError(f"question {question.id!r} has no field {field!r}; it has {sorted(question.fields)}")
     return models.Filter(must=[models.FieldCondition(key=field, match=models.MatchValue(value=question.fields[field]))])

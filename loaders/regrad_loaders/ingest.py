@@ -23,6 +23,7 @@ class IngestReport:
     """What an ingestion did."""
 
     points_added: int = 0
+    points_updated: int = 0  # whose text or fields the corpus has changed
     atoms_written: int = 0
     present: int = 0  # atoms that were there already and fit their text
     truncated: int = 0  # texts over max_length, of those written
@@ -38,8 +39,10 @@ class IngestReport:
         return asdict(self) | {"documents_per_second": self.documents_per_second}
 
 
-def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: GradientComputer) -> int:
-    """Make the collection if need be, and add the passages that are new or have changed; returns how many.
+def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: GradientComputer) -> tuple[int, int]:
+    """Make the collection if need be, add the passages that are new and update those that have changed.
+
+    Returns how many of each.
 
     Every text is checked before anything is written.
 
@@ -52,12 +55,7 @@ def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: Gradi
         except DataError as error:
             raise DataError(f"passage {passage.id!r}: {error}") from error
     bank.create()
-    added = 0
-    for start in range(0, len(passages), PAGE):
-        documents = [Document(passage.id, passage.payload) for passage in passages[start : start + PAGE]]
-        there = bank.unchanged(documents)
-        added += bank.add(document for document, same in zip(documents, there, strict=True) if not same)
-    return added
+    return bank.sync(Document(passage.id, passage.payload) for passage in passages)
 
 
 def attach_atoms(
@@ -110,11 +108,16 @@ def _attach_page(
     for batch in batches([len(document.ids) for _, document in usable], batch_tokens):
         hits = [usable[i][0] for i in batch]
         documents = [usable[i][1] for i in batch]
-        records = make_records(gradients.atoms(documents), [hit.text for hit in hits], bank.space, codec)
-        bank.put((hit.id, record) for hit, record in zip(hits, records, strict=True))
-        report.atoms_written += len(batch)
-        report.truncated += sum(document.truncated for document in documents)
-        report.tokens += sum(len(document.ids) for document in documents)
+        atoms = gradients.atoms(documents)
+        finite = atoms.isfinite().all(dim=1).tolist()
+        for hit in (hit for hit, good in zip(hits, finite, strict=True) if not good):
+            report.skipped[str(hit.document_id)] = "its gradient is not finite"
+        kept = [i for i, good in enumerate(finite) if good]
+        records = make_records(atoms[kept], [hits[i].text for i in kept], bank.space, codec)
+        bank.put((hits[i].id, record) for i, record in zip(kept, records, strict=True))
+        report.atoms_written += len(kept)
+        report.truncated += sum(documents[i].truncated for i in kept)
+        report.tokens += sum(len(documents[i].ids) for i in kept)
         on_progress(len(batch))
 
 

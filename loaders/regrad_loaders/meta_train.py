@@ -155,7 +155,10 @@ class Trainer:
         return True
 
     def evaluate(self, episodes: int = 2) -> dict[str, dict[str, float]]:
-        """Per source, on episodes kept aside: greedy hits with the right atoms and with those of other passages."""
+        """Per source, on episodes drawn with another seed from the same questions: the answer's loss, and how often
+        greedy decoding is exact with the right atoms and with those of other passages. A sign of life, not a score:
+        scores come from `regrad-qdrant eval` on questions that training never saw.
+        """
         results = {}
         for source in self.sources:
             rng = random.Random(self.recipe.seed + 2)
@@ -194,6 +197,13 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
     return sources, [source.weight for source in recipe.data]
 
 
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop what was logged after a checkpoint's step: those steps are done again. A step of −1 drops all."""
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
+
+
 def keep_freed_memory() -> None:
     """Ask glibc to keep the memory that tensors free: giving it back costs a fifth of a step in page faults."""
     if not sys.platform.startswith("linux"):
@@ -223,13 +233,15 @@ def run(
     keep_freed_memory()
     trainer = Trainer(recipe, model, tokenizer, base, out)
     out.mkdir(parents=True, exist_ok=True)
+    resumed = resume and trainer.resume()
+    _forget_after(out / "metrics.jsonl", trainer.step if resumed else -1)
     with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
 
         def record(kind: str, values: Any) -> None:
             log.write(json.dumps({"kind": kind, **values}) + "\n")
             log.flush()
 
-        if not (resume and trainer.resume()):
+        if not resumed:
             record(
                 "calibration",
                 {"table": trainer.calibrate(), "step_size": float(trainer.learner.log_step_size.detach().exp()[0])},

@@ -67,6 +67,10 @@ class Recipe:
     evaluate_every: int = 50
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            object.__setattr__(self, setting.name, _checked(setting.name, setting.type, getattr(self, setting.name)))
+        if len(self.layers) != 2 or self.layers[0] > self.layers[1]:
+            raise DataError(f"layers are the first and the last adapted layer, found {list(self.layers)}")
         if self.space not in SPACES:
             raise DataError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
         if self.merge not in RULES:
@@ -83,8 +87,10 @@ class Recipe:
         Raises:
             DataError: for an unknown setting, a missing one, or a value that makes no sense.
         """
-        import yaml
-
+        try:
+            import yaml
+        except ImportError as error:
+            raise DataError("reading a recipe needs PyYAML: pip install 'regrad-qdrant[loaders]'") from error
         try:
             values = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
@@ -106,3 +112,16 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """A number as the setting's type has it. YAML reads 1e-3, without a point, as text."""
+    if kind not in ("int", "float", "float | None") or (value is None and kind == "float | None"):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be a number, found {value!r}") from error
+    if kind == "int" and number != int(number):
+        raise DataError(f"{name} must be a whole number, found {value!r}")
+    return int(number) if kind == "int" else number

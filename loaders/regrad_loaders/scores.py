@@ -8,7 +8,16 @@ from collections import Counter
 from collections.abc import Sequence
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_LETTER = re.compile(r"([A-Za-z])(?:[).:]|$)")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def chosen(prediction: str, choices: Sequence[str]) -> str:
+    """The choice that an answer such as "B", "B)" or "B) London" means; any other answer as it is."""
+    found = _LETTER.match(prediction.strip())
+    if found and ord(found[1].upper()) - ord("A") < len(choices):
+        return choices[ord(found[1].upper()) - ord("A")]
+    return prediction
 
 
 def normalize(text: str) -> str:

@@ -1,0 +1,46 @@
+"""Write the scores of saved evaluations into the card of a meta-initialization.
+
+    regrad-qdrant demo --json demo.json
+    regrad-qdrant eval --corpus … --qa … --split dev --json squad2_dev.json
+    python benchmarks/card.py regrad_qdrant/initializations/smollm2-135m-instruct demo.json squad2_dev.json
+
+Each file stands under its own name with its settings and the F1 of every mode; nothing else of the folder changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from regrad_qdrant import MetaInitialization
+
+
+def scores(result: dict[str, Any]) -> dict[str, Any]:
+    """What of an evaluation goes into the card."""
+    rows = [row for row in result["results"] if row["type"] == "all"]
+    kept = ("split", "limit", "top_k", "codec", "merge")
+    return {
+        "settings": {name: result["settings"][name] for name in kept if name in result["settings"]},
+        "questions": rows[0]["n"],
+        "f1": {row["mode"]: round(row["f1"], 4) for row in rows},
+        "recall_at_k": result["recall_at_k"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of the meta-initialization")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of demo and eval")
+    arguments = parser.parse_args()
+    initialization = MetaInitialization.load(arguments.folder)
+    found = {path.stem: scores(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.results}
+    card = initialization.card | {"scores": initialization.card.get("scores", {}) | found}
+    replace(initialization, card=card).save(arguments.folder)
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
