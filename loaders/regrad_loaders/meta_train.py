@@ -205,7 +205,7 @@ def _forget_after(metrics: Path, step: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep the memory that tensors free: giving it back costs a fifth of a step in page faults."""
+    """Ask glibc to keep the memory that tensors free: giving it back costs page faults in every step."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)
