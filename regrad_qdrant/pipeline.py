@@ -102,13 +102,9 @@ class ReGrad:
         self.initialization = initialization
         self.merge = merge or initialization.merge
         self.on_stale = on_stale
-        self._gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
+        # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
+        self.gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
         self._all_ids: list[PointId] | None = None
-
-    @property
-    def gradients(self) -> GradientComputer:
-        """Computes atoms with this model; use it inside `adapter.initial()`, while no update is applied."""
-        return self._gradients
 
     def answer(
         self,
@@ -136,6 +132,7 @@ class ReGrad:
 
         Raises:
             RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
+            ValueError: for a prompt that makes no sense, such as an empty question.
         """
         if mode not in MODES:
             raise RegradError(f"mode {mode!r} is not one of {', '.join(MODES)}")
