@@ -54,7 +54,7 @@ def print_report(report: IngestReport) -> None:
 def answers_table(result: Evaluation, modes: list[Any]) -> Table:
     table = Table(title="The same questions in every mode; what is right is green")
     for name in ("question", "gold", *modes):
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=2 if name == "question" else 1)
+        table.add_column(name, no_wrap=True, overflow="ellipsis", max_width={"question": 34, "gold": 22}.get(name, 15))
     rows: dict[str, dict[str, Any]] = {}
     for prediction in result.predictions:
         rows.setdefault(prediction.id, {})[prediction.mode] = prediction
