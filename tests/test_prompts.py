@@ -45,6 +45,6 @@ def test_nonsense_is_refused():
         {"question": "a", "type": "essay"},
         {"question": "a", "type": "choice"},
         {"question": "a", "choices": ("x",)},
-    ):  # noqa: E501
+    ):
         with pytest.raises(ValueError):
             Prompt(**wrong)
