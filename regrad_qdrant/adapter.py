@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
 from regrad_qdrant.plugin import live_space, lora_layers, lora_weight, plug_in
+from regrad_qdrant.record import decode_sum
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -65,20 +66,16 @@ class Adapter:
         self._owner: int | None = None
 
     def decode(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Tensor:
-        """Σ wᵢ·g(dᵢ) of the records, (numel,) float32; wᵢ = 1 by default.
+        """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on the model's device; wᵢ = 1 by default.
 
         Raises:
             RecordError: one of its kinds, if a record can't be used.
         """
-        import torch
-
-        if weights is not None and len(weights) != len(records):
+        if weights is None:
+            weights = [1.0] * len(records)
+        if len(weights) != len(records):
             raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
-        total = torch.zeros(self.space.numel)
-        for i, record in enumerate(records):
-            atom = record.decode(self.initialization.fingerprint, self.space.numel)
-            total.add_(atom, alpha=1.0 if weights is None else weights[i])
-        return total
+        return decode_sum(records, weights, self.initialization.fingerprint, self.space.numel, self.model.device)
 
     @contextlib.contextmanager
     def applied(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Iterator[None]:
@@ -128,7 +125,7 @@ class Adapter:
     def _update(self, atom_sum: Tensor) -> dict[str, Tensor]:
         """The change of the LoRA tensors, −α ⊙ sum mapped back by the space."""
         like = next(iter(self._parameters.values()))
-        change = (-self._step_sizes * atom_sum).to(device=like.device, dtype=like.dtype)
+        change = (-self._step_sizes.to(atom_sum.device) * atom_sum).to(device=like.device, dtype=like.dtype)
         return self.space.to_update(self.space.unflatten(change))
 
     def _written(self, name: str, initial: Tensor, update: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def _capture(peft_model: PeftModel, space: AtomSpace, atoms: dict[str, Tensor]) 
             kept = space.keep(name, inputs[0].detach())
             if not output.requires_grad:  # a first adapted layer: the graph begins here, at its output
                 output.requires_grad_(True)
-            output.register_hook(lambda delta: atoms.update(space.from_gradients(name, kept, delta)))
+            output.register_hook(lambda delta: space.accumulate(atoms, space.from_gradients(name, kept, delta)))
             return output
 
         return keep

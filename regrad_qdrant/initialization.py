@@ -262,7 +262,7 @@ class MetaInitialization:
                 lora_a=right[:rank].contiguous(),
                 lora_b=torch.zeros(weight.shape[0], rank),
                 scaling=lora_alpha / rank,
-                basis=left[:, :basis_rank].contiguous() if kind == "core" else None,
+                basis=left[:, :basis_rank].contiguous() if SPACES[kind].uses_basis else None,
             )
         step_sizes = dict.fromkeys(SPACES[kind](modules).shapes, step_size)
         return cls(base, kind, lora_alpha, modules, step_sizes, max_length, passages_in_prompt=passages_in_prompt)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_qdrant.adapter import Adapter
 from regrad_qdrant.errors import RegradError, StaleAtomError, WrongSpaceError
+from regrad_qdrant.generation import generate
 from regrad_qdrant.gradients import GradientComputer
 from regrad_qdrant.prompts import Prompt, QuestionType
 from regrad_qdrant.record import make_records
@@ -159,7 +160,7 @@ class ReGrad:
                 decoded_at = time.perf_counter()
                 stack.enter_context(self.adapter.applied_sum(atom_sum))
             applied_at = time.perf_counter()
-            text, prompt_tokens = self._generate(prompt)
+            [said] = generate(self.adapter.model, self.tokenizer, [prompt])
             generated_at = time.perf_counter()
         restored_at = time.perf_counter()
         timings = Timings(
@@ -169,7 +170,7 @@ class ReGrad:
             generate=generated_at - applied_at,
             restore=restored_at - generated_at,
         )
-        return Answer(text, mode, hits, timings, prompt_tokens)
+        return Answer(said.text, mode, hits, timings, said.prompt_tokens)
 
     def _merged(self, hits: Sequence[Hit]) -> Any:
         """Σ wᵢ·g(dᵢ) of the hits whose atoms can be used."""
@@ -216,24 +217,3 @@ class ReGrad:
         drawn = random.Random(seed).sample(others, min(count, len(others)))
         scores = [hit.score for hit in hits] + [1.0] * count
         return [replace(hit, score=score) for hit, score in zip(self.bank.fetch(drawn), scores, strict=False)]
-
-    def _generate(self, prompt: Prompt) -> tuple[str, int]:
-        """The model's greedy answer to its first line break, and the length of the prompt in tokens."""
-        import torch
-        from transformers import GenerationConfig
-
-        encoded = self.tokenizer(prompt.render(self.tokenizer), return_tensors="pt", add_special_tokens=False)
-        encoded = encoded.to(self.adapter.model.device)
-        config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=prompt.max_new_tokens,
-            eos_token_id=self.tokenizer.eos_token_id,
-            pad_token_id=self.tokenizer.pad_token_id,
-        )
-        with torch.inference_mode():
-            output = self.adapter.model.generate(  # type: ignore[no-untyped-call] # peft
-                input_ids=encoded.input_ids, attention_mask=encoded.attention_mask, generation_config=config
-            )
-        length = encoded.input_ids.shape[1]
-        text = self.tokenizer.decode(output[0, length:], skip_special_tokens=True)
-        return text.strip().split("\n")[0].strip(), length

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +73,18 @@ class Record:
             raise RecordError(f"the record's fields {', '.join(wrong)} are missing or no text")
         return cls(**{name: str(text) for name, text in fields.items()})
 
-    def parts(self, numel: int) -> dict[str, bytes]:
+    def parts(self, fingerprint: str, numel: int) -> dict[str, bytes]:
         """Unpack the codec's parts of an atom of `numel` numbers, within the memory that these can take.
 
         Raises:
-            UnknownCodecError, TruncatedRecordError, CorruptRecordError, OversizedRecordError, WrongShapeError
+            WrongSpaceError: if the atom was computed in another space than `fingerprint`.
+            RecordError: one of its kinds, if the record is damaged.
         """
+        if self.space != fingerprint:
+            raise WrongSpaceError(
+                f"the atom belongs to space {self.space}, the initialization in use to {fingerprint}: ingest the "
+                "collection with this initialization, or load the one that made the atom"
+            )
         codec = get_codec(self.codec)
         limit = sum(codec.sizes(numel).values()) + ENVELOPE_BYTES
         return _unpack(_decompress(_from_base64(self.atom, limit), limit), limit)
@@ -90,12 +96,29 @@ class Record:
             WrongSpaceError: if the atom was computed in another space than `fingerprint`.
             RecordError: one of its kinds, if the record is damaged.
         """
-        if self.space != fingerprint:
-            raise WrongSpaceError(
-                f"the atom belongs to space {self.space}, the initialization in use to {fingerprint}: ingest the "
-                "collection with this initialization, or load the one that made the atom"
-            )
-        return get_codec(self.codec).decode(self.parts(numel), numel)
+        return get_codec(self.codec).decode(self.parts(fingerprint, numel), numel)
+
+
+def decode_sum(
+    records: Sequence[Record], weights: Sequence[float], fingerprint: str, numel: int, device: Any = None
+) -> Tensor:
+    """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on `device`; zeros for no records.
+
+    Every record is unpacked and checked before the first is decoded. They may be of several codecs.
+
+    Raises:
+        RecordError: as `Record.decode`.
+    """
+    import torch
+
+    by_codec: dict[str, list[tuple[dict[str, bytes], float]]] = {}
+    for record, weight in zip(records, weights, strict=True):
+        by_codec.setdefault(record.codec, []).append((record.parts(fingerprint, numel), weight))
+    total = torch.zeros(numel, device=device)
+    for name, atoms in by_codec.items():
+        parts, of_parts = zip(*atoms, strict=True)
+        total += get_codec(name).decode_sum(parts, of_parts, numel, device)
+    return total
 
 
 def make_records(flat: Tensor, texts: list[str], fingerprint: str, codec: str) -> list[Record]:

@@ -48,17 +48,18 @@ class AtomSpace(ABC):
     """Maps between gradients, atoms and updates for a set of LoRA modules.
 
     `modules` are named as in the base model (`model.layers.15.mlp.gate_proj`); an atom's tensors are named
-    `<module>.<part>`. The space holds references to the modules' tensors, so it follows them in training.
+    `<module>.<part>`, or by what shares them. The space holds references to the modules' tensors, so it follows them in training.
     """
 
     kind: ClassVar[str]
+    uses_basis: ClassVar[bool] = False  # whether a module needs U
 
     def __init__(self, modules: Mapping[str, LoraModule]) -> None:
         self.modules = dict(modules)
         self.shapes: dict[str, tuple[int, ...]] = {
-            f"{name}.{part}": shape
+            tensor: shape
             for name, module in self.modules.items()
-            for part, shape in self.parts(module).items()
+            for tensor, shape in self.tensors(name, module).items()
         }
 
     @property
@@ -78,9 +79,15 @@ class AtomSpace(ABC):
         parts = flat.split(sizes, dim=-1)
         return {name: part.unflatten(-1, shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
+    @staticmethod
+    def accumulate(atoms: dict[str, Tensor], parts: Mapping[str, Tensor]) -> None:
+        """Add one module's part of the atoms; a tensor that several modules share is their sum."""
+        for name, part in parts.items():
+            atoms[name] = atoms[name] + part if name in atoms else part
+
     @abstractmethod
-    def parts(self, module: LoraModule) -> dict[str, tuple[int, ...]]:
-        """The shapes of what an atom holds for one module."""
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of an atom's tensors that one module takes part in; modules may share one."""
 
     @abstractmethod
     def keep(self, name: str, x: Tensor) -> Tensor:
@@ -112,8 +119,8 @@ class LoraSpace(AtomSpace):
 
     kind = "lora"
 
-    def parts(self, module: LoraModule) -> dict[str, tuple[int, ...]]:
-        return {"lora_A": (module.rank, module.d_in), "lora_B": (module.d_out, module.rank)}
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.lora_A": (module.rank, module.d_in), f"{name}.lora_B": (module.d_out, module.rank)}
 
     def keep(self, name: str, x: Tensor) -> Tensor:
         return x
@@ -141,9 +148,14 @@ class CoreSpace(AtomSpace):
     """C = Uᵀ g_B: p × r numbers a module, in the basis U that meta-training learns."""
 
     kind = "core"
+    uses_basis = True
 
-    def parts(self, module: LoraModule) -> dict[str, tuple[int, ...]]:
-        return {"core": (int(self._basis(module, module.lora_b).shape[1]), module.rank)}
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
+        return {self.core_of(name): (int(self._basis(module, module.lora_b).shape[1]), module.rank)}
+
+    def core_of(self, name: str) -> str:
+        """The atom's tensor that belongs to a module."""
+        return f"{name}.core"
 
     def keep(self, name: str, x: Tensor) -> Tensor:
         return x @ self.modules[name].lora_a.to(x.dtype).mT  # (batch, tokens, r)
@@ -151,15 +163,15 @@ class CoreSpace(AtomSpace):
     def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
         module = self.modules[name]
         projected = delta @ (module.scaling * self._basis(module, delta))  # s·Uᵀδ: (batch, tokens, p)
-        return {f"{name}.core": projected.mT @ kept}
+        return {self.core_of(name): projected.mT @ kept}
 
     def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        cores = {name: atom[f"{name}.core"] for name in self.modules}
+        cores = {name: atom[self.core_of(name)] for name in self.modules}
         return {f"{name}.lora_B": self._basis(self.modules[name], core) @ core for name, core in cores.items()}
 
     def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         module = self.modules[name]
-        return (x @ module.lora_a.mT) @ rows[f"{name}.core"].mT @ (module.scaling * self._basis(module, x)).mT
+        return (x @ module.lora_a.mT) @ rows[self.core_of(name)].mT @ (module.scaling * self._basis(module, x)).mT
 
     @staticmethod
     def _basis(module: LoraModule, like: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from regrad_qdrant import MetaInitialization
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.initialization import BaseModel
+from regrad_qdrant.space import SPACES
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -83,7 +84,7 @@ def model():
     return tiny_model()
 
 
-@pytest.fixture(params=["core", "lora"])
+@pytest.fixture(params=list(SPACES))
 def kind(request):
     return request.param
 

@@ -12,7 +12,8 @@ from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.meta_train import Trainer, run
 from regrad_loaders.recipe import Recipe, Source
 from regrad_qdrant import Adapter, MetaInitialization
-from regrad_qdrant.errors import DataError
+from regrad_qdrant.codec import get_codec
+from regrad_qdrant.errors import DataError, InitializationError, RegradError
 from regrad_qdrant.initialization import BaseModel
 from regrad_qdrant.record import make_records
 
@@ -133,6 +134,35 @@ def test_the_second_order_gradient_is_that_of_finite_differences(source):
         assert (values[0] - values[1]) / (2 * step) == pytest.approx(float(gradient[index]), rel=0.05, abs=1e-5)
 
 
+def test_atoms_are_read_through_the_codec_and_gradients_pass_straight_through(source):
+    model = tiny_model()
+    learner = MetaLearner(model, tiny_initialization(model), "sum")
+    episode = source.episode(random.Random(0), 3, 2, [2])
+    exact, _ = learner.atoms(episode.passages, create_graph=True)
+    coded = learner.space.flatten(learner.coded(exact, "sign"))
+    flat = learner.space.flatten(exact)
+    codec = get_codec("sign")
+    expected = codec.dequantize(codec.quantize(flat.detach()), learner.space.numel)
+    torch.testing.assert_close(coded, expected)
+    probe = torch.randn_like(flat)
+    found, straight = (torch.autograd.grad((x * probe).sum(), learner.lora_b[0], retain_graph=True) for x in (coded, flat))
+    torch.testing.assert_close(found, straight)
+    assert torch.equal(learner.space.flatten(learner.coded(exact, "fp32")), flat)
+
+
+def test_the_first_order_option_sees_the_same_atoms_and_learns_from_their_projections(source, kind):
+    model = tiny_model()
+    learner = MetaLearner(model, tiny_initialization(model, kind), "softmax")
+    episode = source.episode(random.Random(0), 3, 2, [2])
+    exact, _ = learner.atoms(episode.passages, create_graph=False)
+    projected = learner.projected_atoms(episode.passages)
+    for name in exact:
+        torch.testing.assert_close(projected[name], exact[name], rtol=1e-4, atol=1e-6)
+    losses, _ = learner.objective(episode, order=1)
+    losses.mean().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in learner.parameters())
+
+
 def test_a_few_steps_lower_the_loss(tokenizer, tmp_path, monkeypatch):
     run_of = trainer(tokenizer, tmp_path, replace(RECIPE, steps=25, learning_rate=2e-2))
     episode = run_of._draw(random.Random(0))
@@ -190,6 +220,24 @@ def test_a_run_leaves_an_initialization_and_its_metrics(tokenizer, tmp_path):
     assert kinds.count("step") == 6 and kinds[0] == "calibration" and kinds[-1] == "evaluation"
 
 
+def test_going_on_from_an_initialization_and_learning_step_sizes_alone_keeps_its_fingerprint(tokenizer, tmp_path):
+    """φ₀ and U stay bit for bit, so that every stored atom stays valid; α and τ move."""
+    start = tmp_path / "start"
+    initialization = tiny_initialization(tiny_model(), basis_rank=4)
+    initialization.save(start)
+    recipe = replace(RECIPE, start=str(start), learn="step_sizes", codecs=("sign", "int2"), max_length=64)
+    model = tiny_model()
+    made = run(recipe, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path / "run")
+    assert made.fingerprint == MetaInitialization.load(start).fingerprint
+    assert made.step_sizes != initialization.step_sizes and made.merge.temperature != initialization.merge.temperature
+
+
+def test_an_initialization_of_another_shape_is_no_start(tokenizer, tmp_path):
+    tiny_initialization(tiny_model(), basis_rank=3).save(tmp_path)
+    with pytest.raises(InitializationError, match="72 numbers there and 96 here"):
+        trainer(tokenizer, tmp_path, replace(RECIPE, start=str(tmp_path), max_length=64))
+
+
 def test_recipes_are_checked(tmp_path):
     path = tmp_path / "recipe.yaml"
     settings = ["name: a", "base_model: b", "space: core", "rank: 4", "basis_rank: 4", "lora_alpha: 8"]
@@ -204,13 +252,16 @@ def test_recipes_are_checked(tmp_path):
         ("data: [{folder: x, facts: {people: 1, seed: 1}, weight: 1.0}]\n", "either"),
         ("data: [{folder: x, weight: 1.0}]\nlr: 3\n", r"unknown settings \['lr'\]"),
         ("data: [{folder: x, weight: 1.0}]\nspace: cone\n", "space 'cone'"),
+        ("data: [{folder: x, weight: 1.0}]\nlearn: step_sizes\n", "name the initialization"),
+        ("data: [{folder: x, weight: 1.0}]\norder: 3\n", "neither 1 nor 2"),
+        ("data: [{folder: x, weight: 1.0}]\ncodecs: [int3]\n", "codec 'int3'"),
         ("data: [{folder: x, weight: 1.0}]\nsteps: many\n", "steps must be a number"),
         ("data: [{folder: x, weight: 1.0}]\nwarmup: 0.5\n", "warmup must be a whole number"),
     ):
         path.write_text(
             good.replace("space: core\n", "") * ("space:" in lines) + good * ("space:" not in lines) + lines
         )
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(RegradError, match=message):
             Recipe.load(path)
     with pytest.raises(DataError, match="can't read"):
         Recipe.load(tmp_path / "none.yaml")

@@ -9,14 +9,16 @@ retrieved. Layers below the first adapted one never enter the graph.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regrad_loaders.episodes import Episode, Example
+from regrad_qdrant.codec import get_codec
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.gradients import document_losses, hidden_states, pad
 from regrad_qdrant.initialization import MetaInitialization
@@ -70,6 +72,36 @@ class MetaLearner(nn.Module):
         grads = torch.autograd.grad(losses.sum(), list(zeros.values()), create_graph=create_graph)
         return dict(zip(zeros, grads, strict=True)), losses
 
+    def projected_atoms(self, passages: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The same atoms, differentiable through the space's own projections (A and U in the core space) alone.
+
+        The first-order option: what the network does with a changed φ₀ on the way to its inputs and gradients is
+        held fixed, so no graph is made of the backward pass.
+        """
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+            def keep(_module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+                inputs[name], outputs[name] = given[0].detach(), output
+
+            return keep
+
+        layers = lora_layers(self.model[0])
+        handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
+        try:
+            losses = document_losses(self.model[0], *pad(passages, self.pad_id))
+        finally:
+            for handle in handles:
+                handle.remove()
+        deltas = torch.autograd.grad(losses.sum(), [outputs[name] for name in self.names])
+        atoms: dict[str, Tensor] = {}
+        for name, delta in zip(self.names, deltas, strict=True):
+            self.space.accumulate(
+                atoms, self.space.from_gradients(name, self.space.keep(name, inputs[name]), delta)
+            )
+        return atoms
+
     @property
     def pad_id(self) -> int:
         return int(self.model[0].config.pad_token_id or 0)
@@ -104,10 +136,34 @@ class MetaLearner(nn.Module):
         sizes = self.step_sizes()
         return {name: -sizes[name] * torch.einsum("qn,n...->q...", weights, atom) for name, atom in atoms.items()}
 
-    def objective(self, episode: Episode, *, create_graph: bool = True) -> tuple[Tensor, Tensor]:
-        """The episode's answer losses and greedy hits, (questions,) each."""
-        atoms, _ = self.atoms(episode.passages, create_graph=create_graph)
-        return self.answer_losses(episode.examples, self.updates(episode.examples, atoms))
+    def coded(self, atoms: Mapping[str, Tensor], codec: str) -> dict[str, Tensor]:
+        """The atoms as a bank gives them back from this codec; gradients pass straight through to the exact ones."""
+        flat = self.space.flatten(atoms)
+        exact = flat.detach()
+        coder = get_codec(codec)
+        decoded = coder.dequantize(coder.quantize(exact.float()), self.space.numel).to(flat.dtype)
+        return self.space.unflatten(flat + (decoded - exact))
+
+    def objective(
+        self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2
+    ) -> tuple[Tensor, Tensor]:
+        """The episode's answer losses and greedy hits, (questions,) each, with its atoms read from this codec.
+
+        Args:
+            order: what is differentiated of the atoms: 2 all of the inner step; 1 its projections
+                (`projected_atoms`); 0 nothing, so that the losses depend on α and τ alone.
+        """
+        if order == 1:
+            atoms = self.projected_atoms(episode.passages)
+        else:
+            atoms, _ = self.atoms(episode.passages, create_graph=order == 2)
+        return self.answer_losses(episode.examples, self.updates(episode.examples, self.coded(atoms, codec)))
+
+    def refitted(self, card: Mapping[str, Any]) -> MetaInitialization:
+        """The initialization that it started from with the learned α and τ: its fingerprint stays."""
+        return replace(
+            self.initialization.with_step_sizes(self._learned_step_sizes(), self._learned_merge()), card=dict(card)
+        )
 
     def trained(self, card: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> MetaInitialization:
         """The meta-initialization as learned so far, its tensors rounded to `dtype` as they are saved."""
@@ -127,12 +183,18 @@ class MetaLearner(nn.Module):
             kind=start.kind,
             lora_alpha=start.lora_alpha,
             modules=modules,
-            step_sizes={name: float(size.detach()) for name, size in self.step_sizes().items()},
+            step_sizes=self._learned_step_sizes(),
             max_length=start.max_length,
-            merge=MergeRule(self.merge, float(self.log_temperature.detach().exp())),
+            merge=self._learned_merge(),
             passages_in_prompt=start.passages_in_prompt,
             card=dict(card),
         )
+
+    def _learned_step_sizes(self) -> dict[str, float]:
+        return {name: float(size.detach()) for name, size in self.step_sizes().items()}
+
+    def _learned_merge(self) -> MergeRule:
+        return MergeRule(self.merge, float(self.log_temperature.detach().exp()))
 
 
 def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[float, list[dict[str, float]]]:

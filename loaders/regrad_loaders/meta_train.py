@@ -21,7 +21,7 @@ from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
 from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.recipe import Recipe
-from regrad_qdrant.errors import DataError
+from regrad_qdrant.errors import DataError, InitializationError
 from regrad_qdrant.initialization import BaseModel, MetaInitialization
 from regrad_qdrant.merge import MergeRule
 
@@ -46,24 +46,15 @@ class Trainer:
         self.recipe, self.out = recipe, out
         self.rng = random.Random(recipe.seed)
         torch.manual_seed(recipe.seed)
-        initialization = MetaInitialization.fresh(
-            model,
-            base,
-            kind=recipe.space,
-            targets=recipe.targets,
-            layers=range(recipe.layers[0], recipe.layers[1] + 1),
-            rank=recipe.rank,
-            basis_rank=recipe.basis_rank,
-            lora_alpha=recipe.lora_alpha,
-            step_size=recipe.step_size or 1.0,
-            max_length=recipe.max_length,
-        )
-        initialization = replace(initialization, merge=MergeRule(recipe.merge, recipe.temperature))
+        initialization = _start(recipe, model, base)
         self.learner = MetaLearner(model, initialization, recipe.merge)
         self.sources, self.weights = load_sources(recipe, tokenizer)
         self.step = 0
         self.seen: set[str] = set()
         learned = self.learner
+        if recipe.learn == "step_sizes":
+            for parameter in (*learned.lora_a, *learned.lora_b, *learned.basis):
+                parameter.requires_grad_(False)
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [*learned.lora_a, *learned.lora_b, *learned.basis], "lr": recipe.learning_rate},
@@ -82,7 +73,7 @@ class Trainer:
 
     def calibrate(self) -> list[dict[str, float]]:
         """Set the initial step size, unless the recipe gives one; returns the table it was chosen from."""
-        if self.recipe.step_size is not None:
+        if self.recipe.step_size is not None or self.recipe.start is not None:
             return []
         rng = random.Random(self.recipe.seed + 1)
         size, table = calibrate(self.learner, [self._draw(rng).passages[i] for i in (0, -1) for _ in range(4)])
@@ -98,8 +89,10 @@ class Trainer:
         """One episode: forward, backward, update."""
         start = time.perf_counter()
         episode = self._draw(self.rng)
+        codec = self.rng.choice(self.recipe.codecs)
+        order = 0 if self.recipe.learn == "step_sizes" else self.recipe.order
         with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
-            losses, exact = self.learner.objective(episode)
+            losses, exact = self.learner.objective(episode, codec, order)
         loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -180,6 +173,39 @@ class Trainer:
         return results
 
 
+def _start(recipe: Recipe, model: nn.Module, base: BaseModel) -> MetaInitialization:
+    """What training begins with: fresh from the model's own singular vectors, or an initialization made before.
+
+    Raises:
+        InitializationError: if that one has another shape than the recipe says.
+        WrongModelError: if it belongs to another base model.
+    """
+    fresh = MetaInitialization.fresh(
+        model,
+        base,
+        kind=recipe.space,
+        targets=recipe.targets,
+        layers=range(recipe.layers[0], recipe.layers[1] + 1),
+        rank=recipe.rank,
+        basis_rank=recipe.basis_rank,
+        lora_alpha=recipe.lora_alpha,
+        step_size=recipe.step_size or 1.0,
+        max_length=recipe.max_length,
+    )
+    if recipe.start is None:
+        return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
+    start = MetaInitialization.load(recipe.start)
+    start.check_model(model)
+    settings = ("kind", "lora_alpha", "max_length")
+    differing = [name for name in settings if getattr(start, name) != getattr(fresh, name)]
+    if differing or start.space.shapes != fresh.space.shapes or start.rank != fresh.rank:
+        raise InitializationError(
+            f"{recipe.start} does not fit the recipe: {', '.join(differing) or 'its tensors'} differ; an atom has "
+            f"{start.space.numel} numbers there and {fresh.space.numel} here"
+        )
+    return replace(start, merge=MergeRule(recipe.merge, start.merge.temperature))
+
+
 def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:
     """The recipe's mixture: one episode source a data set, and the weights to draw them with."""
     sources = []
@@ -257,6 +283,6 @@ def run(
             if last or trainer.step % recipe.evaluate_every == 0:
                 record("evaluation", {"step": trainer.step, "sources": trainer.evaluate()})
     card = {"recipe": recipe.as_dict(), "steps": trainer.step, "questions_seen": len(trainer.seen)}
-    initialization = trainer.learner.trained(card)
+    initialization = trainer.learner.trained(card) if recipe.learn == "all" else trainer.learner.refitted(card)
     initialization.save(out / "initialization")
     return initialization

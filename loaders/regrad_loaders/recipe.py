@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from regrad_qdrant.codec import get_codec
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.merge import RULES
 from regrad_qdrant.space import SPACES
@@ -46,6 +47,11 @@ class Recipe:
     merge: str = "margin"
     temperature: float = 0.2
     step_size: float | None = None  # None: calibrated
+    # where it starts, and what it learns
+    start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
+    learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
+    order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
+    codecs: tuple[str, ...] = ("fp32",)  # one is drawn for each episode, and its atoms are read through it
     # data
     data: tuple[Source, ...] = ()
     data_dir: str = "../shared/data"
@@ -75,10 +81,20 @@ class Recipe:
             raise DataError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
         if self.merge not in RULES:
             raise DataError(f"merge {self.merge!r} is not one of {', '.join(RULES)}")
-        if self.space == "core" and self.basis_rank < 1:
-            raise DataError("the core space needs a basis_rank of at least 1")
+        if SPACES[self.space].uses_basis and self.basis_rank < 1:
+            raise DataError(f"the {self.space} space needs a basis_rank of at least 1")
         if not self.data:
             raise DataError("the recipe names no data")
+        if self.learn not in ("all", "step_sizes"):
+            raise DataError(f"learn {self.learn!r} is neither 'all' nor 'step_sizes'")
+        if self.order not in (1, 2):
+            raise DataError(f"order {self.order} is neither 1 nor 2")
+        if self.learn == "step_sizes" and self.start is None:
+            raise DataError("step sizes alone can't be learned from nothing: name the initialization in `start`")
+        if not self.codecs:
+            raise DataError("the recipe names no codec: fp32 is none at all")
+        for codec in self.codecs:
+            get_codec(codec)
 
     @classmethod
     def load(cls, path: Path) -> Recipe:
@@ -103,7 +119,7 @@ class Recipe:
             raise DataError(f"{path}: unknown settings {unknown}; known are {sorted(known)}")
         try:
             values["data"] = tuple(Source(**source) for source in values.get("data") or ())
-            for name in ("targets", "layers", "top_k"):
+            for name in ("targets", "layers", "top_k", "codecs"):
                 if name in values:
                     values[name] = tuple(values[name])
             return cls(**values)
