@@ -10,14 +10,15 @@ import itertools
 import json
 import statistics
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from regrad_qdrant.client_store import ClientStore
+from regrad_qdrant.codec import CODECS, get_codec
 from regrad_qdrant.embed import Bm25, Embedder
-from regrad_qdrant.errors import BankError, RecordTooLargeError
+from regrad_qdrant.errors import BankError, RecordError, RecordTooLargeError
 from regrad_qdrant.layouts import CORPUS, Layout
 from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.store import (
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from qdrant_client.models import FieldCondition, Filter
 
     from regrad_qdrant.space import AtomSpace
+
+Item = TypeVar("Item")
 
 MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
 PAGE = 256
@@ -96,6 +99,14 @@ class BankStatus:
             "codec": self.codec,
             "bytes_per_atom": {"median": self.bytes_median, "max": self.bytes_max},
         }
+
+
+@dataclass
+class RecodeReport:
+    """What `recode` did."""
+
+    recoded: int = 0
+    failed: dict[str, str] = field(default_factory=dict)  # point id → why its atom could not be read
 
 
 class GradientBank:
@@ -344,6 +355,41 @@ class GradientBank:
             bytes_max=max(sizes) if sizes else None,
         )
 
+    def recode(self, codec: str, numel: int, on_progress: Callable[[int], None] = lambda _: None) -> RecodeReport:
+        """Bring this space's atoms to a coarser codec, in place and without the model.
+
+        Resumable: atoms that are in the codec already, or in one as coarse, are not read. A damaged atom stays as
+        it is and is named in the report.
+
+        Args:
+            numel: numbers of an atom of this space.
+            on_progress: called with the number of atoms just dealt with.
+        """
+        wanted = get_codec(codec)
+        report = RecodeReport()
+        condition = self.finer_than(codec, numel)
+        page = max(1, min(PAGE, self.max_request_bytes // (8 * numel)))  # an atom is at most fp32 in base64
+        for points in _pages(self._scroll(condition, [self.payload_key], page), page):
+            records = []
+            for point in points:
+                try:
+                    old = Record.from_payload(point.payload[self.payload_key])
+                    records.append((point.id, old.recoded(wanted.name, self.space, numel)))
+                except RecordError as error:
+                    report.failed[str(point.id)] = str(error)
+            report.recoded += self.put(records)
+            on_progress(len(points))
+        return report
+
+    def finer_than(self, codec: str, numel: int) -> Filter:
+        """The filter on points whose atom of this space takes more bytes than it would in `codec`."""
+        from qdrant_client import models
+
+        size = get_codec(codec).size(numel)
+        finer = [name for name, other in CODECS.items() if other.size(numel) > size]
+        of_codec = models.FieldCondition(key=f"{self.payload_key}.codec", match=models.MatchAny(any=finer))
+        return models.Filter(must=[self._in_space(), of_codec])
+
     def drop(self) -> int:
         """Remove this space's atoms, and nothing else; returns how many there were."""
         condition = self.has_atom
@@ -434,8 +480,8 @@ def point_id(key: str | int) -> PointId:
         return str(uuid.uuid5(_ID_NAMESPACE, key))
 
 
-def _pages(items: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    page: list[Document] = []
+def _pages(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    page: list[Item] = []
     for item in items:
         page.append(item)
         if len(page) == size:

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from regrad_qdrant.codec import CODECS, DEFAULT_CODEC
+from regrad_qdrant.cli_bench import bench
+from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.console import answers_table, console, errors, print_report, progress, scores_table
 from regrad_qdrant.errors import DataError, RegradError
-from regrad_qdrant.merge import RULES
+from regrad_qdrant.options import (
+    DEFAULT_INIT,
+    BankPath,
+    CodecName,
+    Collection,
+    Dense,
+    Init,
+    JsonOut,
+    Key,
+    Merge,
+    Model,
+    TopK,
+    Url,
+    Using,
+    attach,
+    bank_of,
+    check_outputs,
+    check_vector,
+    existing_store,
+    ingest_corpus,
+    load,
+    regrad_of,
+    store_of,
+    vector_name,
+    write_json,
+)
 from regrad_qdrant.record import DEFAULT_KEY
 
-if TYPE_CHECKING:
-    from regrad_loaders.ingest import IngestReport
-    from regrad_qdrant.bank import GradientBank
-    from regrad_qdrant.initialization import MetaInitialization
-    from regrad_qdrant.pipeline import ReGrad
-    from regrad_qdrant.store import Store
-
-DEFAULT_INIT = "smollm2-135m-instruct"
-DEFAULT_PATH = "./regrad_bank"
 DEMO_PEOPLE, DEMO_QUESTIONS, DEMO_SEED = 60, 48, 1
 
 app = typer.Typer(
@@ -41,26 +54,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Collection = Annotated[str, typer.Option("--collection", "-c", help="Name of the Qdrant collection.")]
-Url = Annotated[str | None, typer.Option("--url", help="A running Qdrant server, such as http://localhost:6333.")]
-BankPath = Annotated[
-    Path | None, typer.Option("--path", help=f"Folder of an embedded bank; {DEFAULT_PATH} where there is no server.")
-]
-Init = Annotated[str, typer.Option("--init", help="Meta-initialization: a shipped name, or a folder.")]
-Model = Annotated[str | None, typer.Option("--model", help="Base model; by default the one the initialization names.")]
-Key = Annotated[str, typer.Option("--payload-key", help="The payload key that holds the atoms.")]
-JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what is reported as one JSON object to this file.")]
-Using = Annotated[str | None, typer.Option("--using", help="Name of the vector to search; bm25 by default.")]
-TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many documents to retrieve.")]
-Dense = Annotated[
-    str | None,
-    typer.Option("--dense", help="sentence-transformers model for a dense vector named 'dense', beside bm25."),
-]
-Merge = Annotated[
-    str | None, typer.Option("--merge", help=f"Merge rule instead of the trained one: {', '.join(RULES)}.")
-]
-CodecName = Annotated[str, typer.Option("--codec", help=f"How atoms are coded: {', '.join(CODECS)}.")]
+app.add_typer(bench, name="bench")
 
 
 @app.command()
@@ -81,13 +75,13 @@ def demo(
     from regrad_loaders.facts import generate
 
     chosen = parse_modes(modes)
-    _check_outputs(json_out, predictions)
+    check_outputs(json_out, predictions)
     world = generate("demo", DEMO_PEOPLE, DEMO_SEED, questions_per_person=1)
     questions = world.questions[:limit]
-    initialization, model, tokenizer = _load(init, None)
-    with _bank(_store("demo", None, path), initialization, DEFAULT_KEY, None) as bank:
-        regrad = _regrad(model, tokenizer, bank, initialization, None)
-        report = _ingest_corpus(regrad, world.passages, codec)
+    initialization, model, tokenizer = load(init, None)
+    with bank_of(store_of("demo", None, path), initialization, DEFAULT_KEY, None) as bank:
+        regrad = regrad_of(model, tokenizer, bank, initialization, None)
+        report = ingest_corpus(regrad, world.passages, codec)
         status = bank.status()
         settings = {
             "command": "demo",
@@ -117,7 +111,7 @@ def demo(
     )
     if predictions:
         write_predictions(result, predictions)
-    _write_json(json_out, result.as_dict() | {"bank": status.as_dict(), "ingest": report.as_dict()})
+    write_json(json_out, result.as_dict() | {"bank": status.as_dict(), "ingest": report.as_dict()})
 
 
 @app.command()
@@ -155,25 +149,25 @@ def ingest(
     from regrad_qdrant.errors import BankError
 
     get_codec(codec)
-    _check_outputs(json_out)
+    check_outputs(json_out)
     if (corpus is None) == (from_collection is None):
         raise DataError("give either --corpus FILE with --collection NAME, or --from-collection NAME")
     if corpus is not None and collection is None:
         raise DataError("--corpus needs --collection NAME to fill")
     passages = read_corpus(corpus) if corpus is not None else None
-    store = _store(str(collection or from_collection), url, path)
+    store = store_of(str(collection or from_collection), url, path)
     if passages is None and not store.exists():
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
-    initialization, base, tokenizer = _load(init, model)
-    with _bank(store, initialization, payload_key, dense, text_path) as bank:
-        regrad = _regrad(base, tokenizer, bank, initialization, None)
+    initialization, base, tokenizer = load(init, model)
+    with bank_of(store, initialization, payload_key, dense, text_path) as bank:
+        regrad = regrad_of(base, tokenizer, bank, initialization, None)
         if passages is not None:
-            report = _ingest_corpus(regrad, passages, codec, batch_tokens)
+            report = ingest_corpus(regrad, passages, codec, batch_tokens)
         else:
-            report = _attach(regrad, codec, batch_tokens)
+            report = attach(regrad, codec, batch_tokens)
         status = bank.status()
     print_report(report)
-    _write_json(json_out, report.as_dict() | {"status": status.as_dict()})
+    write_json(json_out, report.as_dict() | {"status": status.as_dict()})
     if report.skipped:
         raise typer.Exit(1)
 
@@ -192,14 +186,14 @@ def status(
     from regrad_qdrant.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
-    with _bank(_existing(collection, url, path), initialization, payload_key, None, text_path) as bank:
+    with bank_of(existing_store(collection, url, path), initialization, payload_key, None, text_path) as bank:
         found = bank.status()
     table = Table("points", "atoms", "missing", "stale", "space", "codec", "bytes per atom, median", "max")
     table.add_row(*("–" if value is None else str(value) for value in asdict(found).values()))
     console.print(table)
     if found.missing or found.stale:
         console.print("Attach what is missing or stale with: regrad-qdrant ingest")
-    _write_json(json_out, found.as_dict())
+    write_json(json_out, found.as_dict())
 
 
 @app.command()
@@ -234,12 +228,12 @@ def ask(
         prompt = Prompt(question, type, tuple(choice or ()))  # type: ignore[arg-type] # checked above
     except ValueError as error:
         raise DataError(str(error)) from error
-    store = _existing(collection, url, path)
+    store = existing_store(collection, url, path)
     if chosen not in ("direct", "init"):
-        _check_vector(store, using)
-    initialization, base, tokenizer = _load(init, model)
-    with _bank(store, initialization, payload_key, dense, text_path, using) as bank:
-        regrad = _regrad(base, tokenizer, bank, initialization, merge)
+        check_vector(store, using)
+    initialization, base, tokenizer = load(init, model)
+    with bank_of(store, initialization, payload_key, dense, text_path, using) as bank:
+        regrad = regrad_of(base, tokenizer, bank, initialization, merge)
         answer = regrad.answer(
             prompt.question, mode=chosen, top_k=top_k, type=prompt.type, choices=prompt.choices, using=using
         )
@@ -248,7 +242,7 @@ def ask(
         console.print(f"  {hit.score:8.3f}  {hit.document_id}  {hit.text[:90]!r}", markup=False, highlight=False)
     parts = "  ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in asdict(answer.timings).items())
     console.print(f"  {parts}  ({answer.prompt_tokens} prompt tokens)", style="dim")
-    _write_json(
+    write_json(
         json_out,
         {
             "question": question,
@@ -296,7 +290,7 @@ def evaluation(
     from regrad_loaders.evaluate import evaluate, field_filter, parse_modes, select, write_predictions
 
     chosen = parse_modes(modes)
-    _check_outputs(json_out, predictions)
+    check_outputs(json_out, predictions)
     questions = select(read_questions(qa), split, limit)
     for question in questions:
         field_filter(question, filter_field)
@@ -305,17 +299,17 @@ def evaluation(
         raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
     with tempfile.TemporaryDirectory() as folder:
         if collection is not None:
-            store = _store(collection, url, path) if passages is not None else _existing(collection, url, path)
+            store = store_of(collection, url, path) if passages is not None else existing_store(collection, url, path)
         else:
-            store = _store("eval", None, Path(folder))
+            store = store_of("eval", None, Path(folder))
         if store.exists():
-            _check_vector(store, using)
-        elif _vector(using) != "bm25" and dense is None:
+            check_vector(store, using)
+        elif vector_name(using) != "bm25" and dense is None:
             raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
-        initialization, base, tokenizer = _load(init, model)
-        with _bank(store, initialization, payload_key, dense, text_path, using) as bank:
-            regrad = _regrad(base, tokenizer, bank, initialization, merge)
-            report = _ingest_corpus(regrad, passages, codec) if passages is not None else None
+        initialization, base, tokenizer = load(init, model)
+        with bank_of(store, initialization, payload_key, dense, text_path, using) as bank:
+            regrad = regrad_of(base, tokenizer, bank, initialization, merge)
+            report = ingest_corpus(regrad, passages, codec) if passages is not None else None
             settings = {
                 "command": "eval",
                 "corpus": str(corpus) if corpus else None,
@@ -324,7 +318,7 @@ def evaluation(
                 "limit": limit,
                 "modes": chosen,
                 "top_k": top_k,
-                "using": _vector(using),
+                "using": vector_name(using),
                 "dense": dense,
                 "filter_field": filter_field,
                 "collection": collection,
@@ -354,7 +348,7 @@ def evaluation(
         print_report(report)
     if predictions:
         write_predictions(result, predictions)
-    _write_json(json_out, result.as_dict())
+    write_json(json_out, result.as_dict())
 
 
 @app.command()
@@ -366,6 +360,17 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
     data_dir: Annotated[
         Path | None, typer.Option("--data-dir", help="Folder of the data, instead of the recipe's.")
+    ] = None,
+    refit_step_sizes: Annotated[
+        bool,
+        typer.Option(
+            "--refit-step-sizes",
+            help="Learn the step sizes and the merge temperature of --init alone, through the recipe's codecs: every "
+            "stored atom stays valid.",
+        ),
+    ] = False,
+    init: Annotated[
+        str | None, typer.Option("--init", help="Go on from this initialization instead of the recipe's `start`.")
     ] = None,
 ) -> None:
     """Meta-train an initialization for a base model: the gradients' own learning to be useful."""
@@ -379,6 +384,10 @@ def train(
     settings = Recipe.load(recipe)
     if data_dir is not None:
         settings = replace(settings, data_dir=str(data_dir))
+    if init is not None:
+        settings = replace(settings, start=init)
+    if refit_step_sizes:
+        settings = replace(settings, start=settings.start or DEFAULT_INIT, learn="step_sizes")
     folder = out or Path("runs") / settings.name
     if (folder / "checkpoint.pt").exists() and not resume:
         raise DataError(f"{folder} holds a checkpoint: go on from it with --resume, or choose another --out")
@@ -395,6 +404,44 @@ def train(
 
 
 @app.command()
+def recode(
+    collection: Collection,
+    codec: CodecName,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    payload_key: Key = DEFAULT_KEY,
+    json_out: JsonOut = None,
+) -> None:
+    """Bring the atoms of a collection to a coarser codec, in place and without the model.
+
+    Safe to stop and to start again. What the coarser codec leaves out can't be brought back but by ingesting anew.
+    """
+    from regrad_qdrant.codec import get_codec
+    from regrad_qdrant.initialization import MetaInitialization
+
+    get_codec(codec)
+    check_outputs(json_out)
+    initialization = MetaInitialization.load(init)
+    numel = initialization.space.numel
+    with bank_of(existing_store(collection, url, path), initialization, payload_key, None) as bank:
+        before = bank.status()
+        with progress("Recoding", bank.store.count(bank.finer_than(codec, numel))) as advance:
+            report = bank.recode(codec, numel, advance)
+        after = bank.status()
+    console.print(
+        f"{report.recoded} atoms recoded, {before.atoms - report.recoded - len(report.failed)} were as coarse already, "
+        f"{len(report.failed)} failed; {before.bytes_median} bytes an atom before, {after.bytes_median} now (median)",
+        highlight=False,
+    )
+    for key, reason in list(report.failed.items())[:20]:
+        errors.print(f"left as it was: {key}: {reason}", style="yellow", markup=False)
+    write_json(json_out, asdict(report) | {"before": before.as_dict(), "after": after.as_dict()})
+    if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def drop(
     collection: Collection,
     url: Url = None,
@@ -407,7 +454,7 @@ def drop(
     from regrad_qdrant.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
-    with _bank(_existing(collection, url, path), initialization, payload_key, None) as bank:
+    with bank_of(existing_store(collection, url, path), initialization, payload_key, None) as bank:
         count = bank.status().atoms
         if count and not yes and sys.stdin.isatty():
             typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
@@ -431,128 +478,3 @@ def main() -> None:
         if stopped.code == 130:  # what typer makes of Ctrl-C
             errors.print("stopped: start the same command again to go on", style="yellow")
         raise
-
-
-# -- the parts that commands share ----------------------------------------------------------------------
-
-
-def _store(collection: str, url: str | None, path: Path | None) -> Store:
-    """The store that the options and the environment name."""
-    from regrad_qdrant.store import open_store
-
-    if url is not None and path is not None:
-        raise DataError("give either --url or --path")
-    if path is None:
-        url = url or os.environ.get("QDRANT_URL") or None
-    return open_store(collection, url=url, api_key=os.environ.get("QDRANT_API_KEY") or None, path=path or DEFAULT_PATH)
-
-
-def _existing(collection: str, url: str | None, path: Path | None) -> Store:
-    from regrad_qdrant.errors import BankError
-
-    store = _store(collection, url, path)
-    if not store.exists():
-        raise BankError(
-            f"there is no collection {collection!r}: make it with regrad-qdrant ingest, or check --url and --path"
-        )
-    return store
-
-
-def _check_vector(store: Store, using: str | None) -> None:
-    """Refuse a vector that the collection lacks, before the model is loaded."""
-    from regrad_qdrant.errors import BankError
-
-    present = store.vectors()
-    if _vector(using) not in present:
-        names = [name or "the unnamed one" for name in (*present.dense, *present.sparse)]
-        raise BankError(
-            f"collection {store.name!r} has no vector {_vector(using)!r}; it has {', '.join(names) or 'none'}: "
-            "choose with --using NAME (and --dense MODEL for a dense one)"
-        )
-
-
-def _load(init: str, model: str | None) -> tuple[MetaInitialization, Any, Any]:
-    from regrad_qdrant.base_model import load_base_model
-    from regrad_qdrant.initialization import MetaInitialization
-
-    initialization = MetaInitialization.load(init)
-    with console.status(f"Loading {model or initialization.base.name}"):
-        base, tokenizer = load_base_model(model or initialization.base.name)
-    initialization.check_model(base)
-    return initialization, base, tokenizer
-
-
-@contextmanager
-def _bank(
-    store: Store,
-    initialization: MetaInitialization,
-    payload_key: str,
-    dense: str | None,
-    text_path: str = "text",
-    using: str | None = None,
-) -> Iterator[GradientBank]:
-    from regrad_qdrant.bank import GradientBank
-    from regrad_qdrant.embed import Bm25, DenseEmbedder, Embedder
-    from regrad_qdrant.layouts import CORPUS, Layout
-
-    embedders: dict[str, Embedder] = {"bm25": Bm25()}
-    if dense is not None:
-        embedders["dense" if using in (None, "bm25") else str(using)] = DenseEmbedder(dense)
-    layout = CORPUS if text_path == CORPUS.text else Layout("given", text_path)
-    bank = GradientBank(
-        store, store.name, initialization.fingerprint, payload_key=payload_key, layout=layout, embedders=embedders
-    )
-    try:
-        yield bank
-    finally:
-        bank.close()
-
-
-def _regrad(
-    model: Any, tokenizer: Any, bank: GradientBank, initialization: MetaInitialization, merge: str | None
-) -> ReGrad:
-    from dataclasses import replace
-
-    from regrad_qdrant.pipeline import ReGrad
-
-    try:
-        rule = replace(initialization.merge, rule=merge) if merge else None
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    return ReGrad(model, tokenizer, bank, initialization, merge=rule, check_model=False)
-
-
-def _ingest_corpus(regrad: ReGrad, passages: Any, codec: str, batch_tokens: int = 2048) -> IngestReport:
-    from regrad_loaders.ingest import add_corpus
-
-    with console.status("Adding passages"):
-        added = add_corpus(regrad.bank, passages, regrad.gradients)
-    report = _attach(regrad, codec, batch_tokens)
-    report.points_added, report.points_updated = added
-    return report
-
-
-def _attach(regrad: ReGrad, codec: str, batch_tokens: int) -> IngestReport:
-    from regrad_loaders.ingest import attach_atoms
-
-    bank = regrad.bank
-    with progress("Computing atoms", bank.store.count(bank.lacks_atom)) as advance:
-        return attach_atoms(bank, regrad.gradients, codec, advance, batch_tokens=batch_tokens)
-
-
-def _vector(using: str | None) -> str:
-    return "bm25" if using is None else using
-
-
-def _check_outputs(*paths: Path | None) -> None:
-    """Refuse files that can't be written before the long work begins."""
-    for path in paths:
-        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            raise DataError(
-                f"can't write {path}: there is no folder {path.parent} to write to, or it is a folder itself"
-            )
-
-
-def _write_json(path: Path | None, value: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

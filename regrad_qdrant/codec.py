@@ -46,6 +46,10 @@ class Codec(ABC):
     def sizes(self, numel: int) -> dict[str, int]:
         """The size in bytes of each part of an atom of `numel` numbers."""
 
+    def size(self, numel: int) -> int:
+        """The size in bytes of a coded atom, before it is compressed and packed."""
+        return sum(self.sizes(numel).values())
+
     @abstractmethod
     def quantize(self, flat: Tensor) -> dict[str, Tensor]:
         """Code a batch: (batch, numel) float to one (batch, bytes) uint8 tensor a part."""
@@ -212,7 +216,9 @@ class Levels(_Scaled):
         else:
             largest = blocks.abs().amax(dim=2) / self.levels[-1]
             steps = (STEPS_PER_OCTAVE * largest.log2() - 1e-3).ceil()
-            digits = torch.bucketize(blocks / torch.exp2(steps / STEPS_PER_OCTAVE).clamp(min=1e-38).unsqueeze(2), middles)
+            digits = torch.bucketize(
+                blocks / torch.exp2(steps / STEPS_PER_OCTAVE).clamp(min=1e-38).unsqueeze(2), middles
+            )
         return {"codes": self._pack(digits)} | self._pack_scales(steps)
 
     def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
@@ -271,10 +277,12 @@ class SparseSign(_Scaled):
     def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
         import torch
 
-        return torch.stack([
-            self.weighted_sum({name: part[i : i + 1] for name, part in parts.items()}, torch.ones(1), numel)
-            for i in range(len(parts["top"]))
-        ])
+        return torch.stack(
+            [
+                self.weighted_sum({name: part[i : i + 1] for name, part in parts.items()}, torch.ones(1), numel)
+                for i in range(len(parts["top"]))
+            ]
+        )
 
     def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, numel: int) -> Tensor:
         import torch
@@ -358,7 +366,8 @@ def _table(levels: tuple[float, ...], per_byte: int, device: Any) -> Tensor:
     values = torch.arange(256)
     digits = torch.stack([values // len(levels) ** i % len(levels) for i in range(per_byte)], dim=1)
     used = values < len(levels) ** per_byte
-    return (torch.tensor(levels, dtype=torch.float32)[digits] * used.unsqueeze(1)).to(device)
+    rows: Tensor = torch.tensor(levels, dtype=torch.float32)[digits] * used.unsqueeze(1)
+    return rows.to(device)
 
 
 @cache

@@ -12,7 +12,7 @@ import base64
 import binascii
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -97,6 +97,15 @@ class Record:
             RecordError: one of its kinds, if the record is damaged.
         """
         return get_codec(self.codec).decode(self.parts(fingerprint, numel), numel)
+
+    def recoded(self, codec: str, fingerprint: str, numel: int) -> Record:
+        """The same atom in another codec.
+
+        Raises:
+            RecordError: as `decode`.
+        """
+        [parts] = get_codec(codec).encode(self.decode(fingerprint, numel).unsqueeze(0))
+        return replace(self, codec=codec, atom=_pack(parts))
 
 
 def decode_sum(

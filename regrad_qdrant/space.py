@@ -48,7 +48,8 @@ class AtomSpace(ABC):
     """Maps between gradients, atoms and updates for a set of LoRA modules.
 
     `modules` are named as in the base model (`model.layers.15.mlp.gate_proj`); an atom's tensors are named
-    `<module>.<part>`, or by what shares them. The space holds references to the modules' tensors, so it follows them in training.
+    `<module>.<part>`, or by what the modules that share one have in common. The space holds references to the
+    modules' tensors, so it follows them in training.
     """
 
     kind: ClassVar[str]

@@ -1,6 +1,7 @@
 """The bank over every engine: in-process client, embedded Edge shard, and a server where QDRANT_URL names one."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from regrad_qdrant import Bm25, Document, GradientBank
 from regrad_qdrant.bank import point_id
 from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
-from regrad_qdrant.record import make_records
+from regrad_qdrant.record import Record, make_records
 from regrad_qdrant.store import SparseVector, open_store
 
 SPACE, OTHER = "a" * 16, "b" * 16
@@ -309,3 +310,45 @@ def test_ids_keep_what_qdrant_can_keep():
     assert point_id(7) == 7
     assert point_id("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90") == "5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90"
     assert point_id("squad-d1") == point_id("squad-d1") != point_id("squad-d2")
+
+
+def test_recoding_makes_atoms_coarser_in_place_and_touches_nothing_else(bank):
+    ids = fill(bank)
+    before = payloads(bank)
+    coarse = make_records(torch.ones(1, 128), [PEOPLE[3]], SPACE, "sparse")[0]
+    bank.put([(ids[3], coarse)])
+    done = []
+    report = bank.recode("sign", 128, done.append)
+    assert (report.recoded, report.failed, sum(done)) == (3, {}, 3)
+    after = payloads(bank)
+    for key in ids[:3]:
+        old, new = before[key].pop("regrad"), after[key].pop("regrad")
+        assert new["codec"] == "sign" and (new["sha"], new["space"]) == (old["sha"], old["space"])
+        atoms = [Record.from_payload(value).decode(SPACE, 128) for value in (old, new)]
+        assert torch.cosine_similarity(*atoms, dim=0) > 0.7
+        assert after[key] == before[key]
+    assert after[ids[3]]["regrad"]["codec"] == "sparse"  # coarser already: left as it is
+    assert bank.recode("sign", 128).recoded == bank.recode("int8", 128).recoded == 0
+
+
+def test_recoding_leaves_what_it_can_not_read_and_names_it(bank):
+    ids = fill(bank)
+    broken = bank.fetch(ids[:1])[0].record
+    bank.put([(ids[0], replace(broken, atom=broken.atom[:-8]))])
+    report = bank.recode("int4", 128)
+    assert report.recoded == 3 and list(report.failed) == [str(ids[0])]
+    assert payloads(bank)[ids[0]]["regrad"]["codec"] == "int8"
+
+
+def test_recoding_that_was_stopped_goes_on_where_it_was(bank):
+    fill(bank)
+    bank.max_request_bytes = 2000  # two atoms a page
+
+    def stop(_count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bank.recode("sign", 128, stop)
+    assert 0 < bank.store.count(bank.finer_than("sign", 128)) < 4
+    assert 0 < bank.recode("sign", 128).recoded < 4
+    assert bank.status().codec == "sign"

@@ -49,7 +49,7 @@ def run(folder, tmp_path, monkeypatch, capsys):
         command = [str(argument) for argument in arguments]
         if command[0] in ("ingest", "ask", "eval"):
             command += ["--model", str(folder / model)]
-        if command[0] in ("ingest", "ask", "eval", "status", "drop"):
+        if command[0] in ("ingest", "ask", "eval", "status", "recode", "drop"):
             command += ["--init", str(folder / "init")]
         monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command])
         code = 0
@@ -89,6 +89,11 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     )
     answer = json.loads((tmp_path / "ask.json").read_text())
     assert code == 0 and answer["mode"] == "regrad+icl" and set(answer["timings"]) >= {"search", "generate", "restore"}
+
+    code, out, _ = run("recode", "--collection", "docs", "--path", "bank", "--codec", "sign", "--json", "recode.json")
+    recoded = json.loads((tmp_path / "recode.json").read_text())
+    assert code == 0 and "12 atoms recoded, 0 were as coarse already, 0 failed" in out
+    assert recoded["after"]["codec"] == "sign" and recoded["recoded"] == 12
 
     code, out, _ = run("drop", "--collection", "docs", "--path", "bank", "--yes")
     assert code == 0 and "12 atoms removed" in out

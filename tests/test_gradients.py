@@ -35,7 +35,10 @@ def one_at_a_time(gradients, document):
         weight.requires_grad_(False)
     if gradients.space.kind == "lora":
         return grads
-    return {f"{n}.core": m.basis.T @ grads[f"{n}.lora_B"] for n, m in gradients.space.modules.items()}
+    cores = {}
+    for name, module in gradients.space.modules.items():
+        gradients.space.accumulate(cores, {gradients.space.core_of(name): module.basis.T @ grads[f"{name}.lora_B"]})
+    return cores
 
 
 def test_batched_atoms_equal_one_document_autograd(model, tokenizer, kind):

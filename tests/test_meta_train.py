@@ -145,7 +145,9 @@ def test_atoms_are_read_through_the_codec_and_gradients_pass_straight_through(so
     expected = codec.dequantize(codec.quantize(flat.detach()), learner.space.numel)
     torch.testing.assert_close(coded, expected)
     probe = torch.randn_like(flat)
-    found, straight = (torch.autograd.grad((x * probe).sum(), learner.lora_b[0], retain_graph=True) for x in (coded, flat))
+    found, straight = (
+        torch.autograd.grad((x * probe).sum(), learner.lora_b[0], retain_graph=True) for x in (coded, flat)
+    )
     torch.testing.assert_close(found, straight)
     assert torch.equal(learner.space.flatten(learner.coded(exact, "fp32")), flat)
 

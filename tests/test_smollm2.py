@@ -9,7 +9,7 @@ from regrad_loaders.evaluate import evaluate
 from regrad_loaders.facts import generate
 from regrad_loaders.ingest import add_corpus, attach_atoms
 from regrad_qdrant import GradientBank, MetaInitialization, ReGrad, load_base_model
-from regrad_qdrant.cli import DEFAULT_INIT
+from regrad_qdrant.options import DEFAULT_INIT
 from regrad_qdrant.plugin import lora_layers, lora_weight
 
 

@@ -97,9 +97,7 @@ class MetaLearner(nn.Module):
         deltas = torch.autograd.grad(losses.sum(), [outputs[name] for name in self.names])
         atoms: dict[str, Tensor] = {}
         for name, delta in zip(self.names, deltas, strict=True):
-            self.space.accumulate(
-                atoms, self.space.from_gradients(name, self.space.keep(name, inputs[name]), delta)
-            )
+            self.space.accumulate(atoms, self.space.from_gradients(name, self.space.keep(name, inputs[name]), delta))
         return atoms
 
     @property
@@ -144,9 +142,7 @@ class MetaLearner(nn.Module):
         decoded = coder.dequantize(coder.quantize(exact.float()), self.space.numel).to(flat.dtype)
         return self.space.unflatten(flat + (decoded - exact))
 
-    def objective(
-        self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2
-    ) -> tuple[Tensor, Tensor]:
+    def objective(self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2) -> tuple[Tensor, Tensor]:
         """The episode's answer losses and greedy hits, (questions,) each, with its atoms read from this codec.
 
         Args:
