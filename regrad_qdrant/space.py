@@ -3,7 +3,8 @@
 For a LoRA module y = W x + s·B A x with A (r, d_in) and B (d_out, r):
 
 - `lora` holds g_A and g_B of every module, as the paper does;
-- `core` holds C = Uᵀ g_B (p, r) with a meta-learned basis U (d_out, p), and moves B by U·ΔC.
+- `core` holds C = Uᵀ g_B (p, r) with a meta-learned basis U (d_out, p), and moves B by U·ΔC;
+- `tied` is `core` with one C for all modules of a transformer layer: the sum of theirs.
 
 A space is one small class; `SPACES` is the registry.
 """
@@ -11,6 +12,7 @@ A space is one small class; `SPACES` is the registry.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -181,4 +183,14 @@ class CoreSpace(AtomSpace):
         return module.basis.to(like)  # the model may have moved since
 
 
-SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace)}
+class TiedSpace(CoreSpace):
+    """One core a transformer layer: its modules share C, so the atom holds the sum of their gradients by it."""
+
+    kind = "tied"
+
+    def core_of(self, name: str) -> str:
+        layer = re.match(r".*\.\d+(?=\.)", name)
+        return f"{layer[0] if layer else name}.core"
+
+
+SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace, TiedSpace)}

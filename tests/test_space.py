@@ -44,6 +44,21 @@ def test_numel_counts_what_the_design_says(model):
     assert lora.numel == 2 * 3 * 4 * (32 + 48)
 
 
+def test_a_tied_core_belongs_to_a_layer_and_is_the_sum_of_its_modules_cores(model):
+    core, tied = (tiny_initialization(model, kind, rank=4, basis_rank=3).space for kind in ("core", "tied"))
+    assert list(tied.shapes.items()) == [(f"model.layers.{layer}.core", (3, 4)) for layer in (1, 2)]
+    torch.manual_seed(2)
+    inputs = {name: torch.randn(2, 5, module.d_in) for name, module in core.modules.items()}
+    deltas = {name: torch.randn(2, 5, module.d_out) for name, module in core.modules.items()}
+    of_modules, of_layers = {}, {}
+    for space, atoms in ((core, of_modules), (tied, of_layers)):
+        for name in space.modules:
+            space.accumulate(atoms, space.from_gradients(name, space.keep(name, inputs[name]), deltas[name]))
+    for layer, found in of_layers.items():
+        expected = sum(atom for name, atom in of_modules.items() if name.startswith(layer.removesuffix("core")))
+        torch.testing.assert_close(found, expected)
+
+
 def test_flatten_and_unflatten_are_inverse(model, kind):
     space = tiny_initialization(model, kind).space
     flat = torch.randn(2, space.numel)
