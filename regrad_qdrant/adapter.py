@@ -56,7 +56,7 @@ class Adapter:
             for part in ("lora_A", "lora_B")
         }
         self._buffers: dict[str, Tensor] = {}
-        self._step_sizes = torch.cat(  # α, one number for each of the atom's
+        self.step_sizes = torch.cat(  # α, one number for each of the atom's
             [
                 torch.full((math.prod(shape),), initialization.step_sizes[name])
                 for name, shape in self.space.shapes.items()
@@ -125,7 +125,7 @@ class Adapter:
     def _update(self, atom_sum: Tensor) -> dict[str, Tensor]:
         """The change of the LoRA tensors, −α ⊙ sum mapped back by the space."""
         like = next(iter(self._parameters.values()))
-        change = (-self._step_sizes.to(atom_sum.device) * atom_sum).to(device=like.device, dtype=like.dtype)
+        change = (-self.step_sizes.to(atom_sum.device) * atom_sum).to(device=like.device, dtype=like.dtype)
         return self.space.to_update(self.space.unflatten(change))
 
     def _written(self, name: str, initial: Tensor, update: Tensor) -> Tensor:

@@ -2,6 +2,127 @@
 
 from __future__ import annotations
 
-import typer
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
-bench = typer.Typer(help="Measure: each command writes a JSON, a table and a plot.", no_args_is_help=True)
+import typer
+from rich.table import Table
+
+from regrad_qdrant.codec import CODECS
+from regrad_qdrant.console import console, progress
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.options import DEFAULT_INIT, JsonOut, check_outputs, write_json
+
+if TYPE_CHECKING:
+    from regrad_loaders.bench_atoms import Cell, Task, Times
+
+FACTS_PEOPLE = 120
+
+bench = typer.Typer(help="Measure: each command prints a table and writes a JSON and a plot.", no_args_is_help=True)
+
+
+@bench.callback()
+def _group() -> None:
+    """Keeps `atoms` a command of its own while it is the only one."""
+
+
+@bench.command()
+def atoms(
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A folder with corpus.jsonl and qa.jsonl, FOLDER:TYPE for one type of its questions, or facts for "
+            "the invented ones; repeat it.",
+        ),
+    ] = None,
+    inits: Annotated[
+        list[str] | None, typer.Option("--init", help="Meta-initialization, so an atom space; repeat it.")
+    ] = None,
+    codecs: Annotated[str, typer.Option("--codecs", help=f"Comma-separated, of {', '.join(CODECS)}.")] = (
+        "fp32,int8,int4,int2,ternary,sign,sparse"
+    ),
+    top_k: Annotated[str, typer.Option("--top-k", "-k", help="Comma-separated.")] = "1,3,5,10",
+    split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 100,
+    json_out: JsonOut = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot", help="Write the curve to this PNG or SVG file.")] = None,
+) -> None:
+    """Bytes an atom against F1: atom spaces × codecs × k, with intervals, paired against fp32 atoms."""
+    from regrad_loaders.bench_atoms import AtomBench, plot, report
+    from regrad_qdrant.base_model import load_base_model
+    from regrad_qdrant.codec import get_codec
+    from regrad_qdrant.initialization import MetaInitialization
+
+    names, chosen = [name.strip() for name in codecs.split(",")], inits or [DEFAULT_INIT]
+    for name in names:
+        get_codec(name)
+    try:
+        ks = sorted({int(k) for k in top_k.split(",")})
+    except ValueError as error:
+        raise DataError(f"--top-k wants whole numbers with commas between, found {top_k!r}") from error
+    check_outputs(json_out, plot_out)
+    tasks = [_task(name, split, limit, max(ks)) for name in sets or ["facts"]]
+    cells: list[Cell] = []
+    times: list[Times] = []
+    for name in chosen:
+        initialization = MetaInitialization.load(name)
+        with console.status(f"Loading {initialization.base.name}"):
+            model, tokenizer = load_base_model(initialization.base.name)
+        initialization.check_model(model)
+        measured = AtomBench(Path(name).name, initialization, model, tokenizer)
+        for task in tasks:
+            passages = len({key for hits in task.hits for key in hits})
+            with (
+                progress(f"{name}, {task.name}: atoms", passages) as on_atoms,
+                progress("Answering", len(ks) * len(dict.fromkeys(["fp32", *names]))) as on_cell,
+            ):
+                found, timed = measured.curve(task, names, ks, on_atoms, on_cell)
+            cells += found
+            times += timed
+            console.print(_table(found, timed, task.name))
+    settings = {"command": "bench atoms", "inits": chosen, "sets": sets or ["facts"], "codecs": names, "top_k": ks}
+    result = report(cells, times, settings | {"split": split, "limit": limit})
+    for init, codec in result["smallest"].items():
+        console.print(f"{init}: the smallest codec within 1 F1 of fp32 atoms on average is {codec}", highlight=False)
+    write_json(json_out, result)
+    if plot_out is not None:
+        plot(cells, 3 if 3 in ks else ks[0], plot_out)
+
+
+def _task(name: str, split: str, limit: int, depth: int) -> Task:
+    from regrad_loaders.bench_atoms import Task
+    from regrad_loaders.data import read_folder
+    from regrad_loaders.evaluate import select
+    from regrad_loaders.facts import generate
+
+    if name == "facts":
+        world = generate("demo", FACTS_PEOPLE, 1, questions_per_person=1)
+        return Task.of(world, world.questions[:limit], depth)
+    folder, _, kind = name.partition(":")
+    dataset = read_folder(Path(folder))
+    questions = [question for question in dataset.questions if not kind or question.type == kind]
+    return Task.of(dataset, select(questions, split, limit), depth)
+
+
+def _table(cells: list[Cell], times: list[Times], task: str) -> Table:
+    ks = sorted({cell.top_k for cell in cells})
+    table = Table(title=f"{cells[0].init}, {cells[0].numel:,} numbers an atom ({cells[0].space}); {task}: F1, 0 to 100")
+    for heading in ("codec", "bytes", *(f"k = {k}" for k in ks), "loss to fp32, all k", "cosine", "encode", "decode 3"):
+        table.add_column(heading, justify="left" if heading == "codec" else "right")
+    for time in times:
+        row: list[Any] = [cell for cell in cells if cell.codec == time.codec]
+        table.add_row(
+            time.codec,
+            f"{row[0].bytes_per_atom:,}",
+            *(f"{100 * c.f1.mean:.1f} ({100 * c.f1.low:.1f} … {100 * c.f1.high:.1f})" for c in row),
+            f"{100 * sum(cell.loss_to_fp32.mean for cell in row) / len(row):+.1f}",
+            f"{row[0].cosine:.2f}",
+            f"{time.encode:.1f} ms, {100 * time.encode_share:.1f} %",
+            f"{time.decode_sum:.1f} ms, {100 * time.decode_share:.1f} %",
+        )
+    table.caption = (
+        f"encode is of one atom, beside its gradient's {times[0].gradient:.0f} ms; decode 3 sums three records, beside "
+        f"one answer's {times[0].generate:.0f} ms"
+    )
+    return table

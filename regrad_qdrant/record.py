@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,11 @@ class Record:
     def to_payload(self) -> dict[str, Any]:
         """The value for the payload key."""
         return {"v": VERSION, "space": self.space, "sha": self.sha, "codec": self.codec, "atom": self.atom}
+
+    @property
+    def payload_bytes(self) -> int:
+        """What it takes in the payload, as JSON."""
+        return len(json.dumps(self.to_payload()))
 
     @classmethod
     def from_payload(cls, value: Any) -> Record:

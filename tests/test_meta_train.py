@@ -1,4 +1,5 @@
 import json
+import math
 import random
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from regrad_loaders.episodes import EpisodeSource, bm25_hits
 from regrad_loaders.facts import generate
 from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.meta_train import Trainer, run
+from regrad_loaders.narrow import narrow
 from regrad_loaders.recipe import Recipe, Source
 from regrad_qdrant import Adapter, MetaInitialization
 from regrad_qdrant.codec import get_codec
@@ -236,8 +238,40 @@ def test_going_on_from_an_initialization_and_learning_step_sizes_alone_keeps_its
 
 def test_an_initialization_of_another_shape_is_no_start(tokenizer, tmp_path):
     tiny_initialization(tiny_model(), basis_rank=3).save(tmp_path)
-    with pytest.raises(InitializationError, match="72 numbers there and 96 here"):
+    with pytest.raises(InitializationError, match=r"\(3, 4\); narrowing to \(4, 4\) would widen it"):
         trainer(tokenizer, tmp_path, replace(RECIPE, start=str(tmp_path), max_length=64))
+    with pytest.raises(InitializationError, match="kind, max_length differ"):
+        trainer(tokenizer, tmp_path, replace(RECIPE, space="lora", start=str(tmp_path)))
+
+
+def test_narrowing_keeps_the_principal_directions_of_the_atoms(source):
+    model = tiny_model()
+    wide = tiny_initialization(model, rank=8, basis_rank=8)
+    learner = MetaLearner(model, wide, "sum")
+    exact, _ = learner.atoms(source.episode(random.Random(0), 8, 1, [2]).passages, create_graph=False)
+    flat = learner.space.flatten(exact)
+    low_rank = {name: torch.randn(8, 2) @ torch.randn(2, 8) * torch.ones(12, 1, 1) for name in exact}
+    low_rank = {name: core * torch.rand(12, 1, 1) for name, core in low_rank.items()}
+    made = narrow(wide, wide.space.flatten(low_rank), rank=2, basis_rank=2, modules=wide.modules)
+    for name, module in made.modules.items():
+        left, right = module.basis, module.lora_a  # U L and Rᵀ A: the update U' C' A' must be U C A
+        old, core = wide.modules[name], low_rank[f"{name}.core"][3]
+        into, out = torch.linalg.lstsq(old.basis, left).solution, torch.linalg.lstsq(old.lora_a.T, right.T).solution
+        torch.testing.assert_close(
+            left @ (into.T @ core @ out) @ right, old.basis @ core @ old.lora_a, rtol=1e-3, atol=1e-4
+        )
+    fewer = [name for name in wide.modules if "layers.2" in name]
+    assert list(narrow(wide, flat, rank=4, basis_rank=4, modules=fewer).modules) == fewer
+    with pytest.raises(InitializationError, match="only the core space"):
+        narrow(tiny_initialization(tiny_model(), "lora"), flat, rank=2, basis_rank=2, modules=[])
+
+
+def test_going_on_narrower_than_the_start(tokenizer, tmp_path):
+    tiny_initialization(tiny_model(), rank=8, basis_rank=8, lora_alpha=16).save(tmp_path / "start")
+    recipe = replace(RECIPE, start=str(tmp_path / "start"), layers=(2, 2), max_length=64)
+    narrowed = trainer(tokenizer, tmp_path / "run", recipe)
+    assert narrowed.learner.space.numel == 3 * 4 * 4
+    assert math.isfinite(narrowed.train_step().loss)
 
 
 def test_recipes_are_checked(tmp_path):

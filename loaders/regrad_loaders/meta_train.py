@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regrad_loaders.data import read_folder
 from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
 from regrad_loaders.meta_learner import MetaLearner, calibrate
+from regrad_loaders.narrow import narrow
 from regrad_loaders.recipe import Recipe
 from regrad_qdrant.errors import DataError, InitializationError
 from regrad_qdrant.initialization import BaseModel, MetaInitialization
 from regrad_qdrant.merge import MergeRule
+
+SAMPLE = 48  # passages of each source whose atoms say which directions narrowing keeps
 
 
 @dataclass(frozen=True)
@@ -46,9 +49,9 @@ class Trainer:
         self.recipe, self.out = recipe, out
         self.rng = random.Random(recipe.seed)
         torch.manual_seed(recipe.seed)
-        initialization = _start(recipe, model, base)
-        self.learner = MetaLearner(model, initialization, recipe.merge)
         self.sources, self.weights = load_sources(recipe, tokenizer)
+        initialization = self._start(model, base)
+        self.learner = MetaLearner(model, initialization, recipe.merge)
         self.step = 0
         self.seen: set[str] = set()
         learned = self.learner
@@ -64,6 +67,58 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
+
+    def _start(self, model: nn.Module, base: BaseModel) -> MetaInitialization:
+        """What training begins with: fresh from the model's own singular vectors, or an initialization made before,
+        narrowed where the recipe's ranks and layers are fewer.
+
+        Raises:
+            InitializationError: if that one has another shape than the recipe says.
+            WrongModelError: if it belongs to another base model.
+        """
+        recipe = self.recipe
+        fresh = MetaInitialization.fresh(
+            model,
+            base,
+            kind=recipe.space,
+            targets=recipe.targets,
+            layers=range(recipe.layers[0], recipe.layers[1] + 1),
+            rank=recipe.rank,
+            basis_rank=recipe.basis_rank,
+            lora_alpha=recipe.lora_alpha,
+            step_size=recipe.step_size or 1.0,
+            max_length=recipe.max_length,
+        )
+        if recipe.start is None:
+            return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
+        start = MetaInitialization.load(recipe.start)
+        start.check_model(model)
+        if start.kind == fresh.kind == "core" and start.space.shapes != fresh.space.shapes:
+            atoms = self._sample_atoms(model, start)
+            start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=fresh.modules)
+        settings = ("kind", "lora_alpha", "max_length")
+        differing = [name for name in settings if getattr(start, name) != getattr(fresh, name)]
+        if differing or start.space.shapes != fresh.space.shapes or start.rank != fresh.rank:
+            raise InitializationError(
+                f"{recipe.start} does not fit the recipe: {', '.join(differing) or 'its tensors'} differ; an atom has "
+                f"{start.space.numel} numbers there and {fresh.space.numel} here"
+            )
+        return replace(start, merge=MergeRule(recipe.merge, start.merge.temperature))
+
+    def _sample_atoms(self, model: nn.Module, start: MetaInitialization) -> Tensor:
+        """Atoms of passages of every source in the space of `start`, each source's of mean length 1."""
+        rng = random.Random(self.recipe.seed + 3)
+        learner = MetaLearner(model, start, self.recipe.merge)
+        atoms = []
+        for source in self.sources:
+            found: list[Tensor] = []
+            while len(found) < SAMPLE:
+                episode = source.episode(rng, self.recipe.passages, 1, self.recipe.top_k)
+                found += learner.space.flatten(learner.atoms(episode.passages, create_graph=False)[0])
+            rows = torch.stack(found)
+            atoms.append(rows / rows.norm(dim=1).mean())
+        learner.model[0].unload()
+        return torch.cat(atoms)
 
     def _decay(self, step: int) -> float:
         """Linear warm-up, then linear decay to zero."""
@@ -171,39 +226,6 @@ class Trainer:
             loss, right, wrong = (sum(values) / len(values) for values in zip(*rows, strict=True))
             results[source.name] = {"loss": loss, "exact": right, "random_exact": wrong}
         return results
-
-
-def _start(recipe: Recipe, model: nn.Module, base: BaseModel) -> MetaInitialization:
-    """What training begins with: fresh from the model's own singular vectors, or an initialization made before.
-
-    Raises:
-        InitializationError: if that one has another shape than the recipe says.
-        WrongModelError: if it belongs to another base model.
-    """
-    fresh = MetaInitialization.fresh(
-        model,
-        base,
-        kind=recipe.space,
-        targets=recipe.targets,
-        layers=range(recipe.layers[0], recipe.layers[1] + 1),
-        rank=recipe.rank,
-        basis_rank=recipe.basis_rank,
-        lora_alpha=recipe.lora_alpha,
-        step_size=recipe.step_size or 1.0,
-        max_length=recipe.max_length,
-    )
-    if recipe.start is None:
-        return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
-    start = MetaInitialization.load(recipe.start)
-    start.check_model(model)
-    settings = ("kind", "lora_alpha", "max_length")
-    differing = [name for name in settings if getattr(start, name) != getattr(fresh, name)]
-    if differing or start.space.shapes != fresh.space.shapes or start.rank != fresh.rank:
-        raise InitializationError(
-            f"{recipe.start} does not fit the recipe: {', '.join(differing) or 'its tensors'} differ; an atom has "
-            f"{start.space.numel} numbers there and {fresh.space.numel} here"
-        )
-    return replace(start, merge=MergeRule(recipe.merge, start.merge.temperature))
 
 
 def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:

@@ -6,6 +6,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _LETTER = re.compile(r"([A-Za-z])(?:[).:]|$)")
@@ -39,6 +42,25 @@ def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction begins with one of the answers (for yes/no and choices), else 0."""
     said = normalize(prediction)
     return float(any(said == wanted or said.startswith(f"{wanted} ") for wanted in map(normalize, answers)))
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def bootstrap(values: Sequence[float], rounds: int = 2000, seed: int = 0) -> Interval:
+    """The mean over questions and its 95 % percentile interval. For a difference of two modes give the paired
+    differences."""
+    rng = np.random.default_rng(seed)
+    numbers = np.asarray(values, dtype=float)
+    means = numbers[rng.integers(len(numbers), size=(rounds, len(numbers)))].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(numbers.mean()), float(low), float(high))
 
 
 def _f1(predicted: list[str], wanted: list[str]) -> float:

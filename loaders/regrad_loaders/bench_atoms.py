@@ -1,0 +1,287 @@
+"""The rate–quality curve: what an atom costs in bytes, and what its answers are worth.
+
+Every initialization (so every atom space) meets the same questions. Its exact atoms are computed once; then each
+codec and each k reads them as a bank would give them back. Retrieval, merge rule, prompts and decoding are those
+of `eval` in the mode `regrad`; questions are answered in batches, each row with its own update.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrad_loaders.data import Dataset, Question
+from regrad_loaders.episodes import bm25_hits
+from regrad_loaders.scores import Interval, bootstrap, f1
+from regrad_qdrant.adapter import Adapter
+from regrad_qdrant.codec import get_codec
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.generation import generate
+from regrad_qdrant.gradients import GradientComputer, batches
+from regrad_qdrant.initialization import MetaInitialization
+from regrad_qdrant.plugin import row_updates
+from regrad_qdrant.prompts import Prompt
+from regrad_qdrant.record import Record, decode_sum, make_records
+
+BATCH_TOKENS = 2048
+QUESTIONS_A_BATCH = 24
+TIMED = 24  # atoms and answers that the times are taken over
+BASELINE = "fp32"
+
+# The published adapters (arXiv 2606.15734): gate, up and down projections of these layers.
+MODELS = {
+    "SmolLM2-135M, layers 18–29": 12 * 3,
+    "Llama-3.2-1B, layers 8–15": 8 * 3,
+    "Llama-3.2-3B, layers 14–27": 14 * 3,
+    "Llama-3.1-8B, layers 16–31": 16 * 3,
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One set's questions with what retrieval returned for them."""
+
+    name: str
+    questions: list[Question]
+    hits: list[dict[str, float]]  # passage id → score, best first
+    texts: dict[str, str]
+
+    @classmethod
+    def of(cls, dataset: Dataset, questions: Sequence[Question], depth: int) -> Task:
+        texts = {passage.id: passage.text for passage in dataset.passages}
+        hits = bm25_hits(texts, [question.question for question in questions], depth)
+        return cls(dataset.name, list(questions), hits, texts)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the curve."""
+
+    init: str
+    space: str
+    numel: int
+    task: str
+    codec: str
+    top_k: int
+    bytes_per_atom: int  # of the record's JSON in the payload, median
+    f1: Interval  # 0 to 1
+    loss_to_fp32: Interval  # F1 of fp32 atoms of the same space and k, minus this, over the same questions
+    cosine: float  # of the decoded weighted sum with that of fp32 atoms, mean
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds, medians, one process."""
+
+    init: str
+    codec: str
+    gradient: float  # of one atom, in batches
+    encode: float  # of one atom, from numbers to record
+    decode_sum: float  # of three records, from payload to the sum
+    generate: float  # of one answer
+
+    @property
+    def encode_share(self) -> float:
+        return self.encode / self.gradient
+
+    @property
+    def decode_share(self) -> float:
+        return self.decode_sum / self.generate
+
+
+class AtomBench:
+    """One initialization on its model.
+
+    Args:
+        name: how the initialization is called in the results.
+        model, tokenizer: the plain base model.
+    """
+
+    def __init__(self, name: str, initialization: MetaInitialization, model: Any, tokenizer: Any) -> None:
+        self.name = name
+        self.initialization = initialization
+        self.adapter = Adapter(model, initialization, check_model=False)
+        self.space = self.adapter.space
+        self.tokenizer = tokenizer
+        self.gradients = GradientComputer(self.adapter.model, tokenizer, self.space, initialization.max_length)
+
+    def close(self) -> None:
+        """Take the plug-in out of the model again."""
+        self.adapter.model.unload()
+
+    def atoms(self, texts: Sequence[str], on_progress: Callable[[int], None] = lambda _: None) -> tuple[Tensor, float]:
+        """The exact atoms (texts, numel), and the milliseconds that one took."""
+        documents = [self.gradients.encode(text) for text in texts]
+        atoms = torch.empty(len(texts), self.space.numel)
+        started = time.perf_counter()
+        for batch in batches([len(document.ids) for document in documents], BATCH_TOKENS):
+            atoms[batch] = self.gradients.atoms([documents[i] for i in batch])
+            on_progress(len(batch))
+        return atoms, 1000 * (time.perf_counter() - started) / len(texts)
+
+    def answers(self, questions: Sequence[Question], updates: Tensor) -> list[str]:
+        """What the model says to each question with its own row of `updates` (questions, numel)."""
+        said: list[str] = []
+        for start in range(0, len(questions), QUESTIONS_A_BATCH):
+            part = questions[start : start + QUESTIONS_A_BATCH]
+            rows = self.space.unflatten(updates[start : start + QUESTIONS_A_BATCH])
+            prompts = [Prompt(question.question, question.kind, question.choices) for question in part]
+            with self.adapter.initial(), row_updates(self.adapter.model, self.space, rows):
+                said += [answer.text for answer in generate(self.adapter.model, self.tokenizer, prompts)]
+        return said
+
+    def sums(self, task: Task, decoded: Tensor, rows: dict[str, int], top_k: int) -> Tensor:
+        """Σ wᵢ·g(dᵢ) for every question, (questions, numel)."""
+        total = torch.zeros(len(task.questions), self.space.numel)
+        for i, hits in enumerate(task.hits):
+            keys = list(hits)[:top_k]
+            weights = self.initialization.merge.weights([hits[key] for key in keys])
+            total[i] = torch.tensor(weights) @ decoded[[rows[key] for key in keys]]
+        return total
+
+    def curve(
+        self,
+        task: Task,
+        codecs: Sequence[str],
+        ks: Sequence[int],
+        on_atoms: Callable[[int], None] = lambda _: None,
+        on_cell: Callable[[int], None] = lambda _: None,
+    ) -> tuple[list[Cell], list[Times]]:
+        """Every codec at every k; fp32 is always among them."""
+        used = sorted({key for hits in task.hits for key in list(hits)[: max(ks)]})
+        rows = {key: i for i, key in enumerate(used)}
+        exact, gradient_ms = self.atoms([task.texts[key] for key in used], on_atoms)
+        baseline: dict[int, tuple[Tensor, list[float]]] = {}
+        cells, times = [], []
+        for name in dict.fromkeys([BASELINE, *codecs]):
+            codec = get_codec(name)
+            decoded = codec.dequantize(codec.quantize(exact), self.space.numel)
+            records, timed = self._timed(name, exact[:TIMED], gradient_ms)
+            size = int(median(record.payload_bytes for record in records))
+            for top_k in ks:
+                sums = self.sums(task, decoded, rows, top_k)
+                said = self.answers(task.questions, -self.adapter.step_sizes * sums)
+                scores = [f1(text, question.answers) for text, question in zip(said, task.questions, strict=True)]
+                reference = baseline.setdefault(top_k, (sums, scores))
+                losses = [before - after for before, after in zip(reference[1], scores, strict=True)]
+                cosine = float(torch.cosine_similarity(sums, reference[0]).mean())
+                cells.append(
+                    Cell(
+                        self.name, self.space.kind, self.space.numel, task.name, name, top_k, size,
+                        bootstrap(scores), bootstrap(losses), cosine,
+                    )
+                )  # fmt: skip
+                on_cell(1)
+            times.append(timed)
+        return cells, times
+
+    def _timed(self, codec: str, exact: Tensor, gradient_ms: float) -> tuple[list[Record], Times]:
+        fingerprint, numel = self.initialization.fingerprint, self.space.numel
+        encode, decode, records = [], [], []
+        for atom in exact:
+            started = time.perf_counter()
+            records += make_records(atom.unsqueeze(0), ["text"], fingerprint, codec)
+            encode.append(time.perf_counter() - started)
+        for i in range(len(records) - 2):
+            started = time.perf_counter()
+            decode_sum(records[i : i + 3], [1.0, 0.5, 0.25], fingerprint, numel)
+            decode.append(time.perf_counter() - started)
+        prompt = Prompt("Where was the first of them born, and in which year was that?")
+        answers = []
+        for _ in range(3):
+            started = time.perf_counter()
+            with self.adapter.initial():
+                generate(self.adapter.model, self.tokenizer, [prompt])
+            answers.append(time.perf_counter() - started)
+        seconds = (encode, decode or encode, answers)
+        return records, Times(self.name, codec, gradient_ms, *(1000 * median(values) for values in seconds))
+
+
+def extrapolation(codecs: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """What core atoms take on larger models: computed, not run. An atom has modules × p × r numbers."""
+    rows = []
+    for model, modules in MODELS.items():
+        for p, r in sizes:
+            numel = modules * p * r
+            numbers = torch.randn(1, numel, generator=torch.Generator().manual_seed(0))
+            for codec in codecs:
+                size = make_records(numbers, [""], "0" * 16, codec)[0].payload_bytes
+                row = {"model": model, "p": p, "r": r, "numbers": numel, "codec": codec}
+                rows.append(row | {"bytes_per_atom": size, "gb_per_million": size / 1000})
+    return rows
+
+
+def smallest(cells: Sequence[Cell], allowed: float = 0.01) -> dict[str, str]:
+    """For each initialization the codec of fewest bytes whose mean loss against fp32 atoms, over all sets and k, is
+    at most `allowed` (F1, 0 to 1)."""
+    chosen: dict[str, str] = {}
+    for init in dict.fromkeys(cell.init for cell in cells):
+        of_codec: dict[str, list[Cell]] = {}
+        for cell in cells:
+            if cell.init == init:
+                of_codec.setdefault(cell.codec, []).append(cell)
+        good = {
+            codec: max(cell.bytes_per_atom for cell in found)
+            for codec, found in of_codec.items()
+            if mean(cell.loss_to_fp32.mean for cell in found) <= allowed
+        }
+        chosen[init] = min(good, key=lambda codec: good[codec])
+    return chosen
+
+
+def report(cells: Sequence[Cell], times: Sequence[Times], settings: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of `regrad-qdrant bench atoms`."""
+    return {
+        "settings": settings,
+        "curve": [asdict(cell) for cell in cells],
+        "times": [asdict(t) | {"encode_share": t.encode_share, "decode_share": t.decode_share} for t in times],
+        "smallest": smallest(cells),
+        "extrapolation": extrapolation(("fp32", "int4", "sign"), ((16, 16), (32, 32))),
+    }
+
+
+def plot(cells: Sequence[Cell], top_k: int, path: Path) -> None:
+    """Two panels a set: F1 against bytes at one k, and F1 against k for every codec of each initialization.
+
+    Raises:
+        DataError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("a plot needs matplotlib: pip install 'regrad-qdrant[loaders]'") from error
+    tasks = list(dict.fromkeys(cell.task for cell in cells))
+    figure = Figure(figsize=(11, 3.6 * len(tasks)), layout="constrained")
+    panels = figure.subplots(len(tasks), 2, squeeze=False)
+    for (rate, depth), task in zip(panels, tasks, strict=True):
+        for init in dict.fromkeys(cell.init for cell in cells):
+            here = [cell for cell in cells if cell.task == task and cell.init == init]
+            at_k = sorted((cell for cell in here if cell.top_k == top_k), key=lambda cell: cell.bytes_per_atom)
+            values = [100 * cell.f1.mean for cell in at_k]
+            spread = [
+                [100 * (cell.f1.mean - cell.f1.low) for cell in at_k],
+                [100 * (cell.f1.high - cell.f1.mean) for cell in at_k],
+            ]
+            sizes = [cell.bytes_per_atom for cell in at_k]
+            rate.errorbar(sizes, values, spread, marker="o", capsize=3, label=f"{init} ({at_k[0].numel:,} numbers)")
+            for cell, value in zip(at_k, values, strict=True):
+                rate.annotate(cell.codec, (cell.bytes_per_atom, value), textcoords="offset points", xytext=(3, 5))
+            for codec in (BASELINE, at_k[0].codec):
+                line = sorted((cell for cell in here if cell.codec == codec), key=lambda cell: cell.top_k)
+                depth.plot(
+                    [c.top_k for c in line], [100 * c.f1.mean for c in line], marker="o", label=f"{init}, {codec}"
+                )
+        rate.set(xscale="log", xlabel="bytes an atom in the payload", ylabel="F1", title=f"{task}, k = {top_k}")
+        depth.set(xlabel="k", ylabel="F1", title=f"{task}, exact atoms and the smallest")
+        for panel in (rate, depth):
+            panel.set_ylim(bottom=0)
+            panel.grid(alpha=0.3)
+            panel.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

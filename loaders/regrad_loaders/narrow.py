@@ -1,0 +1,63 @@
+"""Narrowing: a meta-initialization with smaller atoms out of a larger one, before any further training.
+
+Train wide, narrow, and train on: an atom's cores C (p, r) use few of their directions. The principal ones, over the
+atoms of sample passages, span the narrower bases: with L (p, p') and R (r, r') the leading eigenvectors of Σ CCᵀ and
+Σ CᵀC of a module,
+
+    U' = U L     A' = Rᵀ A     B' = B R     so that C' = Lᵀ C R and B'A' = B R Rᵀ A
+
+φ₀ changes only in what B had along the directions of A that are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from regrad_qdrant.errors import InitializationError
+from regrad_qdrant.initialization import MetaInitialization
+from regrad_qdrant.space import LoraModule
+
+
+def narrow(
+    initialization: MetaInitialization, atoms: Tensor, *, rank: int, basis_rank: int, modules: Collection[str]
+) -> MetaInitialization:
+    """The initialization in the core space with p' = `basis_rank` and r' = `rank`, on `modules` alone.
+
+    Args:
+        atoms: (documents, numel) of the initialization's own space; more documents than the ranks.
+
+    Raises:
+        InitializationError: for another space than core, larger ranks, or modules that it does not adapt.
+    """
+    if initialization.kind != "core":
+        raise InitializationError(f"only the core space can be narrowed, not {initialization.kind!r}")
+    unknown = [name for name in modules if name not in initialization.modules]
+    if unknown:
+        raise InitializationError(f"the initialization does not adapt {unknown[0]}: it can't be narrowed to it")
+    cores = initialization.space.unflatten(atoms.double())
+    kept, sizes = {}, {}
+    for name, module in initialization.modules.items():
+        if name not in modules:
+            continue
+        core, basis = cores[f"{name}.core"], module.basis
+        if basis is None or rank > module.rank or basis_rank > basis.shape[1]:
+            raise InitializationError(
+                f"{name} has p × r = {tuple(core.shape[1:])}; narrowing to ({basis_rank}, {rank}) would widen it"
+            )
+        left, right = _leading(core @ core.mT, basis_rank), _leading(core.mT @ core, rank)
+        kept[name] = LoraModule(right.T @ module.lora_a, module.lora_b @ right, module.scaling, basis @ left)
+        sizes[f"{name}.core"] = initialization.step_sizes[f"{name}.core"]
+    lora_alpha = initialization.lora_alpha * rank / initialization.rank
+    if lora_alpha != int(lora_alpha):
+        raise InitializationError(f"rank {rank} would need lora_alpha {lora_alpha}: choose another rank")
+    return replace(initialization, modules=kept, step_sizes=sizes, lora_alpha=int(lora_alpha), card={})
+
+
+def _leading(products: Tensor, count: int) -> Tensor:
+    """The eigenvectors of Σ products (documents, n, n) with the largest eigenvalues, (n, count) float32."""
+    vectors: Tensor = torch.linalg.eigh(products.sum(0)).eigenvectors
+    return vectors[:, -count:].flip(1).float()

@@ -1,0 +1,76 @@
+import json
+import sys
+
+import pytest
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders.bench_atoms import AtomBench, Task, extrapolation
+from regrad_loaders.facts import generate
+from regrad_qdrant import Adapter, cli
+from regrad_qdrant.generation import generate as answer
+from regrad_qdrant.prompts import Prompt
+from regrad_qdrant.record import make_records
+
+
+@pytest.fixture
+def measured(tokenizer):
+    bench = AtomBench("tiny", tiny_initialization(tiny_model()), tiny_model(), tokenizer)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def task():
+    world = generate("demo", 12, 1, questions_per_person=1)
+    return Task.of(world, world.questions[:5], depth=4)
+
+
+def test_answers_are_those_of_one_question_at_a_time_with_its_atoms_applied(measured, task, tokenizer):
+    rows = {key: i for i, key in enumerate(task.texts)}
+    exact, _ = measured.atoms(list(task.texts.values()))
+    sums = measured.sums(task, exact, rows, top_k=2)
+    found = measured.answers(task.questions, -measured.adapter.step_sizes * sums)
+    initialization = measured.initialization
+    adapter = Adapter(tiny_model(), initialization)
+    for question, hits, text in zip(task.questions, task.hits, found, strict=True):
+        keys = list(hits)[:2]
+        records = make_records(exact[[rows[key] for key in keys]], keys, initialization.fingerprint, "fp32")
+        with adapter.applied(records, initialization.merge.weights([hits[key] for key in keys])):
+            [expected] = answer(adapter.model, tokenizer, [Prompt(question.question)])
+        assert text == expected.text
+
+
+def test_every_codec_meets_every_k_and_is_paired_with_exact_atoms(measured, task):
+    cells, times = measured.curve(task, ["sign", "int8"], [1, 3])
+    assert [(cell.codec, cell.top_k) for cell in cells] == [(c, k) for c in ("fp32", "sign", "int8") for k in (1, 3)]
+    by_codec = {cell.codec: cell for cell in cells if cell.top_k == 3}
+    assert by_codec["fp32"].loss_to_fp32.mean == 0 and by_codec["fp32"].cosine == pytest.approx(1)
+    assert 0.6 < by_codec["sign"].cosine < by_codec["int8"].cosine
+    assert by_codec["sign"].bytes_per_atom < by_codec["int8"].bytes_per_atom < by_codec["fp32"].bytes_per_atom
+    assert all(time.gradient > 0 and time.encode > 0 and time.decode_sum > 0 and time.generate > 0 for time in times)
+
+
+def test_the_extrapolation_counts_modules_times_p_times_r():
+    rows = {(row["model"], row["p"], row["codec"]): row for row in extrapolation(["sign", "fp32"], [(16, 16)])}
+    llama = rows["Llama-3.2-1B, layers 8–15", 16, "sign"]
+    assert llama["numbers"] == 24 * 256 and 768 * 4 / 3 < llama["bytes_per_atom"] < 4096
+    assert llama["gb_per_million"] == llama["bytes_per_atom"] / 1000
+
+
+def test_the_command_writes_the_curve_and_its_plot(tokenizer, tmp_path, monkeypatch, capsys):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    initialization = tiny_initialization(model)
+    object.__setattr__(initialization.base, "name", str(tmp_path / "model"))
+    initialization.save(tmp_path / "init")
+    command = ["bench", "atoms", "--set", "facts", "--init", "init", "--codecs", "sign", "-k", "1,2", "--limit", "3"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command, "--json", "curve.json", "--plot", "curve.png"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code, capsys.readouterr().err
+    result = json.loads((tmp_path / "curve.json").read_text())
+    assert list(result) == ["settings", "curve", "times", "smallest", "extrapolation"]
+    assert len(result["curve"]) == 4 and set(result["smallest"]) == {"init"}
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
