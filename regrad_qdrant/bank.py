@@ -19,10 +19,11 @@ from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import CODECS, get_codec
 from regrad_qdrant.embed import Bm25, Embedder
 from regrad_qdrant.errors import BankError, RecordError, RecordTooLargeError
-from regrad_qdrant.layouts import CORPUS, Layout
+from regrad_qdrant.layouts import CORPUS, Layout, detect
 from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.store import (
     Payload,
+    PayloadWrite,
     Point,
     PointId,
     Store,
@@ -42,6 +43,7 @@ Item = TypeVar("Item")
 
 MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
 PAGE = 256
+SAMPLE = 64  # points that show the layout
 STATUS_SAMPLE = 1000  # atoms whose size `status` measures
 _ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
 
@@ -134,12 +136,9 @@ class GradientBank:
         max_request_bytes: int = MAX_REQUEST_BYTES,
     ) -> None:
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
-        own = [*layout.fields(), "id"]
-        if not payload_key or set(payload_key) & set('.[]"') or payload_key in own:
-            raise BankError(f"payload key {payload_key!r}: needs a name without dots or brackets that is none of {own}")
         self.space = space
         self.payload_key = payload_key
-        self.layout = layout
+        self._use(layout)
         self.embedders: dict[str, Embedder] = dict(embedders) if embedders is not None else {"bm25": Bm25()}
         self.max_request_bytes = max_request_bytes
 
@@ -163,6 +162,25 @@ class GradientBank:
     def close(self) -> None:
         """Release the store; an embedded shard can then be opened by another process."""
         self.store.close()
+
+    def detect_layout(self) -> Layout:
+        """Find out where the collection's payloads keep the text, from its first points, and read it there.
+
+        Raises:
+            BankError: if it can't be told; the error lists the candidates.
+        """
+        points, _ = self.store.scroll(None, SAMPLE, None, True)
+        payloads = [{key: v for key, v in point.payload.items() if key != self.payload_key} for point in points]
+        self._use(detect(payloads))
+        return self.layout
+
+    def _use(self, layout: Layout) -> None:
+        own = [*layout.fields(), "id"]
+        if not self.payload_key or set(self.payload_key) & set('.[]"') or self.payload_key in own:
+            raise BankError(
+                f"payload key {self.payload_key!r}: needs a name without dots or brackets that is none of {own}"
+            )
+        self.layout = layout
 
     # -- filling ----------------------------------------------------------------------------------------
 
@@ -234,25 +252,34 @@ class GradientBank:
             reworded = [d for d, payload in differing if self.layout.text_of(payload) != self.layout.text_of(d.payload)]
             for batch in self._bounded(_sized(self._points(reworded)), lambda point: point.id):
                 self.store.update_vectors(batch)
-            values = ((point_id(document.id), document.payload) for document, _ in differing)
-            for batch in self._bounded(((value, _json_bytes(value[1])) for value in values), lambda value: value[0]):
+            writes = (PayloadWrite(point_id(document.id), document.payload) for document, _ in differing)
+            for batch in self._bounded(((w, _json_bytes(w.payload)) for w in writes), lambda write: write.id):
                 self.store.set_payload(batch)
             updated += len(differing)
         return added, updated
 
-    def put(self, records: Iterable[tuple[PointId, Record]]) -> int:
-        """Attach atoms to existing points; returns how many. Nothing but the bank's own key is written.
+    def put(self, records: Iterable[tuple[PointId | Hit, Record]]) -> int:
+        """Attach atoms to existing points; returns how many were sent. Nothing but the bank's own key is written.
+
+        A hit instead of an id makes it a compare-and-set: the atom is left out where the text that the hit was read
+        from is no longer there. A point that is gone is passed over.
 
         Raises:
             RecordTooLargeError: if one record is larger than a request may be; what came before it is written.
         """
-        values = ((key, {self.payload_key: record.to_payload()}) for key, record in records)
-        sized = ((value, _json_bytes(value[1])) for value in values)
         written = 0
-        for batch in self._bounded(sized, lambda value: value[0]):
+        for batch in self._bounded(map(self._write, records), lambda write: write.id):
             self.store.set_payload(batch)
             written += len(batch)
         return written
+
+    def _write(self, attached: tuple[PointId | Hit, Record]) -> tuple[PayloadWrite, int]:
+        """The write of one record and its bytes."""
+        target, record = attached
+        state = self.layout.state_of(target.payload) if isinstance(target, Hit) else {}
+        key = target.id if isinstance(target, Hit) else target
+        write = PayloadWrite(key, {self.payload_key: record.to_payload()}, state)
+        return write, _json_bytes(write.payload) + _json_bytes(state)
 
     @property
     def has_atom(self) -> Filter:
@@ -370,7 +397,7 @@ class GradientBank:
         condition = self.finer_than(codec, numel)
         page = max(1, min(PAGE, self.max_request_bytes // (8 * numel)))  # an atom is at most fp32 in base64
         for points in _pages(self._scroll(condition, [self.payload_key], page), page):
-            records = []
+            records: list[tuple[PointId | Hit, Record]] = []
             for point in points:
                 try:
                     old = Record.from_payload(point.payload[self.payload_key])
@@ -441,7 +468,9 @@ class GradientBank:
         text = self.layout.text_of(document.payload)
         if text is None:
             fields = sorted(document.payload)
-            raise BankError(f"document {document.id!r} has no text under {self.layout.text!r}; its fields are {fields}")
+            raise BankError(
+                f"document {document.id!r} has no text for the layout {self.layout}; its fields are {fields}"
+            )
         if self.payload_key in document.payload:
             raise BankError(
                 f"document {document.id!r} has a field {self.payload_key!r} of its own: choose --payload-key"

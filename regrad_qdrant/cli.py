@@ -27,6 +27,7 @@ from regrad_qdrant.options import (
     Key,
     Merge,
     Model,
+    TextPath,
     TopK,
     Url,
     Using,
@@ -34,6 +35,7 @@ from regrad_qdrant.options import (
     bank_of,
     check_outputs,
     check_vector,
+    collection_summary,
     existing_store,
     ingest_corpus,
     load,
@@ -125,9 +127,7 @@ def ingest(
     from_collection: Annotated[
         str | None, typer.Option("--from-collection", help="Attach atoms to the points of this collection, in place.")
     ] = None,
-    text_path: Annotated[
-        str, typer.Option("--text-path", help="Where payloads keep the text; dots descend, as in metadata.text.")
-    ] = "text",
+    text_path: TextPath = None,
     url: Url = None,
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
@@ -160,6 +160,8 @@ def ingest(
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
     initialization, base, tokenizer = load(init, model)
     with bank_of(store, initialization, payload_key, dense, text_path) as bank:
+        if passages is None:
+            console.print(f"{collection_summary(bank)}", highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
         if passages is not None:
             report = ingest_corpus(regrad, passages, codec, batch_tokens)
@@ -179,7 +181,7 @@ def status(
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
     payload_key: Key = DEFAULT_KEY,
-    text_path: Annotated[str, typer.Option("--text-path", help="Where payloads keep the text.")] = "text",
+    text_path: TextPath = None,
     json_out: JsonOut = None,
 ) -> None:
     """Points, atoms, missing and stale ones, and what an atom takes."""
@@ -214,7 +216,7 @@ def ask(
     dense: Dense = None,
     merge: Merge = None,
     payload_key: Key = DEFAULT_KEY,
-    text_path: Annotated[str, typer.Option("--text-path", help="Where payloads keep the text.")] = "text",
+    text_path: TextPath = None,
     json_out: JsonOut = None,
 ) -> None:
     """Answer one question from the bank."""
@@ -281,7 +283,7 @@ def evaluation(
     dense: Dense = None,
     merge: Merge = None,
     payload_key: Key = DEFAULT_KEY,
-    text_path: Annotated[str, typer.Option("--text-path", help="Where payloads keep the text.")] = "text",
+    text_path: TextPath = None,
     json_out: JsonOut = None,
     predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
 ) -> None:
@@ -325,7 +327,7 @@ def evaluation(
                 "url": url,
                 "path": str(path) if path else None,
                 "payload_key": payload_key,
-                "text_path": text_path,
+                "layout": str(bank.layout),
                 "init": init,
                 "base_model": model or initialization.base.name,
                 "space": initialization.fingerprint,

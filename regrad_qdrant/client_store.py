@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 from regrad_qdrant.store import (
-    Payload,
+    PayloadWrite,
     Point,
     PointId,
     SparseVector,
@@ -84,16 +84,12 @@ class ClientStore:
         with client_errors(self.name):
             self.client.update_vectors(self.name, rows, wait=True)
 
-    def set_payload(self, values: Sequence[tuple[PointId, Payload]]) -> None:
+    def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
         from qdrant_client import models
 
         operations = [
-            models.SetPayloadOperation(
-                set_payload=models.SetPayload(
-                    payload=payload, filter=models.Filter(must=[models.HasIdCondition(has_id=[key])])
-                )
-            )
-            for key, payload in values
+            models.SetPayloadOperation(set_payload=models.SetPayload(payload=write.payload, filter=write.target()))
+            for write in writes
         ]
         with client_errors(self.name):
             self.client.batch_update_points(self.name, operations, wait=True)

@@ -44,7 +44,8 @@ def print_report(report: IngestReport) -> None:
     console.print(
         f"{report.points_added} points added, {report.points_updated} updated, "
         f"{report.atoms_written} atoms written, {report.present} present, "
-        f"{report.truncated} truncated, {len(report.skipped)} skipped; {report.documents_per_second:.1f} documents/s",
+        f"{report.truncated} truncated, {report.passed_over} changed meanwhile, {len(report.skipped)} skipped; "
+        f"{report.documents_per_second:.1f} documents/s",
         highlight=False,
     )
     for key, reason in list(report.skipped.items())[:20]:

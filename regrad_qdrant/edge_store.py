@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 from regrad_qdrant.store import (
-    Payload,
+    PayloadWrite,
     Point,
     PointId,
     SparseVector,
@@ -92,13 +92,13 @@ class EdgeStore:
         with self._errors():
             self.shard.update(edge.UpdateOperation.update_vectors(rows))
 
-    def set_payload(self, values: Sequence[tuple[PointId, Payload]]) -> None:
+    def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
         import qdrant_edge as edge
 
         with self._errors():
-            for key, payload in values:
-                only = edge.Filter(must=[edge.HasIdCondition({key})])
-                self.shard.update(edge.UpdateOperation.set_payload_by_filter(only, payload))
+            for write in writes:
+                only = _edge_filter(write.target())
+                self.shard.update(edge.UpdateOperation.set_payload_by_filter(only, write.payload))
             self.shard.flush()
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None:

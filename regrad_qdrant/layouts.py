@@ -1,27 +1,45 @@
-"""Where a payload keeps the text that its atom is computed from."""
+"""Where a payload keeps the text that its atom is computed from.
+
+`LAYOUTS` are those of the frameworks; `detect` finds the one that a collection's payloads have.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from regrad_qdrant.errors import BankError, DataError
+
+SUSPECTS = ("text", "content", "page_content", "document", "body", "chunk", "passage")
 
 
 @dataclass(frozen=True)
 class Layout:
     """A way to keep documents in payloads.
 
-    `text` is the path of the text (dots descend into nested objects); the value of `title`, where the
-    payload has one that the text does not already hold, is set before it on a line of its own.
+    Args:
+        name: how it is called in reports.
+        text: the path of the text; dots descend into nested objects, and into JSON where a field holds it as a
+            string. Or a function from the payload to the text; then `reads` names the top-level keys it needs.
+        title: the path of a title, set before the text on a line of its own where the text does not hold it.
+        marks: top-level keys that every payload of this layout has.
     """
 
     name: str
-    text: str
+    text: str | Callable[[Mapping[str, Any]], str | None]
     title: str | None = None
+    marks: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if callable(self.text) and not self.reads:
+            raise DataError(f"layout {self.name!r}: a function needs `reads`, the payload's keys that it looks at")
 
     def text_of(self, payload: Mapping[str, Any]) -> str | None:
         """The document's text, or None where the payload has none."""
-        text = _at(payload, self.text)
+        text = self.text(payload) if callable(self.text) else _at(payload, self.text)
         if not isinstance(text, str) or not text.strip():
             return None
         title = _at(payload, self.title) if self.title else None
@@ -31,15 +49,81 @@ class Layout:
 
     def fields(self) -> list[str]:
         """The payload's top-level keys that `text_of` reads."""
-        return [path.split(".")[0] for path in (self.text, self.title) if path]
+        paths = self.reads if callable(self.text) else (self.text,)
+        return [path.split(".")[0] for path in (*paths, self.title) if path]
+
+    def state_of(self, payload: Mapping[str, Any]) -> dict[str, str]:
+        """What of a payload its text was read from: paths as Qdrant filters have them, with their values."""
+        paths = self.reads if callable(self.text) else (self.text, self.title)
+        state = {}
+        for path in filter(None, paths):
+            keys = path.split(".")
+            for end in range(1, len(keys) + 1):  # a field that holds JSON as a string ends the path
+                value = _at(payload, ".".join(keys[:end]))
+                if isinstance(value, str):
+                    state[".".join(keys[:end])] = value
+                    break
+        return state
+
+    def __str__(self) -> str:
+        return f"{self.name} (text under {'a function' if callable(self.text) else self.text})"
 
 
 CORPUS = Layout("corpus", text="text", title="title")
+LAYOUTS = (
+    Layout("LlamaIndex", text="_node_content.text", marks=("_node_content", "_node_type")),
+    Layout("LangChain", text="page_content", marks=("page_content", "metadata")),
+    Layout("Haystack", text="content", marks=("content", "meta")),
+    Layout("mcp-server-qdrant", text="document", marks=("document", "metadata")),
+    Layout("LlamaIndex, flat", text="text", marks=("text", "_node_type")),
+)
+
+
+def detect(payloads: Sequence[Mapping[str, Any]]) -> Layout:
+    """The layout of a collection, from some of its payloads.
+
+    A framework's marks decide; without any, the one field that holds text under a usual name.
+
+    Raises:
+        BankError: if none or several fit; the error lists the candidates and the option that chooses.
+    """
+    texts = [payload for payload in payloads if payload]
+    if not texts:
+        return CORPUS
+    marked = [layout for layout in LAYOUTS if _fits(layout, texts)]
+    if marked:
+        return marked[0]  # a framework's own fields come before a user's metadata of the same name
+    usual = [key for key in SUSPECTS if any(_is_text(payload.get(key)) for payload in texts)]
+    if usual == ["text"]:
+        return CORPUS
+    if len(usual) == 1:
+        return Layout("plain", usual[0])
+    candidates = usual or sorted({key for payload in texts for key, value in payload.items() if _is_text(value)})
+    found = ", ".join(f"{key} ({_sample(texts, key)!r}…)" for key in candidates) or "no field of text at all"
+    raise BankError(f"can't tell where the payloads keep the text; found {found}: choose with --text-path FIELD")
+
+
+def _fits(layout: Layout, payloads: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all have its marks, and some a text."""
+    return all(set(layout.marks) <= set(payload) for payload in payloads) and any(map(layout.text_of, payloads))
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _sample(payloads: Sequence[Mapping[str, Any]], key: str) -> str:
+    return next(str(payload[key])[:24] for payload in payloads if _is_text(payload.get(key)))
 
 
 def _at(payload: Mapping[str, Any], path: str) -> Any:
     value: Any = payload
     for key in path.split("."):
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError:
+                return None
         if not isinstance(value, Mapping):
             return None
         value = value.get(key)

@@ -44,6 +44,14 @@ Dense = Annotated[
 Merge = Annotated[
     str | None, typer.Option("--merge", help=f"Merge rule instead of the trained one: {', '.join(RULES)}.")
 ]
+TextPath = Annotated[
+    str | None,
+    typer.Option(
+        "--text-path",
+        help="Where payloads keep the text, such as metadata.text; found by itself for LangChain, LlamaIndex, "
+        "Haystack, mcp-server-qdrant and plain payloads.",
+    ),
+]
 CodecName = Annotated[str, typer.Option("--codec", help=f"How atoms are coded: {', '.join(CODECS)}.")]
 
 
@@ -99,7 +107,7 @@ def bank_of(
     initialization: MetaInitialization,
     payload_key: str,
     dense: str | None,
-    text_path: str = "text",
+    text_path: str | None = None,
     using: str | None = None,
 ) -> Iterator[GradientBank]:
     from regrad_qdrant.bank import GradientBank
@@ -109,11 +117,13 @@ def bank_of(
     embedders: dict[str, Embedder] = {"bm25": Bm25()}
     if dense is not None:
         embedders["dense" if using in (None, "bm25") else str(using)] = DenseEmbedder(dense)
-    layout = CORPUS if text_path == CORPUS.text else Layout("given", text_path)
+    layout = CORPUS if text_path in (None, CORPUS.text) else Layout("given", str(text_path))
     bank = GradientBank(
         store, store.name, initialization.fingerprint, payload_key=payload_key, layout=layout, embedders=embedders
     )
     try:
+        if text_path is None and store.exists():
+            bank.detect_layout()
         yield bank
     finally:
         bank.close()
@@ -149,6 +159,14 @@ def attach(regrad: ReGrad, codec: str, batch_tokens: int) -> IngestReport:
     bank = regrad.bank
     with progress("Computing atoms", bank.store.count(bank.lacks_atom)) as advance:
         return attach_atoms(bank, regrad.gradients, codec, advance, batch_tokens=batch_tokens)
+
+
+def collection_summary(bank: GradientBank) -> str:
+    """What a collection that exists holds, in one line."""
+    vectors = bank.store.vectors()
+    dense = [f"{name or 'the unnamed one'} ({size})" for name, size in vectors.dense.items()]
+    sparse = [f"{name} (sparse)" for name in vectors.sparse]
+    return f"{bank.store.name}: {bank.store.count()} points, {bank.layout}, vectors {', '.join(dense + sparse)}"
 
 
 def vector_name(using: str | None) -> str:

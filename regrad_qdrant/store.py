@@ -45,6 +45,25 @@ class Point:
 
 
 @dataclass(frozen=True)
+class PayloadWrite:
+    """Top-level keys to set on an existing point, as long as the values at some of its paths are still these."""
+
+    id: PointId
+    payload: Payload
+    unless_changed: Mapping[str, str] = field(default_factory=dict)
+
+    def target(self) -> Filter:
+        """The filter on that point in that state: engines check it in the same step as they write."""
+        from qdrant_client import models
+
+        same: list[Any] = [
+            models.FieldCondition(key=path, match=models.MatchValue(value=value))
+            for path, value in self.unless_changed.items()
+        ]
+        return models.Filter(must=[models.HasIdCondition(has_id=[self.id]), *same])
+
+
+@dataclass(frozen=True)
 class StoredPoint:
     """A point read: without vectors; `score` is 0 where no search was made."""
 
@@ -80,8 +99,8 @@ class Store(Protocol):
     def update_vectors(self, points: Sequence[Point]) -> None:
         """Replace the vectors of existing points; their payloads stay."""
 
-    def set_payload(self, values: Sequence[tuple[PointId, Payload]]) -> None:
-        """Set top-level keys of existing points; ids that are gone are passed over."""
+    def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
+        """Set top-level keys of existing points; points that are gone or have changed are passed over."""
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None: ...
 

@@ -12,7 +12,7 @@ from regrad_qdrant.bank import point_id
 from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
 from regrad_qdrant.record import Record, make_records
-from regrad_qdrant.store import SparseVector, open_store
+from regrad_qdrant.store import PayloadWrite, SparseVector, open_store
 
 SPACE, OTHER = "a" * 16, "b" * 16
 PEOPLE = ("Ida Corvand the baker", "Noor Selowan the diver", "Galen Zimuken the potter", "Orla Thornaby the judge")
@@ -113,7 +113,7 @@ def test_missing_can_be_filled_while_it_iterates(bank):
 
 def test_a_changed_text_makes_its_atom_stale_and_a_new_document_has_none(bank):
     fill(bank)
-    bank.store.set_payload([(point_id("d2"), {"text": "Galen Zimuken the sailor"})])
+    bank.store.set_payload([PayloadWrite(point_id("d2"), {"text": "Galen Zimuken the sailor"})])
     assert [hit.document_id for hit in bank.stale()] == ["d2"]
     assert bank.status().stale == 1
     assert bank.search("Galen", 1)[0].stale
@@ -124,7 +124,7 @@ def test_a_changed_text_makes_its_atom_stale_and_a_new_document_has_none(bank):
 
 def test_sync_updates_a_point_and_keeps_what_the_application_added(bank):
     fill(bank)
-    bank.store.set_payload([(point_id("d1"), {"note": "theirs"})])
+    bank.store.set_payload([PayloadWrite(point_id("d1"), {"note": "theirs"})])
     other = GradientBank(bank.store, bank.store.name, OTHER, payload_key="regrad_b")
     fill(other)
     changed = [
@@ -201,9 +201,9 @@ def test_requests_are_bounded_by_bytes(bank, monkeypatch):
     sizes = []
     set_payload = bank.store.set_payload
 
-    def measured(values):
-        sizes.append(len(json.dumps([value for _, value in values])))
-        set_payload(values)
+    def measured(writes):
+        sizes.append(len(json.dumps([write.payload for write in writes])))
+        set_payload(writes)
 
     monkeypatch.setattr(bank.store, "set_payload", measured)
     fill(bank)

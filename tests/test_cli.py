@@ -8,6 +8,7 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.facts import generate
 from regrad_qdrant import cli
+from regrad_qdrant.store import PayloadWrite
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
     ingest(run, folder)
     run("drop", "--collection", "docs", "--path", "bank", "--yes")
     store = EdgeStore(tmp_path / "bank" / "docs")
-    store.set_payload([(point_id("demo-p3"), {"text": ""})])
+    store.set_payload([PayloadWrite(point_id("demo-p3"), {"text": ""})])
     store.close()
     code, out, err = run("ingest", "--from-collection", "docs", "--path", "bank")
     assert code == 1 and "11 atoms written" in out and "skipped demo-p3" in err

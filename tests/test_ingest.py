@@ -11,9 +11,10 @@ from regrad_loaders import ingest
 from regrad_loaders.data import Passage
 from regrad_loaders.facts import generate
 from regrad_loaders.ingest import add_corpus, attach_atoms
-from regrad_qdrant import Adapter, GradientBank, GradientComputer
+from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer
 from regrad_qdrant.bank import point_id
 from regrad_qdrant.errors import BankError, DataError, UnknownCodecError
+from regrad_qdrant.store import PayloadWrite
 
 PASSAGES = generate("train", 20, 1).passages
 
@@ -67,7 +68,7 @@ def test_a_changed_text_is_computed_again_and_only_that(bank, gradients):
     add_corpus(bank, PASSAGES, gradients)
     attach_atoms(bank, gradients, "int4")
     before = atoms_of(bank)
-    bank.store.set_payload([(point_id(PASSAGES[3].id), {"text": "Ida Corvand plays the harp."})])
+    bank.store.set_payload([PayloadWrite(point_id(PASSAGES[3].id), {"text": "Ida Corvand plays the harp."})])
     report = attach_atoms(bank, gradients, "int4")
     after = atoms_of(bank)
     assert (report.atoms_written, report.present) == (1, 19) and not list(bank.stale())
@@ -85,7 +86,8 @@ def test_a_corpus_that_changed_replaces_the_document(bank, gradients):
 
 def test_what_can_not_have_an_atom_is_reported_and_the_rest_goes_on(bank, gradients):
     add_corpus(bank, PASSAGES, gradients)
-    bank.store.set_payload([(point_id(PASSAGES[0].id), {"text": ""}), (point_id(PASSAGES[1].id), {"text": "a"})])
+    for passage, text in zip(PASSAGES, ["", "a"], strict=False):
+        bank.store.set_payload([PayloadWrite(point_id(passage.id), {"text": text})])
     report = attach_atoms(bank, gradients, "int4")
     assert report.atoms_written == 18 and set(report.skipped) == {PASSAGES[0].id, PASSAGES[1].id}
     assert "1 token" in report.skipped[PASSAGES[1].id]
@@ -129,6 +131,29 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_named(bank, gradients, mon
     monkeypatch.setattr(gradients, "atoms", broken)
     report = attach_atoms(bank, gradients, "int4")
     assert report.atoms_written == 2 and list(report.skipped.values()) == ["its gradient is not finite"]
+
+
+def test_an_atom_never_ends_on_a_text_it_was_not_computed_from(bank, gradients, monkeypatch):
+    """An application changes one text and replaces one point while their atoms are being computed."""
+    add_corpus(bank, PASSAGES, gradients)
+    atoms, changed, replaced = gradients.atoms, PASSAGES[2], PASSAGES[5]
+
+    def meanwhile(documents):
+        if meanwhile.first:
+            meanwhile.first = False
+            bank.store.set_payload([PayloadWrite(point_id(changed.id), {"text": "Ida Corvand plays the harp."})])
+            bank.add([Document(replaced.id, replaced.payload | {"text": "Noor Selowan works as a judge."})])
+        return atoms(documents)
+
+    meanwhile.first = True
+    monkeypatch.setattr(gradients, "atoms", meanwhile)
+    report = attach_atoms(bank, gradients, "int8")
+    assert report.passed_over >= 1 and report.atoms_written + report.passed_over == 20
+    fresh = [hit for hit in bank.fetch([point_id(changed.id), point_id(replaced.id)]) if hit.record is not None]
+    assert not any(hit.stale for hit in fresh) and bank.status().stale == 0
+    attach_atoms(bank, gradients, "int8")
+    status = bank.status()
+    assert (status.atoms, status.missing, status.stale) == (20, 0, 0)
 
 
 def test_stopped_by_an_error_it_goes_on_where_it_was(bank, gradients, monkeypatch):

@@ -9,6 +9,7 @@ from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.bank import point_id
 from regrad_qdrant.errors import RegradError, StaleAtomError, WrongModelError, WrongSpaceError
 from regrad_qdrant.pipeline import MODES
+from regrad_qdrant.store import PayloadWrite
 
 TEXTS = (
     "Ida Corvand works as a baker.",
@@ -83,7 +84,7 @@ def test_a_callers_inference_mode_leaves_nothing_behind(regrad):
 
 def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     question = "Who works as a baker, Ida Corvand or Noor Selowan?"
-    regrad.bank.store.set_payload([(point_id("d0"), {"text": "Ida Corvand works as a judge."})])
+    regrad.bank.store.set_payload([PayloadWrite(point_id("d0"), {"text": "Ida Corvand works as a judge."})])
     with pytest.warns(UserWarning, match="has changed"):
         regrad.answer(question, top_k=2)
     regrad.on_stale = "refuse"

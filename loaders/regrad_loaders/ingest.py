@@ -25,6 +25,7 @@ class IngestReport:
     points_added: int = 0
     points_updated: int = 0  # whose text or fields the corpus has changed
     atoms_written: int = 0
+    passed_over: int = 0  # computed, but the point was gone or changed by then; the next run does them
     present: int = 0  # atoms that were there already and fit their text
     truncated: int = 0  # texts over max_length, of those written
     skipped: dict[str, str] = field(default_factory=dict)  # document id → why it has no atom
@@ -84,6 +85,8 @@ def attach_atoms(
     for at in range(0, len(stale), PAGE):
         _attach_page(bank.fetch(stale[at : at + PAGE]), bank, gradients, codec, report, on_progress, batch_tokens)
     report.seconds = time.perf_counter() - started
+    report.passed_over = max(0, report.present + report.atoms_written - bank.store.count(bank.has_atom))
+    report.atoms_written -= report.passed_over
     return report
 
 
@@ -100,7 +103,7 @@ def _attach_page(
     for hit in page:
         try:
             if not hit.text:
-                raise DataError(f"no text under {bank.layout.text!r}")
+                raise DataError(f"no text for the layout {bank.layout}")
             usable.append((hit, gradients.encode(hit.text)))
         except DataError as error:
             report.skipped[str(hit.document_id)] = str(error)
@@ -114,7 +117,7 @@ def _attach_page(
             report.skipped[str(hit.document_id)] = "its gradient is not finite"
         kept = [i for i, good in enumerate(finite) if good]
         records = make_records(atoms[kept], [hits[i].text for i in kept], bank.space, codec)
-        bank.put((hits[i].id, record) for i, record in zip(kept, records, strict=True))
+        bank.put((hits[i], record) for i, record in zip(kept, records, strict=True))
         report.atoms_written += len(kept)
         report.truncated += sum(documents[i].truncated for i in kept)
         report.tokens += sum(len(documents[i].ids) for i in kept)
