@@ -138,6 +138,14 @@ def ingest(
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", min=16, help="Tokens in one gradient batch; lower it to save memory.")
     ] = 2048,
+    long_texts: Annotated[
+        str,
+        typer.Option(
+            "--long-texts",
+            help="A text over the initialization's max_length: truncate it, window (the sum of the atoms of all its "
+            "windows), or skip it.",
+        ),
+    ] = "truncate",
     json_out: JsonOut = None,
 ) -> None:
     """Compute and attach the knowledge atoms of a corpus, or of a collection that exists.
@@ -164,9 +172,9 @@ def ingest(
             console.print(f"{collection_summary(bank)}", highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
         if passages is not None:
-            report = ingest_corpus(regrad, passages, codec, batch_tokens)
+            report = ingest_corpus(regrad, passages, codec, batch_tokens=batch_tokens, long_texts=long_texts)
         else:
-            report = attach(regrad, codec, batch_tokens)
+            report = attach(regrad, codec, batch_tokens=batch_tokens, long_texts=long_texts)
         status = bank.status()
     print_report(report)
     write_json(json_out, report.as_dict() | {"status": status.as_dict()})

@@ -41,13 +41,20 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def print_report(report: IngestReport) -> None:
-    console.print(
-        f"{report.points_added} points added, {report.points_updated} updated, "
-        f"{report.atoms_written} atoms written, {report.present} present, "
-        f"{report.truncated} truncated, {report.passed_over} changed meanwhile, {len(report.skipped)} skipped; "
-        f"{report.documents_per_second:.1f} documents/s",
-        highlight=False,
-    )
+    counts = {
+        "points added": report.points_added,
+        "updated": report.points_updated,
+        "atoms written": report.atoms_written,
+        "present": report.present,
+        "truncated": report.truncated,
+        "in windows": report.windowed,
+        "too long": report.too_long,
+        "changed meanwhile": report.passed_over,
+        "skipped": len(report.skipped),
+    }
+    always = ("points added", "updated", "atoms written", "present")
+    said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what in always)
+    console.print(f"{said}; {report.documents_per_second:.1f} documents/s", highlight=False)
     for key, reason in list(report.skipped.items())[:20]:
         errors.print(f"skipped {key}: {reason}", style="yellow", markup=False)
 

@@ -8,6 +8,7 @@ them row by row: no loop over documents, no gradient that sums documents, nothin
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -87,13 +88,30 @@ class GradientComputer:
         Raises:
             DataError: for a text of fewer than two tokens: there is no next token to predict.
         """
+        ids = self._ids(text)
+        return EncodedDocument(ids[: self.max_length], len(ids) > self.max_length)
+
+    def windows(self, text: str) -> list[EncodedDocument]:
+        """The whole text in as few windows of like length as it needs; each begins as a text does (BOS).
+
+        Raises:
+            DataError: as `encode`.
+        """
+        ids = self._ids(text)
+        start = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        rest = ids[len(start) :]
+        count = math.ceil(len(rest) / (self.max_length - len(start)))
+        size = math.ceil(len(rest) / count)
+        return [EncodedDocument(start + rest[at : at + size], False) for at in range(0, len(rest), size)]
+
+    def _ids(self, text: str) -> list[int]:
         try:
-            ids = self.tokenizer(text, verbose=False).input_ids
+            ids: list[int] = self.tokenizer(text, verbose=False).input_ids
         except (TypeError, UnicodeError) as error:  # a lone surrogate
             raise DataError(f"the text {text[:40]!r} is no valid Unicode: {error}") from error
         if len(ids) < 2:
             raise DataError(f"the text {text[:40]!r} has {len(ids)} token(s); a gradient needs at least 2")
-        return EncodedDocument(ids[: self.max_length], len(ids) > self.max_length)
+        return ids
 
     def atoms(self, documents: Sequence[EncodedDocument]) -> Tensor:
         """g(d) = ∇_φ L(d; θ, φ₀) of every document of one padded batch (paper, section 3): (batch, numel) float32.

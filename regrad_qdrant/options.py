@@ -143,22 +143,23 @@ def regrad_of(
     return ReGrad(model, tokenizer, bank, initialization, merge=rule, check_model=False)
 
 
-def ingest_corpus(regrad: ReGrad, passages: Any, codec: str, batch_tokens: int = 2048) -> IngestReport:
+def ingest_corpus(regrad: ReGrad, passages: Any, codec: str, **options: Any) -> IngestReport:
+    """Add the passages and attach their atoms; options as those of `attach_atoms`."""
     from regrad_loaders.ingest import add_corpus
 
     with console.status("Adding passages"):
         added = add_corpus(regrad.bank, passages, regrad.gradients)
-    report = attach(regrad, codec, batch_tokens)
+    report = attach(regrad, codec, **options)
     report.points_added, report.points_updated = added
     return report
 
 
-def attach(regrad: ReGrad, codec: str, batch_tokens: int) -> IngestReport:
+def attach(regrad: ReGrad, codec: str, **options: Any) -> IngestReport:
     from regrad_loaders.ingest import attach_atoms
 
     bank = regrad.bank
     with progress("Computing atoms", bank.store.count(bank.lacks_atom)) as advance:
-        return attach_atoms(bank, regrad.gradients, codec, advance, batch_tokens=batch_tokens)
+        return attach_atoms(bank, regrad.gradients, codec, advance, **options)
 
 
 def collection_summary(bank: GradientBank) -> str:

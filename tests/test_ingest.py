@@ -133,6 +133,24 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_named(bank, gradients, mon
     assert report.atoms_written == 2 and list(report.skipped.values()) == ["its gradient is not finite"]
 
 
+def test_long_texts_are_truncated_summed_over_windows_or_skipped(bank, gradients):
+    texts = {"long": " ".join(p.text for p in PASSAGES[:4]), "short": "Ida plays the harp."}
+    long, short = (Passage(key, text, {"id": key, "text": text}) for key, text in texts.items())
+    add_corpus(bank, [long, short], gradients)
+    skipped = attach_atoms(bank, gradients, "fp32", long_texts="skip")
+    assert (skipped.atoms_written, skipped.too_long, skipped.skipped) == (1, 1, {})
+    windowed = attach_atoms(bank, gradients, "fp32", long_texts="window", batch_tokens=100)
+    assert (windowed.atoms_written, windowed.windowed, windowed.truncated) == (1, 1, 0)
+    windows = gradients.windows(long.text)
+    assert len(windows) > 2 and [i for w in windows for i in w.ids] == gradients.tokenizer(long.text).input_ids
+    assert max(len(w.ids) for w in windows) - min(len(w.ids) for w in windows) < len(windows)
+    [hit] = bank.fetch([point_id("long")])
+    expected = gradients.atoms(windows).sum(0)
+    torch.testing.assert_close(hit.record.decode(bank.space, len(expected)), expected, rtol=1e-3, atol=1e-5)
+    with pytest.raises(DataError, match="'fold' is not one of truncate, window, skip"):
+        attach_atoms(bank, gradients, "fp32", long_texts="fold")
+
+
 def test_an_atom_never_ends_on_a_text_it_was_not_computed_from(bank, gradients, monkeypatch):
     """An application changes one text and replaces one point while their atoms are being computed."""
     add_corpus(bank, PASSAGES, gradients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_loaders.data import Passage
 from regrad_qdrant.bank import Document, GradientBank, Hit
@@ -13,6 +13,11 @@ from regrad_qdrant.codec import get_codec
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.gradients import EncodedDocument, GradientComputer, batches
 from regrad_qdrant.record import make_records
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LongTexts = Literal["truncate", "window", "skip"]
 
 PAGE = 256  # points looked up at a time; within a page, documents are sorted by length
 BATCH_TOKENS = 2048  # of one gradient batch, with padding; lower it where memory is short
@@ -27,9 +32,10 @@ class IngestReport:
     atoms_written: int = 0
     passed_over: int = 0  # computed, but the point was gone or changed by then; the next run does them
     present: int = 0  # atoms that were there already and fit their text
-    truncated: int = 0  # texts over max_length, of those written
+    truncated: int = 0  # texts over max_length whose beginning alone the atom is of
+    windowed: int = 0  # … whose atom is the sum of several windows'
+    too_long: int = 0  # … that got no atom, as asked (`skip`)
     skipped: dict[str, str] = field(default_factory=dict)  # document id → why it has no atom
-    tokens: int = 0
     seconds: float = 0.0  # of gradients, codec and writes
 
     @property
@@ -66,62 +72,108 @@ def attach_atoms(
     on_progress: Callable[[int], None] = lambda _: None,
     *,
     batch_tokens: int = BATCH_TOKENS,
+    long_texts: LongTexts = "truncate",
 ) -> IngestReport:
     """Compute and attach the atom of every point that lacks one, or whose text has changed since.
 
     Args:
         on_progress: called with the number of points just dealt with.
         batch_tokens: bound of one gradient batch, with its padding.
+        long_texts: what a text over `max_length` tokens gets: the atom of its beginning (`truncate`), the sum of the
+            atoms of all its windows (`window`), or none (`skip`).
     """
     get_codec(codec)
+    if long_texts not in get_args(LongTexts):
+        raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
     bank.index()
     bank.describe(gradients.space)
     report = IngestReport(present=bank.store.count(bank.has_atom))
     stale = [hit.id for hit in bank.stale()]
     report.present -= len(stale)
+    ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
     started = time.perf_counter()
     for page in _pages(bank.missing()):
-        _attach_page(page, bank, gradients, codec, report, on_progress, batch_tokens)
+        ingestion.attach(page)
     for at in range(0, len(stale), PAGE):
-        _attach_page(bank.fetch(stale[at : at + PAGE]), bank, gradients, codec, report, on_progress, batch_tokens)
+        ingestion.attach(bank.fetch(stale[at : at + PAGE]))
     report.seconds = time.perf_counter() - started
     report.passed_over = max(0, report.present + report.atoms_written - bank.store.count(bank.has_atom))
     report.atoms_written -= report.passed_over
     return report
 
 
-def _attach_page(
-    page: Sequence[Hit],
-    bank: GradientBank,
-    gradients: GradientComputer,
-    codec: str,
-    report: IngestReport,
-    on_progress: Callable[[int], None],
-    batch_tokens: int,
-) -> None:
-    usable: list[tuple[Hit, EncodedDocument]] = []
-    for hit in page:
+@dataclass
+class _Open:
+    """A point whose windows are being computed."""
+
+    hit: Hit
+    windows: int  # still to come
+    total: Tensor | None = None  # (numel,) of those that were computed
+
+
+@dataclass
+class _Ingestion:
+    bank: GradientBank
+    gradients: GradientComputer
+    codec: str
+    batch_tokens: int
+    long_texts: LongTexts
+    on_progress: Callable[[int], None]
+    report: IngestReport
+
+    def attach(self, page: Sequence[Hit]) -> None:
+        """The atoms of one page of points, batch by batch of windows of like length."""
+        windows: list[tuple[_Open, EncodedDocument]] = []
+        for hit in page:
+            found = self._windows(hit)
+            opened = _Open(hit, len(found))
+            windows += [(opened, window) for window in found]
+            if not found:
+                self.on_progress(1)
+        for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
+            atoms = self.gradients.atoms([windows[i][1] for i in batch])
+            whole = []
+            for atom, i in zip(atoms, batch, strict=True):
+                opened = windows[i][0]
+                opened.total = atom if opened.total is None else opened.total + atom
+                opened.windows -= 1
+                if opened.windows == 0:
+                    whole.append(opened)
+            self._put(whole)
+
+    def _windows(self, hit: Hit) -> list[EncodedDocument]:
+        """What of a text its atom is computed from: one window or several; none where it gets no atom."""
         try:
             if not hit.text:
-                raise DataError(f"no text for the layout {bank.layout}")
-            usable.append((hit, gradients.encode(hit.text)))
+                raise DataError(f"no text for the layout {self.bank.layout}")
+            document = self.gradients.encode(hit.text)
         except DataError as error:
-            report.skipped[str(hit.document_id)] = str(error)
-            on_progress(1)
-    for batch in batches([len(document.ids) for _, document in usable], batch_tokens):
-        hits = [usable[i][0] for i in batch]
-        documents = [usable[i][1] for i in batch]
-        atoms = gradients.atoms(documents)
-        finite = atoms.isfinite().all(dim=1).tolist()
-        for hit in (hit for hit, good in zip(hits, finite, strict=True) if not good):
-            report.skipped[str(hit.document_id)] = "its gradient is not finite"
-        kept = [i for i, good in enumerate(finite) if good]
-        records = make_records(atoms[kept], [hits[i].text for i in kept], bank.space, codec)
-        bank.put((hits[i], record) for i, record in zip(kept, records, strict=True))
-        report.atoms_written += len(kept)
-        report.truncated += sum(documents[i].truncated for i in kept)
-        report.tokens += sum(len(documents[i].ids) for i in kept)
-        on_progress(len(batch))
+            self.report.skipped[str(hit.document_id)] = str(error)
+            return []
+        if document.truncated and self.long_texts == "skip":
+            self.report.too_long += 1
+            return []
+        if document.truncated and self.long_texts == "window":
+            self.report.windowed += 1
+            return self.gradients.windows(hit.text)
+        self.report.truncated += document.truncated
+        return [document]
+
+    def _put(self, whole: Sequence[_Open]) -> None:
+        finite: list[tuple[Hit, Tensor]] = []
+        for opened in whole:
+            if opened.total is not None and bool(opened.total.isfinite().all()):
+                finite.append((opened.hit, opened.total))
+            else:
+                self.report.skipped[str(opened.hit.document_id)] = "its gradient is not finite"
+        if finite:
+            import torch
+
+            hits = [hit for hit, _ in finite]
+            flat = torch.stack([atom for _, atom in finite])
+            records = make_records(flat, [hit.text for hit in hits], self.bank.space, self.codec)
+            self.report.atoms_written += self.bank.put(zip(hits, records, strict=True))
+        self.on_progress(len(whole))
 
 
 def _pages(hits: Iterator[Hit]) -> Iterator[list[Hit]]:
