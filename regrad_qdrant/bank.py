@@ -11,7 +11,7 @@ import json
 import statistics
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -43,6 +43,7 @@ Item = TypeVar("Item")
 
 MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
 PAGE = 256
+HYBRID_DEPTH = 50  # candidates of each vector that a fusion ranks
 SAMPLE = 64  # points that show the layout
 STATUS_SAMPLE = 1000  # atoms whose size `status` measures
 _ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
@@ -304,42 +305,70 @@ class GradientBank:
 
     def search(
         self,
-        query: str | Vector,
+        query: str | Vector | Mapping[str, Vector],
         k: int,
         *,
-        using: str | None = None,
+        using: str | Sequence[str] | None = None,
         query_filter: Filter | None = None,
         with_records: bool = True,
     ) -> list[Hit]:
-        """The k best points with text, score and atom, in one request that reads k payloads.
+        """The k best points with text, score and atom; exactly k payloads are read.
+
+        With several vectors it is a hybrid search: the best of each are ranked together by reciprocal rank fusion,
+        and the k that win are fetched. Their scores are the fusion's.
 
         Args:
-            query: a text, embedded by the embedder of `using`, or a ready vector.
-            using: name of the vector; by default the bank's only embedder, or `bm25` where there are several.
+            query: a text, embedded by the embedder of each vector in `using`; or a ready vector; or ready vectors by
+                name.
+            using: name of the vector, or names; by default the bank's only embedder, or `bm25` where there are several.
+            query_filter: restricts every search, also those that a fusion begins with.
 
         Raises:
             BankError: if the collection has no such vector, or nothing embeds text for it.
         """
         if k < 1:
             raise BankError(f"k must be at least 1, found {k}")
-        name = self._using(using)
-        if isinstance(query, str):
-            if name not in self.embedders:
-                raise BankError(f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it")
-            query = self.embedders[name].query(query)
+        vectors = self._vectors(query, using)
+        fields = True if with_records else [*self.layout.fields(), "id"]
         try:
-            points = self.store.search(query, name, k, query_filter, with_records or self.layout.fields() + ["id"])
+            if len(vectors) == 1:
+                [(name, vector)] = vectors.items()
+                points = self.store.search(vector, name, k, query_filter, fields)
+            else:
+                ranked = self.store.fuse(vectors, k, max(HYBRID_DEPTH, 2 * k), query_filter)
+                found = {point.id: point for point in self.store.retrieve([point.id for point in ranked], fields)}
+                points = [replace(found[p.id], score=p.score) for p in ranked if p.id in found]
         except BankError as error:
             present = self.store.vectors()
-            raise (self._no_vector(name, present) if name not in present else error) from error
+            absent = [name for name in vectors if name not in present]
+            raise (self._no_vector(absent[0], present) if absent else error) from error
         # Engines leave the order of equal scores open; answers must not depend on it.
         ties = itertools.groupby(points, key=lambda point: point.score)
         return [self._hit(point) for _, tied in ties for point in sorted(tied, key=lambda point: str(point.id))]
 
-    def fetch(self, ids: Sequence[PointId]) -> list[Hit]:
-        """The points of these ids, in their order, with their atoms; ids that are gone are left out."""
+    def _vectors(
+        self, query: str | Vector | Mapping[str, Vector], using: str | Sequence[str] | None
+    ) -> dict[str, Vector]:
+        """What to search with, by the vector's name."""
+        if isinstance(query, Mapping):
+            return dict(query)
+        names = [self._using(using)] if using is None or isinstance(using, str) else list(dict.fromkeys(using))
+        if not isinstance(query, str):
+            return dict.fromkeys(names, query)
+        for name in names:
+            if name not in self.embedders:
+                raise BankError(f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it")
+        return {name: self.embedders[name].query(query) for name in names}
+
+    def fetch(self, ids: Sequence[PointId], scores: Sequence[float] | None = None) -> list[Hit]:
+        """The points of these ids, in their order, with their atoms; ids that are gone are left out.
+
+        Args:
+            scores: those of a retriever of your own, for the merge rule.
+        """
+        of_id = dict(zip(ids, scores, strict=True)) if scores is not None else {}
         found = {point.id: point for point in self.store.retrieve(ids, True)}
-        return [self._hit(found[key]) for key in ids if key in found]
+        return [self._hit(replace(found[key], score=of_id.get(key, 0.0))) for key in ids if key in found]
 
     def points(self) -> Iterator[Hit]:
         """Every point, page by page, without its atom."""

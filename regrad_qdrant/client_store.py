@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import BankError, StoreUnavailableError
@@ -111,6 +111,25 @@ class ClientStore:
                 with_payload=with_payload,
             )
         return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found.points]
+
+    def fuse(
+        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
+    ) -> list[StoredPoint]:
+        from qdrant_client import models
+
+        prefetch = [
+            models.Prefetch(query=_client_vector(vector), using=name or None, limit=depth, filter=query_filter)
+            for name, vector in vectors.items()
+        ]
+        with client_errors(self.name):
+            found = self.client.query_points(
+                self.name,
+                prefetch=prefetch,
+                query=models.FusionQuery(fusion=models.Fusion.RRF),
+                limit=limit,
+                with_payload=False,
+            )
+        return [StoredPoint(plain_id(point.id), {}, point.score) for point in found.points]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
         with client_errors(self.name):

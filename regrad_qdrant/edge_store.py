@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from regrad_qdrant.store import (
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
+RRF_K = 2  # the constant of reciprocal rank fusion, as a server has it
 METADATA_FILE = "regrad_metadata.json"
 
 
@@ -122,6 +123,26 @@ class EdgeStore:
         with self._errors():
             found = self.shard.query(request)
         return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found]
+
+    def fuse(
+        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
+    ) -> list[StoredPoint]:
+        import qdrant_edge as edge
+
+        only = None if query_filter is None else _edge_filter(query_filter)
+        prefetches = [
+            edge.Prefetch(depth, query=edge.Query.Nearest(_edge_vector(vector), using=name or None), filter=only)
+            for name, vector in vectors.items()
+        ]
+        request = edge.QueryRequest(
+            limit=limit,
+            query=edge.Fusion.Rrf(RRF_K),  # type: ignore[arg-type] # the stub has it as no Fusion
+            prefetches=prefetches,
+            with_payload=False,
+        )
+        with self._errors():
+            found = self.shard.query(request)
+        return [StoredPoint(plain_id(point.id), {}, point.score) for point in found]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
         with self._errors():

@@ -11,7 +11,7 @@ import contextlib
 import random
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -116,8 +116,9 @@ class ReGrad:
         type: QuestionType = "open",
         choices: Sequence[str] = (),
         query_filter: Filter | None = None,
-        query: str | Vector | None = None,
-        using: str | None = None,
+        query: str | Vector | Mapping[str, Vector] | None = None,
+        using: str | Sequence[str] | None = None,
+        hits: Sequence[Hit] | None = None,
         seed: int = 0,
     ) -> Answer:
         """Answer one question, greedily.
@@ -127,8 +128,9 @@ class ReGrad:
             top_k: how many documents to retrieve.
             type: `open`, `yesno` or `choice` (with `choices`).
             query_filter: restricts the search.
-            query: what to search with, if not the question itself: a text or a vector.
-            using: name of the vector to search.
+            query: what to search with, if not the question itself: a text, a vector, or vectors by name.
+            using: name of the vector to search; several names make it a hybrid search.
+            hits: of a retriever of your own, best first (`bank.fetch(ids, scores)`), instead of a search.
             seed: of the documents that `random` draws.
 
         Raises:
@@ -138,16 +140,19 @@ class ReGrad:
         if mode not in MODES:
             raise RegradError(f"mode {mode!r} is not one of {', '.join(MODES)}")
         started = time.perf_counter()
-        hits: list[Hit] = []
+        found: list[Hit] = []
         if mode not in ("direct", "init"):
             wants_atoms = mode in ("regrad", "regrad+icl")
-            hits = self.bank.search(
-                query or question, top_k, using=using, query_filter=query_filter, with_records=wants_atoms
-            )
+            if hits is not None:
+                found = list(hits[:top_k])
+            else:
+                found = self.bank.search(
+                    query or question, top_k, using=using, query_filter=query_filter, with_records=wants_atoms
+                )
             if mode == "random":
-                hits = self._random_hits(hits, top_k, f"{seed}-{question}")
+                found = self._random_hits(found, top_k, f"{seed}-{question}")
         searched = time.perf_counter()
-        passages = tuple(hit.text for hit in hits) if mode in ("rag", "regrad+icl") else ()
+        passages = tuple(hit.text for hit in found) if mode in ("rag", "regrad+icl") else ()
         prompt = Prompt(question, type, tuple(choices), passages)
         decoded_at = applied_at = searched
         with contextlib.ExitStack() as stack:
@@ -156,7 +161,7 @@ class ReGrad:
             elif mode == "init":
                 stack.enter_context(self.adapter.initial())
             else:
-                atom_sum = self._merged(hits)
+                atom_sum = self._merged(found)
                 decoded_at = time.perf_counter()
                 stack.enter_context(self.adapter.applied_sum(atom_sum))
             applied_at = time.perf_counter()
@@ -170,7 +175,7 @@ class ReGrad:
             generate=generated_at - applied_at,
             restore=restored_at - generated_at,
         )
-        return Answer(said.text, mode, hits, timings, said.prompt_tokens)
+        return Answer(said.text, mode, found, timings, said.prompt_tokens)
 
     def _merged(self, hits: Sequence[Hit]) -> Any:
         """Σ wᵢ·g(dᵢ) of the hits whose atoms can be used."""

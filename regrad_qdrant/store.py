@@ -108,6 +108,12 @@ class Store(Protocol):
         self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
     ) -> list[StoredPoint]: ...
 
+    def fuse(
+        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
+    ) -> list[StoredPoint]:
+        """The `limit` best points by reciprocal rank fusion of the `depth` best of each named vector, without payloads:
+        a fusion reads the payload of every candidate."""
+
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]: ...
 
     def scroll(

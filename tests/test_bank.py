@@ -312,6 +312,54 @@ def test_ids_keep_what_qdrant_can_keep():
     assert point_id("squad-d1") == point_id("squad-d1") != point_id("squad-d2")
 
 
+@pytest.fixture
+def hybrid(store):
+    """BM25 and a dense vector whose embedder counts letters."""
+
+    class Letters:
+        size = 4
+
+        def documents(self, texts):
+            return [self.query(text) for text in texts]
+
+        def query(self, text):
+            return [float(text.lower().count(letter)) + 0.1 for letter in "aeio"]
+
+    bank = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "letters": Letters()})
+    bank.create()
+    bank.add(documents())
+    fill(bank)
+    return bank
+
+
+def test_hybrid_search_ranks_by_both_vectors_and_reads_k_atoms(hybrid, monkeypatch):
+    read = []
+    retrieve = hybrid.store.retrieve
+
+    def counted(ids, with_payload):
+        read.extend(ids)
+        return retrieve(ids, with_payload)
+
+    monkeypatch.setattr(hybrid.store, "retrieve", counted)
+    hits = hybrid.search("Noor Selowan the diver", 2, using=["bm25", "letters"])
+    assert hits[0].document_id == "d1" and len(hits) == 2 and len(read) == 2
+    assert all(hit.record is not None for hit in hits) and hits[0].score > hits[1].score > 0
+    vectors = {name: embedder.query("Noor Selowan the diver") for name, embedder in hybrid.embedders.items()}
+    assert [hit.id for hit in hybrid.search(vectors, 2)] == [hit.id for hit in hits]
+
+
+def test_hybrid_search_carries_the_filter_into_every_search(hybrid):
+    odd = models.Filter(must=[models.FieldCondition(key="state", match=models.MatchValue(value="odd"))])
+    hits = hybrid.search("Ida Corvand the baker", 4, using=["bm25", "letters"], query_filter=odd)
+    assert {hit.document_id for hit in hits} == {"d1", "d3"}
+
+
+def test_hits_of_a_retriever_of_ones_own_keep_its_order_and_scores(bank):
+    fill(bank)
+    hits = bank.fetch([point_id("d2"), point_id("gone"), point_id("d0")], [0.9, 0.8, 0.7])
+    assert [(hit.document_id, hit.score) for hit in hits] == [("d2", 0.9), ("d0", 0.7)]
+
+
 def test_recoding_makes_atoms_coarser_in_place_and_touches_nothing_else(bank):
     ids = fill(bank)
     before = payloads(bank)
