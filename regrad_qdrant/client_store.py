@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import BankError, StoreUnavailableError
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
 
+ATTEMPTS = 8
+FIRST_WAIT, LONGEST_WAIT = 0.25, 20.0  # seconds; doubled after each attempt: half a minute in all
+
+
 class ClientStore:
     """A collection behind a `QdrantClient`: a running server, or the client's own in-process engine."""
 
@@ -32,28 +36,32 @@ class ClientStore:
         self.name = name
         self.owns_client = owns_client  # whether `close` closes it
 
-    def exists(self) -> bool:
+    def _request(self, method: str, *arguments: Any, **options: Any) -> Any:
+        """One request on the collection, repeated while its failures are transient. All of them are idempotent."""
         with client_errors(self.name):
-            return self.client.collection_exists(self.name)
+            return retrying(getattr(self.client, method), self.name, *arguments, **options)
+
+    def exists(self) -> bool:
+        return bool(self._request("collection_exists"))
 
     def create(self, vectors: VectorNames) -> None:
         from qdrant_client import models
 
-        with client_errors(self.name):
-            self.client.create_collection(
-                self.name,
-                vectors_config={
-                    name: models.VectorParams(size=size, distance=models.Distance.COSINE)
-                    for name, size in vectors.dense.items()
-                },
-                sparse_vectors_config={
-                    name: models.SparseVectorParams(modifier=models.Modifier.IDF) for name in vectors.sparse
-                },
-            )
+        if self.exists():  # a request that was repeated since its answer was lost
+            return
+        self._request(
+            "create_collection",
+            vectors_config={
+                name: models.VectorParams(size=size, distance=models.Distance.COSINE)
+                for name, size in vectors.dense.items()
+            },
+            sparse_vectors_config={
+                name: models.SparseVectorParams(modifier=models.Modifier.IDF) for name in vectors.sparse
+            },
+        )
 
     def vectors(self) -> VectorNames:
-        with client_errors(self.name):
-            parameters = self.client.get_collection(self.name).config.params
+        parameters = self._request("get_collection").config.params
         dense = parameters.vectors or {}
         named = dense if isinstance(dense, dict) else {"": dense}
         return VectorNames(
@@ -71,8 +79,7 @@ class ClientStore:
             )
             for point in points
         ]
-        with client_errors(self.name):
-            self.client.upsert(self.name, structs, wait=True)
+        self._request("upsert", structs, wait=True)
 
     def update_vectors(self, points: Sequence[Point]) -> None:
         from qdrant_client import models
@@ -81,8 +88,7 @@ class ClientStore:
             models.PointVectors(id=point.id, vector={name: _client_vector(v) for name, v in point.vectors.items()})
             for point in points
         ]
-        with client_errors(self.name):
-            self.client.update_vectors(self.name, rows, wait=True)
+        self._request("update_vectors", rows, wait=True)
 
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
         from qdrant_client import models
@@ -91,25 +97,22 @@ class ClientStore:
             models.SetPayloadOperation(set_payload=models.SetPayload(payload=write.payload, filter=write.target()))
             for write in writes
         ]
-        with client_errors(self.name):
-            self.client.batch_update_points(self.name, operations, wait=True)
+        self._request("batch_update_points", operations, wait=True)
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
-        with client_errors(self.name):
-            self.client.delete_payload(self.name, keys, points=query_filter, wait=True)
+        self._request("delete_payload", keys, points=query_filter, wait=True)
 
     def search(
         self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
     ) -> list[StoredPoint]:
-        with client_errors(self.name):
-            found = self.client.query_points(
-                self.name,
-                query=_client_vector(vector),
-                using=using or None,
-                limit=limit,
-                query_filter=query_filter,
-                with_payload=with_payload,
-            )
+        found = self._request(
+            "query_points",
+            query=_client_vector(vector),
+            using=using or None,
+            limit=limit,
+            query_filter=query_filter,
+            with_payload=with_payload,
+        )
         return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found.points]
 
     def fuse(
@@ -121,34 +124,30 @@ class ClientStore:
             models.Prefetch(query=_client_vector(vector), using=name or None, limit=depth, filter=query_filter)
             for name, vector in vectors.items()
         ]
-        with client_errors(self.name):
-            found = self.client.query_points(
-                self.name,
-                prefetch=prefetch,
-                query=models.FusionQuery(fusion=models.Fusion.RRF),
-                limit=limit,
-                with_payload=False,
-            )
+        found = self._request(
+            "query_points",
+            prefetch=prefetch,
+            query=models.FusionQuery(fusion=models.Fusion.RRF),
+            limit=limit,
+            with_payload=False,
+        )
         return [StoredPoint(plain_id(point.id), {}, point.score) for point in found.points]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
-        with client_errors(self.name):
-            found = self.client.retrieve(self.name, list(ids), with_payload=with_payload)
+        found = self._request("retrieve", list(ids), with_payload=with_payload)
         return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
 
     def scroll(
         self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
     ) -> tuple[list[StoredPoint], PointId | None]:
-        with client_errors(self.name):
-            found, following = self.client.scroll(
-                self.name, scroll_filter=query_filter, limit=limit, offset=offset, with_payload=with_payload
-            )
+        found, following = self._request(
+            "scroll", scroll_filter=query_filter, limit=limit, offset=offset, with_payload=with_payload
+        )
         points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
         return points, None if following is None else plain_id(following)
 
     def count(self, query_filter: Filter | None = None) -> int:
-        with client_errors(self.name):
-            return self.client.count(self.name, count_filter=query_filter, exact=True).count
+        return int(self._request("count", count_filter=query_filter, exact=True).count)
 
     def create_keyword_index(self, key: str) -> None:
         from qdrant_client import models
@@ -156,17 +155,14 @@ class ClientStore:
 
         if isinstance(self.client._client, QdrantLocal):
             return  # the in-process engine has no payload indexes, and warns about it
-        with client_errors(self.name):
-            self.client.create_payload_index(self.name, key, models.PayloadSchemaType.KEYWORD, wait=True)
+        self._request("create_payload_index", key, models.PayloadSchemaType.KEYWORD, wait=True)
 
     def read_metadata(self) -> dict[str, Any]:
-        with client_errors(self.name):
-            return dict(getattr(self.client.get_collection(self.name).config, "metadata", None) or {})
+        return dict(getattr(self._request("get_collection").config, "metadata", None) or {})
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         """Merge into the collection's metadata (Qdrant 1.16 and later; an older server ignores it)."""
-        with client_errors(self.name):
-            self.client.update_collection(self.name, metadata=metadata)
+        self._request("update_collection", metadata=metadata)
 
     def close(self) -> None:
         if self.owns_client:
@@ -181,14 +177,47 @@ def _client_vector(vector: Vector) -> Any:
     return vector
 
 
+def is_transient(error: BaseException) -> bool:
+    """Whether the same request may succeed a little later: lost connections, time-outs, 429 and 5xx; no other 4xx."""
+    import grpc
+    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+    if isinstance(error, UnexpectedResponse):
+        return error.status_code == 429 or (error.status_code or 0) >= 500
+    if isinstance(error, grpc.RpcError):
+        codes = grpc.StatusCode
+        passing = (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.RESOURCE_EXHAUSTED, codes.ABORTED, codes.INTERNAL)
+        return getattr(error, "code", lambda: None)() in passing
+    return isinstance(error, ResponseHandlingException | ResourceExhaustedResponse | ConnectionError)
+
+
+def retrying(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Call with exponential back-off and jitter between attempts; the last error is raised as it is."""
+    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+    attempts = Retrying(
+        retry=retry_if_exception(is_transient),
+        wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
+        stop=stop_after_attempt(ATTEMPTS),
+        reraise=True,
+    )
+    return attempts(function, *arguments, **options)
+
+
 @contextlib.contextmanager
 def client_errors(collection: str) -> Iterator[None]:
     """Sort what the client raises into ours; the message keeps what the server said."""
     from grpc import RpcError
+    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
     try:
         yield
+    except ResourceExhaustedResponse as error:
+        raise StoreUnavailableError(
+            f"the Qdrant server is over its rate limit, still after retries: {error}"
+        ) from error
     except (ResponseHandlingException, RpcError, ConnectionError) as error:
         raise StoreUnavailableError(
             f"can't reach the Qdrant server: {error}. Is it running, and is the URL right?"

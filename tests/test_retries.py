@@ -1,0 +1,100 @@
+"""A client whose requests get lost, come late or are refused, over the in-process engine."""
+
+import random
+
+import httpx
+import pytest
+from conftest import tiny_initialization, tiny_model
+from qdrant_client import QdrantClient
+from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
+
+from regrad_loaders.facts import generate
+from regrad_loaders.ingest import add_corpus, attach_atoms
+from regrad_qdrant import Adapter, GradientBank, GradientComputer, client_store
+from regrad_qdrant.client_store import ClientStore
+from regrad_qdrant.errors import BankError, StoreUnavailableError
+
+PASSAGES = generate("train", 30, 1).passages
+
+
+def answered(status):
+    return UnexpectedResponse(status, "reason", b"what the server said", httpx.Headers())
+
+
+class FaultyClient:
+    """Fails a share of the requests, half of them after they were carried out."""
+
+    def __init__(self, share, faults, seed=0):
+        self.client, self.share, self.faults = QdrantClient(":memory:"), share, faults
+        self.rng, self.requests = random.Random(seed), 0
+
+    def __getattr__(self, name):
+        method = getattr(self.client, name)
+        if not callable(method):
+            return method
+
+        def request(*arguments, **options):
+            self.requests += 1
+            if self.rng.random() >= self.share:
+                return method(*arguments, **options)
+            if self.rng.random() < 0.5:
+                method(*arguments, **options)
+            raise self.rng.choice(self.faults)
+
+        return request
+
+
+TRANSIENT = [
+    ResponseHandlingException(httpx.ConnectError("dropped")),
+    ResponseHandlingException(httpx.ReadTimeout("late")),
+    ResponseHandlingException(ValueError("cut short")),
+    ResourceExhaustedResponse("slow down", 1),
+    answered(429),
+    answered(500),
+    answered(503),
+]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(client_store, "FIRST_WAIT", 1e-4)
+    monkeypatch.setattr(client_store, "LONGEST_WAIT", 1e-3)
+
+
+def ingested(client, tokenizer):
+    """Every point's payload after an ingestion."""
+    model = tiny_model()
+    initialization = tiny_initialization(model)
+    adapter = Adapter(model, initialization)
+    gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    store = ClientStore(client, "docs")
+    bank = GradientBank(store, "docs", initialization.fingerprint, max_request_bytes=3000)
+    add_corpus(bank, PASSAGES, gradients)
+    report = attach_atoms(bank, gradients, "int8", batch_tokens=200)
+    assert report.atoms_written == len(PASSAGES) and not report.skipped
+    return {point.id: point.payload for point in store.scroll(None, 100, None, True)[0]}
+
+
+def test_an_ingestion_through_faults_ends_as_an_undisturbed_one(tokenizer):
+    faulty = FaultyClient(0.2, TRANSIENT)
+    assert ingested(faulty, tokenizer) == ingested(FaultyClient(0.0, TRANSIENT), tokenizer)
+    assert faulty.requests > 30
+
+
+@pytest.mark.parametrize(("status", "error"), [(400, BankError), (403, StoreUnavailableError), (404, BankError)])
+def test_a_refusal_is_not_repeated(status, error):
+    client = FaultyClient(1.0, [answered(status)])
+    client.client.create_collection("docs", {})
+    with pytest.raises(error):
+        ClientStore(client, "docs").count()
+    assert client.requests == 1
+
+
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_what_does_not_pass_is_given_up_after_a_bounded_number_of_attempts(fault):
+    client = FaultyClient(1.0, [fault])
+    client.client.create_collection("docs", {})
+    with pytest.raises(BankError):
+        ClientStore(client, "docs").count()
+    assert client.requests == client_store.ATTEMPTS
