@@ -123,6 +123,8 @@ class GradientBank:
         layout: where payloads keep the text.
         embedders: for each named vector, what makes it from text.
         max_request_bytes: bound of one write request.
+        sidecar: keep the atoms in a collection of this name beside the documents' (same ids, no vectors), so that no
+            reader of the documents ever meets them. Costs a second request a search.
     """
 
     def __init__(
@@ -135,8 +137,10 @@ class GradientBank:
         layout: Layout = CORPUS,
         embedders: Mapping[str, Embedder] | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
+        sidecar: str | None = None,
     ) -> None:
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
+        self.atoms: Store = self.store if sidecar is None else self.store.sibling(sidecar)
         self.space = space
         self.payload_key = payload_key
         self._use(layout)
@@ -163,6 +167,13 @@ class GradientBank:
     def close(self) -> None:
         """Release the store; an embedded shard can then be opened by another process."""
         self.store.close()
+        if self.in_sidecar:
+            self.atoms.close()
+
+    @property
+    def in_sidecar(self) -> bool:
+        """Whether the atoms have a collection of their own."""
+        return self.atoms is not self.store
 
     def detect_layout(self) -> Layout:
         """Find out where the collection's payloads keep the text, from its first points, and read it there.
@@ -210,15 +221,17 @@ class GradientBank:
         self.index()
 
     def index(self) -> None:
-        """Index `<key>.space`, which `missing` and `stale` filter on. Making it again changes nothing."""
-        self.store.create_keyword_index(f"{self.payload_key}.space")
+        """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar. Again changes nothing."""
+        if self.in_sidecar and not self.atoms.exists():
+            self.atoms.create(VectorNames())
+        self.atoms.create_keyword_index(f"{self.payload_key}.space")
 
     def describe(self, space: AtomSpace) -> None:
         """Note the shapes of the space's tensors once, in the collection's metadata (Qdrant 1.16 and later)."""
         key = f"{self.payload_key}.{self.space}"
-        if key not in self.store.read_metadata():
+        if key not in self.atoms.read_metadata():
             shapes = {name: list(shape) for name, shape in space.shapes.items()}
-            self.store.write_metadata({key: {"space": space.kind, "shapes": shapes}})
+            self.atoms.write_metadata({key: {"space": space.kind, "shapes": shapes}})
 
     def add(self, documents: Iterable[Document]) -> int:
         """Write new points with their vectors and payloads, without atoms; returns how many.
@@ -270,9 +283,27 @@ class GradientBank:
         """
         written = 0
         for batch in self._bounded(map(self._write, records), lambda write: write.id):
-            self.store.set_payload(batch)
+            if self.in_sidecar:
+                batch = self._made_room(batch)
+            if batch:
+                self.atoms.set_payload(batch)
             written += len(batch)
         return written
+
+    def _made_room(self, writes: Sequence[PayloadWrite]) -> list[PayloadWrite]:
+        """Those of the writes whose documents are there as they were read, with a point in the sidecar for each.
+
+        The check and the write are two requests: an atom whose text changes between them is stale by its own sha.
+        """
+        ids = [write.id for write in writes]
+        states = {
+            point.id: self.layout.state_of(point.payload) for point in self.store.retrieve(ids, self.layout.fields())
+        }
+        valid = [w for w in writes if w.id in states and w.unless_changed.items() <= states[w.id].items()]
+        there = {point.id for point in self.atoms.retrieve([write.id for write in valid], False)}
+        if new := [Point(write.id, {}, {}) for write in valid if write.id not in there]:
+            self.atoms.upsert(new)
+        return [PayloadWrite(write.id, write.payload) for write in valid]
 
     def _write(self, attached: tuple[PointId | Hit, Record]) -> tuple[PayloadWrite, int]:
         """The write of one record and its bytes."""
@@ -329,7 +360,7 @@ class GradientBank:
         if k < 1:
             raise BankError(f"k must be at least 1, found {k}")
         vectors = self._vectors(query, using)
-        fields = True if with_records else [*self.layout.fields(), "id"]
+        fields: bool | list[str] = True if with_records else [*self.layout.fields(), "id"]
         try:
             if len(vectors) == 1:
                 [(name, vector)] = vectors.items()
@@ -342,6 +373,8 @@ class GradientBank:
             present = self.store.vectors()
             absent = [name for name in vectors if name not in present]
             raise (self._no_vector(absent[0], present) if absent else error) from error
+        if with_records:
+            points = self._with_atoms(points)
         # Engines leave the order of equal scores open; answers must not depend on it.
         ties = itertools.groupby(points, key=lambda point: point.score)
         return [self._hit(point) for _, tied in ties for point in sorted(tied, key=lambda point: str(point.id))]
@@ -367,8 +400,15 @@ class GradientBank:
             scores: those of a retriever of your own, for the merge rule.
         """
         of_id = dict(zip(ids, scores, strict=True)) if scores is not None else {}
-        found = {point.id: point for point in self.store.retrieve(ids, True)}
+        found = {point.id: point for point in self._with_atoms(self.store.retrieve(ids, True))}
         return [self._hit(replace(found[key], score=of_id.get(key, 0.0))) for key in ids if key in found]
+
+    def _with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
+        """The points with what the sidecar holds for them, as if it stood in their payload."""
+        if not self.in_sidecar or not points:
+            return list(points)
+        atoms = {point.id: point.payload for point in self.atoms.retrieve([p.id for p in points], [self.payload_key])}
+        return [replace(point, payload=point.payload | atoms.get(point.id, {})) for point in points]
 
     def points(self) -> Iterator[Hit]:
         """Every point, page by page, without its atom."""
@@ -379,22 +419,49 @@ class GradientBank:
 
         Points may be given their atoms while this iterates. A point without text has an empty `text`.
         """
-        return (self._hit(point) for point in self._scroll(self.lacks_atom, [*self.layout.fields(), "id"]))
+        fields = [*self.layout.fields(), "id"]
+        if not self.in_sidecar:
+            return (self._hit(point) for point in self._scroll(self.lacks_atom, fields))
+        return (self._hit(point) for point in self._joined(fields, "space") if not self._belongs(point))
 
     def stale(self) -> Iterator[Hit]:
         """The points whose text has changed since their atom was computed, without reading any atom."""
-        fields = [*self.layout.fields(), "id", f"{self.payload_key}.sha"]
-        for point in self._scroll(self.has_atom, fields):
+        fields = [*self.layout.fields(), "id"]
+        points: Iterator[StoredPoint]
+        if self.in_sidecar:
+            points = filter(self._belongs, self._joined(fields, "space", "sha"))
+        else:
+            points = self._scroll(self.has_atom, [*fields, f"{self.payload_key}.sha"])
+        for point in points:
             text = self.layout.text_of(point.payload)
             if point.payload.get(self.payload_key, {}).get("sha") != text_sha(text or ""):
                 yield self._hit(point)
 
+    def _joined(self, fields: list[str], *of_record: str) -> Iterator[StoredPoint]:
+        """Every point with some fields of its record in the sidecar."""
+        names = [f"{self.payload_key}.{name}" for name in of_record]
+        for page in _pages(self._scroll(None, fields), PAGE):
+            atoms = {point.id: point.payload for point in self.atoms.retrieve([point.id for point in page], names)}
+            for point in page:
+                yield replace(point, payload=point.payload | atoms.get(point.id, {}))
+
+    def _belongs(self, point: StoredPoint) -> bool:
+        value = point.payload.get(self.payload_key)
+        return isinstance(value, Mapping) and value.get("space") == self.space
+
+    def count_atoms(self) -> int:
+        """Points that carry an atom of this space, stale ones among them."""
+        if not self.in_sidecar:
+            return self.store.count(self.has_atom)
+        return sum(self._belongs(point) for point in self._joined(["id"], "space"))
+
     def status(self) -> BankStatus:
         """Counts of points and atoms, and the atoms' sizes (of the first thousand)."""
-        points, atoms = self.store.count(), self.store.count(self.has_atom)
+        points, atoms = self.store.count(), self.count_atoms() if self.atoms.exists() else 0
         sizes: list[int] = []
         codecs: set[str] = set()
-        for point in self._scroll(self.has_atom, [self.payload_key], page=32):
+        values = self._scroll(self.has_atom, [self.payload_key], page=32, store=self.atoms) if atoms else ()
+        for point in values:
             value = point.payload[self.payload_key]
             sizes.append(_json_bytes(value))
             codecs.add(str(value.get("codec")))
@@ -404,7 +471,7 @@ class GradientBank:
             points=points,
             atoms=atoms,
             missing=points - atoms,
-            stale=sum(1 for _ in self.stale()),
+            stale=sum(1 for _ in self.stale()) if atoms else 0,
             space=self.space,
             codec=", ".join(sorted(codecs)) or None,
             bytes_median=int(statistics.median(sizes)) if sizes else None,
@@ -425,7 +492,7 @@ class GradientBank:
         report = RecodeReport()
         condition = self.finer_than(codec, numel)
         page = max(1, min(PAGE, self.max_request_bytes // (8 * numel)))  # an atom is at most fp32 in base64
-        for points in _pages(self._scroll(condition, [self.payload_key], page), page):
+        for points in _pages(self._scroll(condition, [self.payload_key], page, self.atoms), page):
             records: list[tuple[PointId | Hit, Record]] = []
             for point in points:
                 try:
@@ -449,16 +516,18 @@ class GradientBank:
     def drop(self) -> int:
         """Remove this space's atoms, and nothing else; returns how many there were."""
         condition = self.has_atom
-        count = self.store.count(condition)
-        self.store.delete_keys([self.payload_key], condition)
+        count = self.atoms.count(condition)
+        self.atoms.delete_keys([self.payload_key], condition)
         return count
 
     # -- inside -----------------------------------------------------------------------------------------
 
-    def _scroll(self, query_filter: Filter | None, fields: list[str], page: int = PAGE) -> Iterator[StoredPoint]:
+    def _scroll(
+        self, query_filter: Filter | None, fields: list[str], page: int = PAGE, store: Store | None = None
+    ) -> Iterator[StoredPoint]:
         offset: PointId | None = None
         while True:
-            points, offset = self.store.scroll(query_filter, page, offset, fields)
+            points, offset = (store or self.store).scroll(query_filter, page, offset, fields)
             yield from points
             if offset is None:
                 return

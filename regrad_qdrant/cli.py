@@ -27,6 +27,7 @@ from regrad_qdrant.options import (
     Key,
     Merge,
     Model,
+    Sidecar,
     TextPath,
     TopK,
     Url,
@@ -135,6 +136,7 @@ def ingest(
     codec: CodecName = DEFAULT_CODEC,
     dense: Dense = None,
     payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", min=16, help="Tokens in one gradient batch; lower it to save memory.")
     ] = 2048,
@@ -167,7 +169,7 @@ def ingest(
     if passages is None and not store.exists():
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
     initialization, base, tokenizer = load(init, model)
-    with bank_of(store, initialization, payload_key, dense, text_path) as bank:
+    with bank_of(store, initialization, payload_key, dense, text_path, sidecar=sidecar) as bank:
         if passages is None:
             console.print(f"{collection_summary(bank)}", highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
@@ -189,6 +191,7 @@ def status(
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
     payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
     text_path: TextPath = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -196,7 +199,9 @@ def status(
     from regrad_qdrant.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
-    with bank_of(existing_store(collection, url, path), initialization, payload_key, None, text_path) as bank:
+    with bank_of(
+        existing_store(collection, url, path), initialization, payload_key, None, text_path, sidecar=sidecar
+    ) as bank:
         found = bank.status()
     table = Table("points", "atoms", "missing", "stale", "space", "codec", "bytes per atom, median", "max")
     table.add_row(*("–" if value is None else str(value) for value in asdict(found).values()))
@@ -224,6 +229,7 @@ def ask(
     dense: Dense = None,
     merge: Merge = None,
     payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
     text_path: TextPath = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -242,7 +248,7 @@ def ask(
     if chosen not in ("direct", "init"):
         check_vector(store, using)
     initialization, base, tokenizer = load(init, model)
-    with bank_of(store, initialization, payload_key, dense, text_path, using) as bank:
+    with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
         regrad = regrad_of(base, tokenizer, bank, initialization, merge)
         answer = regrad.answer(
             prompt.question, mode=chosen, top_k=top_k, type=prompt.type, choices=prompt.choices, using=using
@@ -291,6 +297,7 @@ def evaluation(
     dense: Dense = None,
     merge: Merge = None,
     payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
     text_path: TextPath = None,
     json_out: JsonOut = None,
     predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
@@ -317,7 +324,7 @@ def evaluation(
         elif vector_name(using) != "bm25" and dense is None:
             raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
         initialization, base, tokenizer = load(init, model)
-        with bank_of(store, initialization, payload_key, dense, text_path, using) as bank:
+        with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
             regrad = regrad_of(base, tokenizer, bank, initialization, merge)
             report = ingest_corpus(regrad, passages, codec) if passages is not None else None
             settings = {
@@ -335,6 +342,7 @@ def evaluation(
                 "url": url,
                 "path": str(path) if path else None,
                 "payload_key": payload_key,
+                "sidecar": sidecar,
                 "layout": str(bank.layout),
                 "init": init,
                 "base_model": model or initialization.base.name,
@@ -421,6 +429,7 @@ def recode(
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
     payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
     json_out: JsonOut = None,
 ) -> None:
     """Bring the atoms of a collection to a coarser codec, in place and without the model.
@@ -434,9 +443,9 @@ def recode(
     check_outputs(json_out)
     initialization = MetaInitialization.load(init)
     numel = initialization.space.numel
-    with bank_of(existing_store(collection, url, path), initialization, payload_key, None) as bank:
+    with bank_of(existing_store(collection, url, path), initialization, payload_key, None, sidecar=sidecar) as bank:
         before = bank.status()
-        with progress("Recoding", bank.store.count(bank.finer_than(codec, numel))) as advance:
+        with progress("Recoding", bank.atoms.count(bank.finer_than(codec, numel))) as advance:
             report = bank.recode(codec, numel, advance)
         after = bank.status()
     console.print(
@@ -458,13 +467,14 @@ def drop(
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
     payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove the atoms of an initialization from a collection, and nothing else."""
     from regrad_qdrant.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
-    with bank_of(existing_store(collection, url, path), initialization, payload_key, None) as bank:
+    with bank_of(existing_store(collection, url, path), initialization, payload_key, None, sidecar=sidecar) as bank:
         count = bank.status().atoms
         if count and not yes and sys.stdin.isatty():
             typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)

@@ -36,6 +36,9 @@ class ClientStore:
         self.name = name
         self.owns_client = owns_client  # whether `close` closes it
 
+    def sibling(self, name: str) -> ClientStore:
+        return ClientStore(self.client, name)
+
     def _request(self, method: str, *arguments: Any, **options: Any) -> Any:
         """One request on the collection, repeated while its failures are transient. All of them are idempotent."""
         with client_errors(self.name):

@@ -49,15 +49,19 @@ class EdgeStore:
                 self._shard = EdgeShard.load(str(self.folder))
         return self._shard
 
+    def sibling(self, name: str) -> EdgeStore:
+        return EdgeStore(self.folder.parent / name)
+
     def exists(self) -> bool:
         return (self.folder / "edge_config.json").is_file()
 
     def create(self, vectors: VectorNames) -> None:
         import qdrant_edge as edge
 
+        sparse = vectors.sparse or (() if vectors.dense else ("unused",))  # a shard needs one vector at least
         config = edge.EdgeConfig(
             vectors={name: edge.EdgeVectorParams(size, edge.Distance.Cosine) for name, size in vectors.dense.items()},
-            sparse_vectors={name: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf) for name in vectors.sparse},
+            sparse_vectors={name: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf) for name in sparse},
         )
         with self._errors():
             self.folder.mkdir(parents=True, exist_ok=True)

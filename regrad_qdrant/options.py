@@ -44,6 +44,10 @@ Dense = Annotated[
 Merge = Annotated[
     str | None, typer.Option("--merge", help=f"Merge rule instead of the trained one: {', '.join(RULES)}.")
 ]
+Sidecar = Annotated[
+    str | None,
+    typer.Option("--sidecar", help="Keep the atoms in this collection beside the documents' (same ids, no vectors)."),
+]
 TextPath = Annotated[
     str | None,
     typer.Option(
@@ -109,6 +113,7 @@ def bank_of(
     dense: str | None,
     text_path: str | None = None,
     using: str | None = None,
+    sidecar: str | None = None,
 ) -> Iterator[GradientBank]:
     from regrad_qdrant.bank import GradientBank
     from regrad_qdrant.embed import Bm25, DenseEmbedder, Embedder
@@ -119,7 +124,13 @@ def bank_of(
         embedders["dense" if using in (None, "bm25") else str(using)] = DenseEmbedder(dense)
     layout = CORPUS if text_path in (None, CORPUS.text) else Layout("given", str(text_path))
     bank = GradientBank(
-        store, store.name, initialization.fingerprint, payload_key=payload_key, layout=layout, embedders=embedders
+        store,
+        store.name,
+        initialization.fingerprint,
+        payload_key=payload_key,
+        layout=layout,
+        embedders=embedders,
+        sidecar=sidecar,
     )
     try:
         if text_path is None and store.exists():
@@ -158,7 +169,8 @@ def attach(regrad: ReGrad, codec: str, **options: Any) -> IngestReport:
     from regrad_loaders.ingest import attach_atoms
 
     bank = regrad.bank
-    with progress("Computing atoms", bank.store.count(bank.lacks_atom)) as advance:
+    bank.index()
+    with progress("Computing atoms", bank.store.count() - bank.count_atoms()) as advance:
         return attach_atoms(bank, regrad.gradients, codec, advance, **options)
 
 

@@ -88,6 +88,9 @@ class Store(Protocol):
 
     name: str
 
+    def sibling(self, name: str) -> Store:
+        """The collection of another name in the same place."""
+
     def exists(self) -> bool: ...
 
     def create(self, vectors: VectorNames) -> None: ...

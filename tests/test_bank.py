@@ -313,6 +313,46 @@ def test_ids_keep_what_qdrant_can_keep():
 
 
 @pytest.fixture
+def beside(store):
+    """A bank whose atoms are in a collection of their own."""
+    if store.sibling("atoms").exists():  # on a server, from a run before
+        store.sibling("atoms").client.delete_collection("atoms")
+    bank = GradientBank(store, store.name, SPACE, sidecar="atoms")
+    bank.create()
+    assert bank.add(documents()) == 4
+    yield bank
+    bank.close()
+
+
+def test_a_sidecar_holds_the_atoms_and_the_documents_stay_as_they_were(beside):
+    before = payloads(beside)
+    assert [hit.document_id for hit in beside.missing()] and beside.status().missing == 4
+    fill(beside, 3)
+    assert payloads(beside) == before
+    assert [hit.document_id for hit in beside.missing()] == ["d3"]
+    assert [hit.record for hit in beside.search("Which Noor is a diver?", 1)] == [records(PEOPLE)[1]]
+    assert beside.fetch([point_id("d2")])[0].record == records(PEOPLE)[2]
+    status = beside.status()
+    assert (status.points, status.atoms, status.missing, status.stale, status.codec) == (4, 3, 1, 0, "int8")
+    assert beside.recode("sign", 128).recoded == 3 and beside.status().codec == "sign"
+    assert beside.drop() == 3 and beside.status().atoms == 0 and payloads(beside) == before
+
+
+def test_a_sidecar_sees_changed_and_deleted_documents(beside):
+    ids = fill(beside)
+    beside.store.set_payload([PayloadWrite(ids[2], {"text": "Galen Zimuken the sailor"})])
+    assert [hit.document_id for hit in beside.stale()] == ["d2"]
+    [hit] = beside.search("Galen Zimuken", 1)
+    assert hit.stale
+    beside.put([(point_id("gone"), records(["x"])[0])])
+    assert beside.status().atoms == 4  # an atom without a document is no atom of the bank
+    old = replace(hit, payload=documents()[2].payload)
+    before = beside.fetch([ids[2]])[0].record
+    beside.put([(old, records(["other"])[0])])  # computed from a text that is no longer there
+    assert beside.fetch([ids[2]])[0].record == before
+
+
+@pytest.fixture
 def hybrid(store):
     """BM25 and a dense vector whose embedder counts letters."""
 

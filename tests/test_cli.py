@@ -134,6 +134,18 @@ def test_help_teaches_every_command(run):
         assert run(command, "--help")[0] == 0 if command in ("demo", "train") else True
 
 
+def test_atoms_beside_the_documents(run, folder, tmp_path):
+    place = ("--collection", "docs", "--path", "bank")
+    code, out, err = run("ingest", "--corpus", folder / "corpus.jsonl", *place, "--sidecar", "atoms")
+    assert code == 0 and "12 atoms written" in out, err
+    code, out, _ = run("ask", "Who is Ida?", *place, "--sidecar", "atoms")
+    assert code == 0
+    run("status", *place, "--json", "in_place.json")
+    run("status", *place, "--sidecar", "atoms", "--json", "beside.json")
+    found = [json.loads((tmp_path / name).read_text())["atoms"] for name in ("in_place.json", "beside.json")]
+    assert found == [0, 12]
+
+
 CORPUS_ERRORS = [
     ('{"id": "a"}', "field 'text' is missing"),
     ('{"id": "a", "text": " "}', "is empty"),

@@ -87,7 +87,7 @@ def attach_atoms(
         raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
     bank.index()
     bank.describe(gradients.space)
-    report = IngestReport(present=bank.store.count(bank.has_atom))
+    report = IngestReport(present=bank.count_atoms())
     stale = [hit.id for hit in bank.stale()]
     report.present -= len(stale)
     ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
@@ -97,7 +97,7 @@ def attach_atoms(
     for at in range(0, len(stale), PAGE):
         ingestion.attach(bank.fetch(stale[at : at + PAGE]))
     report.seconds = time.perf_counter() - started
-    report.passed_over = max(0, report.present + report.atoms_written - bank.store.count(bank.has_atom))
+    report.passed_over = max(0, report.present + report.atoms_written - bank.count_atoms())
     report.atoms_written -= report.passed_over
     return report
 
@@ -172,7 +172,8 @@ class _Ingestion:
             hits = [hit for hit, _ in finite]
             flat = torch.stack([atom for _, atom in finite])
             records = make_records(flat, [hit.text for hit in hits], self.bank.space, self.codec)
-            self.report.atoms_written += self.bank.put(zip(hits, records, strict=True))
+            self.bank.put(zip(hits, records, strict=True))
+            self.report.atoms_written += len(hits)  # those that the bank passed over are taken off at the end
         self.on_progress(len(whole))
 
 
