@@ -115,10 +115,41 @@ def test_atoms_go_in_and_nothing_else_changes(framework, model, tokenizer, initi
     assert again == found
 
 
-def test_questions_are_answered_from_a_frameworks_collection(framework, model, tokenizer, initialization):
+@pytest.fixture
+def asked(framework, model, tokenizer, initialization):
+    """ReGrad over the framework's collection, with the options that find person 7."""
     bank = GradientBank(framework.client, framework.name, initialization.fingerprint, embedders={})
     bank.detect_layout()
     regrad = ReGrad(model, tokenizer, bank, initialization)
     attach_atoms(bank, regrad.gradients, "sign")
-    answer = regrad.answer("What does person 7 do?", query=vector(TEXTS[7]), using="", top_k=2)
-    assert answer.hits[0].text == TEXTS[7] and answer.hits[0].record is not None
+    return regrad, {"query": vector(TEXTS[7]), "using": "", "top_k": 2}
+
+
+def test_questions_are_answered_from_a_frameworks_collection_and_by_its_bridge(framework, asked):
+    regrad, options = asked
+    question = "What does person 7 do?"
+    expected = regrad.answer(question, **options)
+    assert expected.hits[0].text == TEXTS[7] and expected.hits[0].record is not None
+    if framework.layout == "LangChain":
+        from regrad_qdrant.bridge_langchain import regrad_runnable
+
+        given = regrad_runnable(regrad, **options).invoke(question)
+        assert given["documents"][0].page_content == TEXTS[7] and given["documents"][0].metadata == {"source": "s7"}
+        found = given["answer"]
+    elif framework.layout == "LlamaIndex":
+        from regrad_qdrant.bridge_llama_index import ReGradQueryEngine
+
+        response = ReGradQueryEngine(regrad=regrad, options=options).query(question)
+        assert response.source_nodes[0].node.get_content() == TEXTS[7] and response.source_nodes[0].score > 0.9
+        found = str(response.response)
+    else:
+        from haystack import Pipeline
+
+        from regrad_qdrant.bridge_haystack import ReGradAnswerer
+
+        pipeline = Pipeline()
+        pipeline.add_component("regrad", ReGradAnswerer(regrad, **options))
+        given = pipeline.run({"regrad": {"query": question}})["regrad"]
+        assert given["documents"][0].content == TEXTS[7] and given["documents"][0].meta == {"source": "s7"}
+        [found] = given["replies"]
+    assert found == expected.text
