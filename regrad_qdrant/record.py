@@ -1,6 +1,6 @@
 """The record: what stands under the payload key of a point.
 
-    {"v": 1, "space": "<fingerprint>", "sha": "<of the text>", "codec": "int4", "atom": "<base64 text>"}
+    {"v": 1, "space": "<fingerprint>", "sha": "<of the text>", "codec": "sign", "atom": "<base64 text>"}
 
 `atom` is base64(zstd(msgpack({part: bytes}))). Reading one trusts nothing: the size that the frame declares is
 checked before a byte is decompressed, zstd's own checksum guards the content, and msgpack yields bytes only.

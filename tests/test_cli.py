@@ -82,7 +82,7 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     code, out, _ = run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
     status = json.loads((tmp_path / "status.json").read_text())
     assert code == 0 and list(status) == ["points", "atoms", "missing", "stale", "space", "codec", "bytes_per_atom"]
-    assert (status["points"], status["atoms"], status["missing"], status["codec"]) == (12, 12, 0, "int4")
+    assert (status["points"], status["atoms"], status["missing"], status["codec"]) == (12, 12, 0, "sign")
     assert 0 < status["bytes_per_atom"]["median"] <= status["bytes_per_atom"]["max"]
 
     code, out, _ = run(
@@ -91,10 +91,10 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     answer = json.loads((tmp_path / "ask.json").read_text())
     assert code == 0 and answer["mode"] == "regrad+icl" and set(answer["timings"]) >= {"search", "generate", "restore"}
 
-    code, out, _ = run("recode", "--collection", "docs", "--path", "bank", "--codec", "sign", "--json", "recode.json")
+    code, out, _ = run("recode", "--collection", "docs", "--path", "bank", "--codec", "sparse", "--json", "recode.json")
     recoded = json.loads((tmp_path / "recode.json").read_text())
     assert code == 0 and "12 atoms recoded, 0 were as coarse already, 0 failed" in out
-    assert recoded["after"]["codec"] == "sign" and recoded["recoded"] == 12
+    assert recoded["after"]["codec"] == "sparse" and recoded["recoded"] == 12
 
     code, out, _ = run("drop", "--collection", "docs", "--path", "bank", "--yes")
     assert code == 0 and "12 atoms removed" in out

@@ -9,6 +9,7 @@ from regrad_loaders.evaluate import evaluate
 from regrad_loaders.facts import generate
 from regrad_loaders.ingest import add_corpus, attach_atoms
 from regrad_qdrant import GradientBank, MetaInitialization, ReGrad, load_base_model
+from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.options import DEFAULT_INIT
 from regrad_qdrant.plugin import lora_layers, lora_weight
 
@@ -29,7 +30,7 @@ def regrad(initialization, tmp_path_factory, world):
     with GradientBank.open(tmp_path_factory.mktemp("bank"), "people", initialization.fingerprint) as bank:
         regrad = ReGrad(model, tokenizer, bank, initialization)
         add_corpus(bank, world.passages, regrad.gradients)
-        attach_atoms(bank, regrad.gradients, "int4")
+        attach_atoms(bank, regrad.gradients, DEFAULT_CODEC)
         yield regrad
 
 
