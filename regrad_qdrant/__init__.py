@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regrad_qdrant.adapter import Adapter
+    from regrad_qdrant.async_bank import AsyncGradientBank
     from regrad_qdrant.bank import Document, GradientBank, Hit
     from regrad_qdrant.base_model import load_base_model
     from regrad_qdrant.embed import Bm25, DenseEmbedder
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 _MODULES = {
     "Adapter": "adapter",
     "Answer": "pipeline",
+    "AsyncGradientBank": "async_bank",
     "Bm25": "embed",
     "DenseEmbedder": "embed",
     "Document": "bank",
@@ -53,6 +55,7 @@ _MODULES = {
 __all__ = [
     "Adapter",
     "Answer",
+    "AsyncGradientBank",
     "Bm25",
     "DenseEmbedder",
     "Document",

@@ -42,7 +42,11 @@ class ClientStore:
     def _request(self, method: str, *arguments: Any, **options: Any) -> Any:
         """One request on the collection, repeated while its failures are transient. All of them are idempotent."""
         with client_errors(self.name):
-            return retrying(getattr(self.client, method), self.name, *arguments, **options)
+            return retrying(self.method(method), self.name, *arguments, **options)
+
+    def method(self, name: str) -> Callable[..., Any]:
+        """The client's method of that name, as a function that returns its result."""
+        return getattr(self.client, name)  # type: ignore[no-any-return] # the client has many
 
     def exists(self) -> bool:
         return bool(self._request("collection_exists"))
@@ -154,9 +158,10 @@ class ClientStore:
 
     def create_keyword_index(self, key: str) -> None:
         from qdrant_client import models
+        from qdrant_client.local.async_qdrant_local import AsyncQdrantLocal
         from qdrant_client.local.qdrant_local import QdrantLocal
 
-        if isinstance(self.client._client, QdrantLocal):
+        if isinstance(self.client._client, QdrantLocal | AsyncQdrantLocal):
             return  # the in-process engine has no payload indexes, and warns about it
         self._request("create_payload_index", key, models.PayloadSchemaType.KEYWORD, wait=True)
 

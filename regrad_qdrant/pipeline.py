@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter
     from torch import nn
 
+    from regrad_qdrant.async_bank import AsyncGradientBank
     from regrad_qdrant.bank import GradientBank, Hit
     from regrad_qdrant.initialization import MetaInitialization
     from regrad_qdrant.merge import MergeRule
@@ -68,7 +69,7 @@ class ReGrad:
     Args:
         model: the plain base model; it gets the plug-in, and is frozen.
         tokenizer: of the model.
-        bank: whose space is the initialization's.
+        bank: whose space is the initialization's; with an `AsyncGradientBank` use `aanswer`.
         initialization: φ₀, α and the merge rule that fit the model.
         merge: another rule than the one the initialization was trained with.
         on_stale: what to do with an atom whose text has changed since: `skip` it with a warning, `recompute` it
@@ -84,7 +85,7 @@ class ReGrad:
         self,
         model: nn.Module,
         tokenizer: Any,
-        bank: GradientBank,
+        bank: GradientBank | AsyncGradientBank,
         initialization: MetaInitialization,
         *,
         merge: MergeRule | None = None,
@@ -99,7 +100,10 @@ class ReGrad:
             raise RegradError(f"on_stale {on_stale!r} is not one of {', '.join(get_args(OnStale))}")
         self.adapter = Adapter(model, initialization, check_model=check_model)
         self.tokenizer = tokenizer
-        self.bank = bank
+        from regrad_qdrant.bank import GradientBank
+
+        self._async_bank = None if isinstance(bank, GradientBank) else bank
+        self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
         self.initialization = initialization
         self.merge = merge or initialization.merge
         self.on_stale = on_stale
@@ -176,6 +180,16 @@ class ReGrad:
             restore=restored_at - generated_at,
         )
         return Answer(said.text, mode, found, timings, said.prompt_tokens)
+
+    async def aanswer(self, question: str, **options: Any) -> Answer:
+        """`answer` for asyncio, with the same arguments: search and generation run in a worker thread, and the requests
+        of an `AsyncGradientBank` on the event loop. One answer at a time uses the model; the others wait for it.
+        """
+        import asyncio
+
+        if self._async_bank is not None:
+            self._async_bank.bind()
+        return await asyncio.to_thread(self.answer, question, **options)
 
     def _merged(self, hits: Sequence[Hit]) -> Any:
         """Σ wᵢ·g(dᵢ) of the hits whose atoms can be used."""
