@@ -7,7 +7,6 @@ bounded by bytes, and found again by an index on `<key>.space`.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import CODECS, get_codec
 from regrad_qdrant.embed import Bm25, Embedder
-from regrad_qdrant.errors import BankError, RecordError, RecordTooLargeError
+from regrad_qdrant.errors import BankError, RecordError
 from regrad_qdrant.layouts import CORPUS, Layout, detect
 from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.store import (
+    MAX_REQUEST_BYTES,
     Payload,
     PayloadWrite,
     Point,
@@ -30,7 +30,10 @@ from regrad_qdrant.store import (
     StoredPoint,
     Vector,
     VectorNames,
+    bounded,
+    json_bytes,
     open_store,
+    sized,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +44,6 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
 PAGE = 256
 HYBRID_DEPTH = 50  # candidates of each vector that a fusion ranks
 SAMPLE = 64  # points that show the layout
@@ -241,7 +243,7 @@ class GradientBank:
         written = 0
         for page in _pages(documents, PAGE):
             points = self._points(page)
-            for batch in self._bounded(_sized(points), lambda point: point.id):
+            for batch in bounded(self.max_request_bytes, sized(points), lambda point: point.id):
                 self.store.upsert(batch)
             written += len(points)
         return written
@@ -264,11 +266,12 @@ class GradientBank:
                 if payload is not None and any(payload.get(key) != value for key, value in document.payload.items())
             ]
             reworded = [d for d, payload in differing if self.layout.text_of(payload) != self.layout.text_of(d.payload)]
-            for batch in self._bounded(_sized(self._points(reworded)), lambda point: point.id):
+            for batch in bounded(self.max_request_bytes, sized(self._points(reworded)), lambda point: point.id):
                 self.store.update_vectors(batch)
             writes = (PayloadWrite(point_id(document.id), document.payload) for document, _ in differing)
-            for batch in self._bounded(((w, _json_bytes(w.payload)) for w in writes), lambda write: write.id):
-                self.store.set_payload(batch)
+            of_size = ((write, json_bytes(write.payload)) for write in writes)
+            for changes in bounded(self.max_request_bytes, of_size, lambda write: write.id):
+                self.store.set_payload(changes)
             updated += len(differing)
         return added, updated
 
@@ -282,7 +285,7 @@ class GradientBank:
             RecordTooLargeError: if one record is larger than a request may be; what came before it is written.
         """
         written = 0
-        for batch in self._bounded(map(self._write, records), lambda write: write.id):
+        for batch in bounded(self.max_request_bytes, map(self._write, records), lambda write: write.id):
             if self.in_sidecar:
                 batch = self._made_room(batch)
             if batch:
@@ -311,7 +314,7 @@ class GradientBank:
         state = self.layout.state_of(target.payload) if isinstance(target, Hit) else {}
         key = target.id if isinstance(target, Hit) else target
         write = PayloadWrite(key, {self.payload_key: record.to_payload()}, state)
-        return write, _json_bytes(write.payload) + _json_bytes(state)
+        return write, json_bytes(write.payload) + json_bytes(state)
 
     @property
     def has_atom(self) -> Filter:
@@ -463,7 +466,7 @@ class GradientBank:
         values = self._scroll(self.has_atom, [self.payload_key], page=32, store=self.atoms) if atoms else ()
         for point in values:
             value = point.payload[self.payload_key]
-            sizes.append(_json_bytes(value))
+            sizes.append(json_bytes(value))
             codecs.add(str(value.get("codec")))
             if len(sizes) == STATUS_SAMPLE:
                 break
@@ -575,27 +578,6 @@ class GradientBank:
             )
         return text
 
-    def _bounded(self, sized: Iterable[tuple[Any, int]], key_of: Any) -> Iterator[list[Any]]:
-        """Batches whose bytes stay within the bound of a request."""
-        batch: list[Any] = []
-        total = 0
-        for item, size in sized:
-            size += 200  # the operation around it
-            if size > self.max_request_bytes:
-                if batch:
-                    yield batch
-                raise RecordTooLargeError(
-                    f"point {key_of(item)!r}: {size} bytes are more than one request may hold "
-                    f"({self.max_request_bytes}): use a coarser codec, a smaller space, or raise max_request_bytes"
-                )
-            if batch and total + size > self.max_request_bytes:
-                yield batch
-                batch, total = [], 0
-            batch.append(item)
-            total += size
-        if batch:
-            yield batch
-
 
 def point_id(key: str | int) -> PointId:
     """The point id of a document: integers and UUIDs as they are, any other name hashed to a UUID."""
@@ -616,16 +598,3 @@ def _pages(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
             page = []
     if page:
         yield page
-
-
-def _sized(points: Iterable[Point]) -> Iterator[tuple[Point, int]]:
-    return ((point, _json_bytes(point.payload) + _vector_bytes(point.vectors)) for point in points)
-
-
-def _json_bytes(value: Any) -> int:
-    return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
-
-
-def _vector_bytes(vectors: Mapping[str, Vector]) -> int:
-    """About what the vectors take as JSON: a dozen characters a number."""
-    return sum(12 * (len(v) if isinstance(v, list) else 2 * len(v.values)) for v in vectors.values())

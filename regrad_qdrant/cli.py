@@ -18,6 +18,7 @@ from regrad_qdrant.console import answers_table, console, errors, print_report, 
 from regrad_qdrant.errors import DataError, RegradError
 from regrad_qdrant.options import (
     DEFAULT_INIT,
+    DEFAULT_PATH,
     BankPath,
     CodecName,
     Collection,
@@ -457,6 +458,51 @@ def recode(
         errors.print(f"left as it was: {key}: {reason}", style="yellow", markup=False)
     write_json(json_out, asdict(report) | {"before": before.as_dict(), "after": after.as_dict()})
     if report.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def migrate(
+    collection: Collection,
+    url: Url = None,
+    path: BankPath = None,
+    to_url: Annotated[str | None, typer.Option("--to-url", help="The server to copy to.")] = None,
+    to_path: Annotated[
+        Path | None, typer.Option("--to-path", help="The folder of the embedded bank to copy to.")
+    ] = None,
+    to_collection: Annotated[
+        str | None, typer.Option("--to-collection", help="Name of the copy; the same name by default.")
+    ] = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Copy a collection with its atoms between an embedded folder and a server, point by point, and verify it.
+
+    Safe to stop and to start again. Nothing is removed from the source; copy a sidecar by its own name.
+    """
+    from regrad_qdrant.migrate import migrate as copy
+
+    check_outputs(json_out)
+    if (to_url is None) == (to_path is None):
+        raise DataError("give either --to-url or --to-path")
+    name = to_collection or collection
+    if (url, str(path or DEFAULT_PATH), collection) == (to_url, str(to_path), name):
+        raise DataError("source and target are the same collection")
+    source = existing_store(collection, url, path)
+    target = store_of(name, to_url, to_path)
+    try:
+        with progress("Copying", source.count()) as advance:
+            report = copy(source, target, advance)
+    finally:
+        source.close()
+        target.close()
+    console.print(
+        f"{report.points} points: {report.written} written, {report.present} there already, "
+        f"{len(report.differing)} not as they were",
+        highlight=False,
+    )
+    write_json(json_out, asdict(report))
+    if report.differing:
+        errors.print(f"differing: {report.differing[:20]}", style="yellow", markup=False)
         raise typer.Exit(1)
 
 

@@ -17,6 +17,7 @@ from regrad_qdrant.store import (
     VectorNames,
     WithPayload,
     plain_id,
+    whole_point,
 )
 
 if TYPE_CHECKING:
@@ -56,23 +57,27 @@ class ClientStore:
 
         if self.exists():  # a request that was repeated since its answer was lost
             return
-        self._request(
-            "create_collection",
-            vectors_config={
-                name: models.VectorParams(size=size, distance=models.Distance.COSINE)
-                for name, size in vectors.dense.items()
-            },
-            sparse_vectors_config={
-                name: models.SparseVectorParams(modifier=models.Modifier.IDF) for name in vectors.sparse
-            },
-        )
+        dense = {
+            name: models.VectorParams(size=size, distance=models.Distance(vectors.distances.get(name, "Cosine")))
+            for name, size in vectors.dense.items()
+        }
+        sparse = {
+            name: models.SparseVectorParams(modifier=None if name in vectors.without_idf else models.Modifier.IDF)
+            for name in vectors.sparse
+        }
+        unnamed = set(dense) == {""}
+        self._request("create_collection", vectors_config=dense[""] if unnamed else dense, sparse_vectors_config=sparse)
 
     def vectors(self) -> VectorNames:
         parameters = self._request("get_collection").config.params
         dense = parameters.vectors or {}
         named = dense if isinstance(dense, dict) else {"": dense}
+        sparse = parameters.sparse_vectors or {}
         return VectorNames(
-            {name: vector.size for name, vector in named.items()}, tuple(parameters.sparse_vectors or ())
+            {name: vector.size for name, vector in named.items()},
+            tuple(sparse),
+            {name: vector.distance.value for name, vector in named.items() if vector.distance.value != "Cosine"},
+            tuple(name for name, vector in sparse.items() if vector.modifier != "idf"),
         )
 
     def upsert(self, points: Sequence[Point]) -> None:
@@ -81,7 +86,7 @@ class ClientStore:
         structs = [
             models.PointStruct(
                 id=point.id,
-                vector={name: _client_vector(vector) for name, vector in point.vectors.items()},
+                vector=_client_vectors(point.vectors),
                 payload=point.payload,
             )
             for point in points
@@ -91,10 +96,7 @@ class ClientStore:
     def update_vectors(self, points: Sequence[Point]) -> None:
         from qdrant_client import models
 
-        rows = [
-            models.PointVectors(id=point.id, vector={name: _client_vector(v) for name, v in point.vectors.items()})
-            for point in points
-        ]
+        rows = [models.PointVectors(id=point.id, vector=_client_vectors(point.vectors)) for point in points]
         self._request("update_vectors", rows, wait=True)
 
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
@@ -153,6 +155,14 @@ class ClientStore:
         points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
         return points, None if following is None else plain_id(following)
 
+    def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
+        found, following = self._request("scroll", limit=limit, offset=offset, with_payload=True, with_vectors=True)
+        return [whole_point(point) for point in found], None if following is None else plain_id(following)
+
+    def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:
+        found = self._request("retrieve", list(ids), with_payload=True, with_vectors=True)
+        return {point.id: point for point in map(whole_point, found)}
+
     def count(self, query_filter: Filter | None = None) -> int:
         return int(self._request("count", count_filter=query_filter, exact=True).count)
 
@@ -172,9 +182,17 @@ class ClientStore:
         """Merge into the collection's metadata (Qdrant 1.16 and later; an older server ignores it)."""
         self._request("update_collection", metadata=metadata)
 
+    def optimize(self) -> None:
+        """A server's own optimizers run by themselves; the in-process engine has none."""
+
     def close(self) -> None:
         if self.owns_client:
             self.client.close()
+
+
+def _client_vectors(vectors: Mapping[str, Vector]) -> Any:
+    named = {name: _client_vector(vector) for name, vector in vectors.items()}
+    return named[""] if set(named) == {""} else named
 
 
 def _client_vector(vector: Vector) -> Any:

@@ -20,6 +20,7 @@ from regrad_qdrant.store import (
     VectorNames,
     WithPayload,
     plain_id,
+    whole_point,
 )
 
 if TYPE_CHECKING:
@@ -60,8 +61,14 @@ class EdgeStore:
 
         sparse = vectors.sparse or (() if vectors.dense else ("unused",))  # a shard needs one vector at least
         config = edge.EdgeConfig(
-            vectors={name: edge.EdgeVectorParams(size, edge.Distance.Cosine) for name, size in vectors.dense.items()},
-            sparse_vectors={name: edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf) for name in sparse},
+            vectors={
+                name: edge.EdgeVectorParams(size, getattr(edge.Distance, vectors.distances.get(name, "Cosine")))
+                for name, size in vectors.dense.items()
+            },
+            sparse_vectors={
+                name: edge.EdgeSparseVectorParams(modifier=None if name in vectors.without_idf else edge.Modifier.Idf)
+                for name in sparse
+            },
         )
         with self._errors():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +80,12 @@ class EdgeStore:
         config = json.loads((self.folder / "edge_config.json").read_text(encoding="utf-8"))
         dense = config.get("vectors") or {}
         named = {"": dense} if "size" in dense else dense
+        sparse = config.get("sparse_vectors") or {}
         return VectorNames(
-            {name: vector["size"] for name, vector in named.items()}, tuple(config.get("sparse_vectors") or ())
+            {name: vector["size"] for name, vector in named.items()},
+            tuple(sparse),
+            {name: vector["distance"] for name, vector in named.items() if vector["distance"] != "Cosine"},
+            tuple(name for name, vector in sparse.items() if vector.get("modifier") != "idf"),
         )
 
     def upsert(self, points: Sequence[Point]) -> None:
@@ -169,6 +180,19 @@ class EdgeStore:
         points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
         return points, None if following is None else plain_id(following)
 
+    def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
+        import qdrant_edge as edge
+
+        request = edge.ScrollRequest(offset=offset, limit=limit, with_payload=True, with_vector=True)
+        with self._errors():
+            found, following = self.shard.scroll(request)
+        return [whole_point(point) for point in found], None if following is None else plain_id(following)
+
+    def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:
+        with self._errors():
+            found = self.shard.retrieve(list(ids), True, True)
+        return {point.id: point for point in map(whole_point, found)}
+
     def count(self, query_filter: Filter | None = None) -> int:
         import qdrant_edge as edge
 
@@ -193,6 +217,10 @@ class EdgeStore:
         partial = self.folder / f"{METADATA_FILE}.partial"
         partial.write_text(json.dumps(self.read_metadata() | metadata), encoding="utf-8")
         os.replace(partial, self.folder / METADATA_FILE)
+
+    def optimize(self) -> None:
+        with self._errors():
+            self.shard.optimize()
 
     def close(self) -> None:
         if self._shard is not None:

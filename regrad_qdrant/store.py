@@ -7,12 +7,13 @@ ids, so that a point deleted in the meantime is passed over instead of failing i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from regrad_qdrant.errors import BankError, StoreUnavailableError
+from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 PointId = int | str
 Payload = dict[str, Any]
 WithPayload = bool | list[str]
+Item = TypeVar("Item")
+
+MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
 
 CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
 
@@ -78,6 +82,8 @@ class VectorNames:
 
     dense: dict[str, int] = field(default_factory=dict)
     sparse: tuple[str, ...] = ()
+    distances: dict[str, str] = field(default_factory=dict)  # of dense ones, as Qdrant calls them, if not Cosine
+    without_idf: tuple[str, ...] = ()  # sparse ones that lack the IDF modifier
 
     def __contains__(self, name: str) -> bool:
         return name in self.dense or name in self.sparse
@@ -123,6 +129,12 @@ class Store(Protocol):
         self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
     ) -> tuple[list[StoredPoint], PointId | None]: ...
 
+    def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
+        """A page of whole points with their vectors, by rising ids."""
+
+    def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:
+        """Whole points with their vectors; ids that are not there are left out."""
+
     def count(self, query_filter: Filter | None = None) -> int: ...
 
     def create_keyword_index(self, key: str) -> None: ...
@@ -130,6 +142,9 @@ class Store(Protocol):
     def read_metadata(self) -> dict[str, Any]: ...
 
     def write_metadata(self, metadata: dict[str, Any]) -> None: ...
+
+    def optimize(self) -> None:
+        """Let the engine put its segments in order after a bulk load, where it does not do so by itself."""
 
     def close(self) -> None: ...
 
@@ -168,3 +183,63 @@ def open_store(
 
 def plain_id(key: Any) -> PointId:
     return key if isinstance(key, int) else str(key)
+
+
+def whole_point(point: Any) -> Point:
+    """A point that an engine returned with its vectors."""
+    vectors = point.vector if isinstance(point.vector, dict) else {"": point.vector}
+    named = {name: _stored_vector(vector) for name, vector in vectors.items() if vector is not None}
+    return Point(plain_id(point.id), named, point.payload or {})
+
+
+def _stored_vector(vector: Any) -> Vector:
+    """A vector as an engine returns it.
+
+    Raises:
+        BankError: for a multi-vector, which these stores do not copy.
+    """
+    if hasattr(vector, "indices"):
+        return SparseVector(list(vector.indices), list(vector.values))
+    if len(vector) and isinstance(vector[0], list):
+        raise BankError("points with multi-vectors can't be copied: leave the vector out of the source collection")
+    return [float(number) for number in vector]
+
+
+def bounded(limit: int, items: Iterable[tuple[Item, int]], key_of: Callable[[Item], PointId]) -> Iterator[list[Item]]:
+    """Batches of items whose bytes stay within the limit of a request.
+
+    Raises:
+        RecordTooLargeError: for an item that is larger by itself; what came before it is yielded first.
+    """
+    batch: list[Item] = []
+    total = 0
+    for item, size in items:
+        size += 200  # the operation around it
+        if size > limit:
+            if batch:
+                yield batch
+            raise RecordTooLargeError(
+                f"point {key_of(item)!r}: {size} bytes are more than one request may hold ({limit}): use a coarser "
+                "codec, a smaller space, or raise max_request_bytes"
+            )
+        if batch and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size
+    if batch:
+        yield batch
+
+
+def sized(points: Iterable[Point]) -> Iterator[tuple[Point, int]]:
+    """Points with the bytes that they take in a request."""
+    return ((point, json_bytes(point.payload) + _vector_bytes(point.vectors)) for point in points)
+
+
+def json_bytes(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+def _vector_bytes(vectors: Mapping[str, Vector]) -> int:
+    """About what the vectors take as JSON: a dozen characters a number."""
+    return sum(12 * (len(v) if isinstance(v, list) else 2 * len(v.values)) for v in vectors.values())

@@ -134,6 +134,20 @@ def test_help_teaches_every_command(run):
         assert run(command, "--help")[0] == 0 if command in ("demo", "train") else True
 
 
+def test_a_bank_is_copied_to_another_folder(run, folder, tmp_path):
+    ingest(run, folder)
+    place = ("migrate", "--collection", "docs", "--path", "bank")
+    code, out, err = run(*place, "--to-path", "other", "--json", "copy.json")
+    assert code == 0 and "12 points: 12 written, 0 there already, 0 not as they were" in out, err
+    code, out, _ = run(*place, "--to-path", "other")
+    assert code == 0 and "0 written, 12 there already" in out
+    run("status", "--collection", "docs", "--path", "other", "--json", "status.json")
+    assert json.loads((tmp_path / "status.json").read_text())["atoms"] == 12
+    for wrong, message in (((), "either --to-url or --to-path"), (("--to-path", "bank"), "the same collection")):
+        code, _, err = run(*place, *wrong)
+        assert code == 2 and message in err
+
+
 def test_atoms_beside_the_documents(run, folder, tmp_path):
     place = ("--collection", "docs", "--path", "bank")
     code, out, err = run("ingest", "--corpus", folder / "corpus.jsonl", *place, "--sidecar", "atoms")
