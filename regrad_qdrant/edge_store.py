@@ -1,14 +1,15 @@
-"""A collection as an embedded Qdrant Edge shard on disk, and the translation of filters for it."""
+"""A collection as an embedded Qdrant Edge shard on disk."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from regrad_qdrant.edge_filter import edge_filter
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 from regrad_qdrant.store import (
     PayloadWrite,
@@ -113,7 +114,7 @@ class EdgeStore:
 
         with self._errors():
             for write in writes:
-                only = _edge_filter(write.target())
+                only = edge_filter(write.target())
                 self.shard.update(edge.UpdateOperation.set_payload_by_filter(only, write.payload))
             self.shard.flush()
 
@@ -121,7 +122,7 @@ class EdgeStore:
         import qdrant_edge as edge
 
         with self._errors():
-            self.shard.update(edge.UpdateOperation.delete_payload_by_filter(_edge_filter(query_filter), keys))
+            self.shard.update(edge.UpdateOperation.delete_payload_by_filter(edge_filter(query_filter), keys))
             self.shard.flush()
 
     def search(
@@ -132,7 +133,7 @@ class EdgeStore:
         request = edge.QueryRequest(
             limit=limit,
             query=edge.Query.Nearest(_edge_vector(vector), using=using or None),
-            filter=None if query_filter is None else _edge_filter(query_filter),
+            filter=None if query_filter is None else edge_filter(query_filter),
             with_payload=with_payload,
         )
         with self._errors():
@@ -144,7 +145,7 @@ class EdgeStore:
     ) -> list[StoredPoint]:
         import qdrant_edge as edge
 
-        only = None if query_filter is None else _edge_filter(query_filter)
+        only = None if query_filter is None else edge_filter(query_filter)
         prefetches = [
             edge.Prefetch(depth, query=edge.Query.Nearest(_edge_vector(vector), using=name or None), filter=only)
             for name, vector in vectors.items()
@@ -172,7 +173,7 @@ class EdgeStore:
         request = edge.ScrollRequest(
             offset=offset,
             limit=limit,
-            filter=None if query_filter is None else _edge_filter(query_filter),
+            filter=None if query_filter is None else edge_filter(query_filter),
             with_payload=with_payload,
         )
         with self._errors():
@@ -199,7 +200,7 @@ class EdgeStore:
         with self._errors():
             return int(
                 self.shard.count(
-                    edge.CountRequest(exact=True, filter=None if query_filter is None else _edge_filter(query_filter))
+                    edge.CountRequest(exact=True, filter=None if query_filter is None else edge_filter(query_filter))
                 )
             )
 
@@ -247,74 +248,3 @@ def _edge_vector(vector: Vector) -> Any:
     import qdrant_edge as edge
 
     return edge.SparseVector(vector.indices, vector.values) if isinstance(vector, SparseVector) else vector
-
-
-def _edge_filter(query_filter: Filter) -> Any:
-    import qdrant_edge as edge
-
-    def conditions(group: Any) -> list[Any] | None:
-        if group is None:
-            return None
-        return [_edge_condition(condition) for condition in (group if isinstance(group, list) else [group])]
-
-    minimum = query_filter.min_should
-    return edge.Filter(
-        must=conditions(query_filter.must),
-        should=conditions(query_filter.should),
-        must_not=conditions(query_filter.must_not),
-        min_should=None
-        if minimum is None
-        else edge.MinShould([_edge_condition(condition) for condition in minimum.conditions], minimum.min_count),
-    )
-
-
-def _edge_condition(condition: Any) -> Any:
-    import qdrant_edge as edge
-    from qdrant_client import models
-
-    if isinstance(condition, models.Filter):
-        return _edge_filter(condition)
-    if isinstance(condition, models.HasIdCondition):
-        return edge.HasIdCondition(set(condition.has_id))
-    if isinstance(condition, models.IsEmptyCondition):
-        return edge.IsEmptyCondition(condition.is_empty.key)
-    if isinstance(condition, models.IsNullCondition):
-        return edge.IsNullCondition(condition.is_null.key)
-    if isinstance(condition, models.NestedCondition):
-        return edge.NestedCondition(condition.nested.key, _edge_filter(condition.nested.filter))
-    if isinstance(condition, models.FieldCondition):
-        parts = {name: value for name, value in condition if name != "key" and value is not None}
-        if set(parts) <= {"match", "range"}:
-            return edge.FieldCondition(
-                condition.key,
-                match=_edge_match(parts["match"]) if "match" in parts else None,
-                range=_edge_range(parts["range"]) if "range" in parts else None,
-            )
-    raise BankError(f"this filter condition is not supported on an embedded Edge shard: {condition!r}")
-
-
-def _edge_match(match: Any) -> Any:
-    import qdrant_edge as edge
-    from qdrant_client import models
-
-    makers: dict[type, Callable[[Any], Any]] = {
-        models.MatchValue: lambda m: edge.MatchValue(m.value),
-        models.MatchAny: lambda m: edge.MatchAny(m.any),
-        models.MatchExcept: lambda m: edge.MatchExcept(m.except_),
-        models.MatchText: lambda m: edge.MatchText(m.text),
-    }
-    if type(match) not in makers:
-        raise BankError(f"this match is not supported on an embedded Edge shard: {match!r}")
-    return makers[type(match)](match)
-
-
-def _edge_range(bounds: Any) -> Any:
-    import qdrant_edge as edge
-    from qdrant_client import models
-
-    limits = {name: getattr(bounds, name) for name in ("gte", "gt", "lte", "lt")}
-    if isinstance(bounds, models.DatetimeRange):
-        return edge.RangeDateTime(
-            **{name: None if value is None else value.isoformat() for name, value in limits.items()}
-        )
-    return edge.RangeFloat(**limits)

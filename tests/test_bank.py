@@ -82,6 +82,29 @@ def test_filters_of_every_kind_agree_on_all_engines(bank):
     assert found(should=either, must_not=[models.Filter(must=[either[0]])]) == ["d2"]
 
 
+def test_filters_on_places_counts_words_and_vectors_agree_on_all_engines(bank):
+    cities = {"d0": (13.4, 52.5), "d1": (2.35, 48.85), "d2": (-0.1, 51.5)}
+    for i, (key, (lon, lat)) in enumerate(cities.items()):
+        extra = {"place": {"lon": lon, "lat": lat}, "tags": ["x"] * (i + 1)}
+        bank.store.set_payload([PayloadWrite(point_id(key), extra)])
+
+    def found(condition):
+        rule = models.Filter(must=[condition])
+        return sorted(point.payload["id"] for point in bank.store.scroll(rule, 10, None, True)[0])
+
+    field, point = models.FieldCondition, models.GeoPoint
+    paris = point(lon=2.35, lat=48.85)
+    box = models.GeoBoundingBox(top_left=point(lon=-1, lat=52), bottom_right=point(lon=3, lat=48))
+    corners = [(-2, 50), (1, 50), (1, 53), (-2, 53), (-2, 50)]
+    around = models.GeoPolygon(exterior=models.GeoLineString(points=[point(lon=x, lat=y) for x, y in corners]))
+    assert found(field(key="place", geo_radius=models.GeoRadius(center=paris, radius=1000))) == ["d1"]
+    assert found(field(key="place", geo_bounding_box=box)) == ["d1", "d2"]
+    assert found(field(key="place", geo_polygon=around)) == ["d2"]
+    assert found(field(key="tags", values_count=models.ValuesCount(gte=2))) == ["d1", "d2"]
+    assert found(field(key="text", match=models.MatchText(text="diver"))) == ["d1"]
+    assert found(models.HasVectorCondition(has_vector="bm25")) == ["d0", "d1", "d2", "d3"]
+
+
 def test_atoms_touch_nothing_but_their_own_key(bank):
     before = payloads(bank)
     fill(bank)
