@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regrad_qdrant.adapter import Adapter
     from regrad_qdrant.async_bank import AsyncGradientBank
-    from regrad_qdrant.bank import Document, GradientBank, Hit
+    from regrad_qdrant.bank import GradientBank
     from regrad_qdrant.base_model import load_base_model
+    from regrad_qdrant.documents import Document, Hit
     from regrad_qdrant.embed import Bm25, DenseEmbedder
     from regrad_qdrant.errors import RegradError
     from regrad_qdrant.gradients import GradientComputer
@@ -38,10 +39,10 @@ _MODULES = {
     "AsyncGradientBank": "async_bank",
     "Bm25": "embed",
     "DenseEmbedder": "embed",
-    "Document": "bank",
+    "Document": "documents",
     "GradientBank": "bank",
     "GradientComputer": "gradients",
-    "Hit": "bank",
+    "Hit": "documents",
     "Layout": "layouts",
     "MergeRule": "merge",
     "MetaInitialization": "initialization",

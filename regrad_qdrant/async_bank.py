@@ -13,8 +13,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from regrad_qdrant.bank import PAGE, BankStatus, Document, GradientBank, Hit, RecodeReport
+from regrad_qdrant.bank import PAGE, BankStatus, GradientBank, RecodeReport
 from regrad_qdrant.client_store import ClientStore
+from regrad_qdrant.documents import Document, Hit
 from regrad_qdrant.errors import BankError
 
 if TYPE_CHECKING:

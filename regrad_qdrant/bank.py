@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,13 +15,13 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import CODECS, get_codec
+from regrad_qdrant.documents import Document, Hit, point_id
 from regrad_qdrant.embed import Bm25, Embedder
 from regrad_qdrant.errors import BankError, RecordError
 from regrad_qdrant.layouts import CORPUS, Layout, detect
 from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.store import (
     MAX_REQUEST_BYTES,
-    Payload,
     PayloadWrite,
     Point,
     PointId,
@@ -48,37 +47,6 @@ PAGE = 256
 HYBRID_DEPTH = 50  # candidates of each vector that a fusion ranks
 SAMPLE = 64  # points that show the layout
 STATUS_SAMPLE = 1000  # atoms whose size `status` measures
-_ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document to add: the id that its owner knows it by, and its payload."""
-
-    id: str | int
-    payload: Payload
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A retrieved point. `record` is None where it has no atom of this space, or where none was asked for."""
-
-    id: PointId
-    score: float
-    text: str
-    payload: Payload = field(repr=False)  # without the bank's own key
-    record: Record | None = field(default=None, repr=False)
-
-    @property
-    def document_id(self) -> str | int:
-        """The id that the document's owner knows it by: the payload's `id`, or else the point's."""
-        key = self.payload.get("id")
-        return key if isinstance(key, str | int) else self.id
-
-    @property
-    def stale(self) -> bool:
-        """Whether the text has changed since the atom was computed."""
-        return self.record is not None and self.record.sha != text_sha(self.text)
 
 
 @dataclass(frozen=True)
@@ -577,16 +545,6 @@ class GradientBank:
                 f"document {document.id!r} has a field {self.payload_key!r} of its own: choose --payload-key"
             )
         return text
-
-
-def point_id(key: str | int) -> PointId:
-    """The point id of a document: integers and UUIDs as they are, any other name hashed to a UUID."""
-    if isinstance(key, int):
-        return key
-    try:
-        return str(uuid.UUID(key))
-    except ValueError:
-        return str(uuid.uuid5(_ID_NAMESPACE, key))
 
 
 def _pages(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -84,7 +84,7 @@ def atoms(
     settings = {"command": "bench atoms", "inits": chosen, "sets": sets or ["facts"], "codecs": names, "top_k": ks}
     result = report(cells, times, settings | {"split": split, "limit": limit})
     for init, codec in result["smallest"].items():
-        console.print(f"{init}: the smallest codec within 1 F1 of fp32 atoms on average is {codec}", highlight=False)
+        console.print(f"{init}: the smallest codec surely within 1 F1 of fp32 atoms is {codec}", highlight=False)
     write_json(json_out, result)
     if plot_out is not None:
         plot(cells, 3 if 3 in ks else ks[0], plot_out)

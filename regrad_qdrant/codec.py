@@ -342,7 +342,7 @@ _REGISTERED: tuple[Codec, ...] = (
     SparseSign(),
 )
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _REGISTERED}
-DEFAULT_CODEC = "sign"  # chosen by the curve: docs/atoms.md
+DEFAULT_CODEC = "ternary"  # chosen by the curve: docs/atoms.md
 
 
 def get_codec(name: str) -> Codec:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regrad_qdrant.async_bank import AsyncGradientBank
-    from regrad_qdrant.bank import GradientBank, Hit
+    from regrad_qdrant.bank import GradientBank
+    from regrad_qdrant.documents import Hit
     from regrad_qdrant.initialization import MetaInitialization
     from regrad_qdrant.merge import MergeRule
     from regrad_qdrant.store import PointId, Vector

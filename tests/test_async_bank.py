@@ -8,7 +8,7 @@ from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
 from regrad_loaders.ingest import attach_atoms
 from regrad_qdrant import AsyncGradientBank, Document, GradientBank, ReGrad
-from regrad_qdrant.bank import point_id
+from regrad_qdrant.documents import point_id
 from regrad_qdrant.errors import BankError
 from regrad_qdrant.record import make_records
 

@@ -8,7 +8,7 @@ import torch
 from qdrant_client import models
 
 from regrad_qdrant import Bm25, Document, GradientBank
-from regrad_qdrant.bank import point_id
+from regrad_qdrant.documents import point_id
 from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
 from regrad_qdrant.record import Record, make_records

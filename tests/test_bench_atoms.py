@@ -4,8 +4,9 @@ import sys
 import pytest
 from conftest import tiny_initialization, tiny_model
 
-from regrad_loaders.bench_atoms import AtomBench, Task, extrapolation
+from regrad_loaders.bench_atoms import AtomBench, Cell, Task, extrapolation, losses, smallest
 from regrad_loaders.facts import generate
+from regrad_loaders.scores import Interval
 from regrad_qdrant import Adapter, cli
 from regrad_qdrant.generation import generate as answer
 from regrad_qdrant.prompts import Prompt
@@ -57,6 +58,23 @@ def test_the_extrapolation_counts_modules_times_p_times_r():
     assert llama["gb_per_million"] == llama["bytes_per_atom"] / 1000
 
 
+def cell(task, codec, size, loss, half):
+    whole = Interval(loss, loss - half, loss + half)
+    return Cell("init", "core", 10, task, codec, 3, size, Interval(0.5, 0.4, 0.6), whole, 1.0)
+
+
+def test_the_smallest_codec_is_chosen_by_the_upper_end_of_its_pooled_interval():
+    cells = [
+        cell("a", "fp32", 400, 0.0, 0.0), cell("b", "fp32", 400, 0.0, 0.0),
+        cell("a", "int2", 50, 0.004, 0.004), cell("b", "int2", 50, 0.0, 0.003),
+        cell("a", "sign", 20, 0.0, 0.03), cell("b", "sign", 20, 0.01, 0.04),
+    ]  # fmt: skip
+    rows = losses(cells)
+    of_sign = {row["codec"]: row["loss_to_fp32"] for row in rows}["sign"]
+    assert of_sign["mean"] == pytest.approx(0.005) and of_sign["high"] == pytest.approx(0.005 + 0.025)
+    assert smallest(rows) == {"init": "int2"} and smallest(rows, allowed=0.05) == {"init": "sign"}
+
+
 def test_the_command_writes_the_curve_and_its_plot(tokenizer, tmp_path, monkeypatch, capsys):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
@@ -71,6 +89,7 @@ def test_the_command_writes_the_curve_and_its_plot(tokenizer, tmp_path, monkeypa
         cli.main()
     assert not stopped.value.code, capsys.readouterr().err
     result = json.loads((tmp_path / "curve.json").read_text())
-    assert list(result) == ["settings", "curve", "times", "smallest", "extrapolation"]
+    assert list(result) == ["settings", "curve", "losses", "times", "smallest", "extrapolation"]
     assert len(result["curve"]) == 4 and set(result["smallest"]) == {"init"}
+    assert [row["codec"] for row in result["losses"]] == ["fp32", "sign"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

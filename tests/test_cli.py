@@ -8,6 +8,7 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.facts import generate
 from regrad_qdrant import cli
+from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.store import PayloadWrite
 
 
@@ -82,7 +83,7 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     code, out, _ = run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
     status = json.loads((tmp_path / "status.json").read_text())
     assert code == 0 and list(status) == ["points", "atoms", "missing", "stale", "space", "codec", "bytes_per_atom"]
-    assert (status["points"], status["atoms"], status["missing"], status["codec"]) == (12, 12, 0, "sign")
+    assert (status["points"], status["atoms"], status["missing"], status["codec"]) == (12, 12, 0, DEFAULT_CODEC)
     assert 0 < status["bytes_per_atom"]["median"] <= status["bytes_per_atom"]["max"]
 
     code, out, _ = run(
@@ -221,7 +222,7 @@ def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, messag
 
 
 def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
-    from regrad_qdrant.bank import point_id
+    from regrad_qdrant.documents import point_id
     from regrad_qdrant.edge_store import EdgeStore
 
     ingest(run, folder)

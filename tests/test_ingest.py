@@ -12,7 +12,7 @@ from regrad_loaders.data import Passage
 from regrad_loaders.facts import generate
 from regrad_loaders.ingest import add_corpus, attach_atoms
 from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer
-from regrad_qdrant.bank import point_id
+from regrad_qdrant.documents import point_id
 from regrad_qdrant.errors import BankError, DataError, UnknownCodecError
 from regrad_qdrant.store import PayloadWrite
 

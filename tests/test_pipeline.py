@@ -6,7 +6,7 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.ingest import attach_atoms
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
-from regrad_qdrant.bank import point_id
+from regrad_qdrant.documents import point_id
 from regrad_qdrant.errors import RegradError, StaleAtomError, WrongModelError, WrongSpaceError
 from regrad_qdrant.pipeline import MODES
 from regrad_qdrant.store import PayloadWrite

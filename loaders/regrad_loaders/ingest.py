@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_loaders.data import Passage
-from regrad_qdrant.bank import Document, GradientBank, Hit
+from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.codec import get_codec
+from regrad_qdrant.documents import Document, Hit
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.gradients import EncodedDocument, GradientComputer, batches
 from regrad_qdrant.record import make_records
