@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.initialization import MetaInitialization
     from regrad_qdrant.layouts import Layout
     from regrad_qdrant.merge import MergeRule
-    from regrad_qdrant.pipeline import Answer, ReGrad
+    from regrad_qdrant.pipeline import Answer, Query, ReGrad
     from regrad_qdrant.prompts import Prompt
     from regrad_qdrant.record import Record
 
@@ -47,6 +47,7 @@ _MODULES = {
     "MergeRule": "merge",
     "MetaInitialization": "initialization",
     "Prompt": "prompts",
+    "Query": "pipeline",
     "ReGrad": "pipeline",
     "Record": "record",
     "RegradError": "errors",
@@ -67,6 +68,7 @@ __all__ = [
     "MergeRule",
     "MetaInitialization",
     "Prompt",
+    "Query",
     "ReGrad",
     "Record",
     "RegradError",

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
-from regrad_qdrant.plugin import live_space, lora_layers, lora_weight, plug_in
+from regrad_qdrant.plugin import ADAPTER, live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.record import decode_sum
 
 if TYPE_CHECKING:
@@ -104,6 +104,35 @@ class Adapter:
             finally:
                 for parameter, initial in before:
                     parameter.data = initial
+
+    @contextlib.contextmanager
+    def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> Iterator[list[str] | None]:
+        """Inside the block row i of every batch runs with φ₀ and the update of its own atom sum (numel,), or without
+        one; rows that are `bare` run as the base model. No weight is written.
+
+        Yields what the model's `generate` and `forward` need as `adapter_names`, None where all rows are alike.
+
+        Raises:
+            AdapterInUseError: if this thread is inside such a block already.
+        """
+        import torch
+
+        for atom_sum in atom_sums:
+            if atom_sum is not None and atom_sum.shape != (self.space.numel,):
+                raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
+        with contextlib.ExitStack() as stack:
+            if all(bare):
+                stack.enter_context(self.disabled())
+            else:
+                stack.enter_context(self._turn())
+            if any(atom_sum is not None for atom_sum in atom_sums):
+                like = next(iter(self._parameters.values()))
+                zeros = torch.zeros(self.space.numel)
+                flat = torch.stack([zeros if atom_sum is None else atom_sum.cpu() for atom_sum in atom_sums])
+                changes = (-self.step_sizes * flat).to(device=like.device, dtype=like.dtype)
+                stack.enter_context(row_updates(self.model, self.space, self.space.unflatten(changes)))
+            mixed = any(bare) and not all(bare)
+            yield ["__base__" if row else ADAPTER for row in bare] if mixed else None
 
     @contextlib.contextmanager
     def initial(self) -> Iterator[None]:

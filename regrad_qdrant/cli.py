@@ -20,6 +20,7 @@ from regrad_qdrant.options import (
     DEFAULT_INIT,
     DEFAULT_PATH,
     BankPath,
+    Batch,
     CodecName,
     Collection,
     Dense,
@@ -71,6 +72,7 @@ def demo(
     codec: CodecName = DEFAULT_CODEC,
     top_k: TopK = 3,
     limit: Annotated[int, typer.Option("--limit", min=1, help="How many questions.")] = DEMO_QUESTIONS,
+    batch: Batch = 8,
     json_out: JsonOut = None,
     predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
 ) -> None:
@@ -94,6 +96,7 @@ def demo(
             "space": initialization.fingerprint,
             "modes": chosen,
             "top_k": top_k,
+            "batch": batch,
             "codec": status.codec,
             "merge": asdict(regrad.merge),
             "people": DEMO_PEOPLE,
@@ -101,7 +104,13 @@ def demo(
         }
         with progress("Answering", len(questions) * len(chosen)) as advance:
             result = evaluate(
-                regrad, questions, chosen, top_k=top_k, settings=settings, on_progress=lambda _: advance(1)
+                regrad,
+                questions,
+                chosen,
+                top_k=top_k,
+                batch=batch,
+                settings=settings,
+                on_progress=lambda _: advance(1),
             )
     console.print(answers_table(result, chosen))
     console.print(scores_table(result))
@@ -285,6 +294,7 @@ def evaluation(
     split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N questions.")] = None,
     top_k: TopK = 3,
+    batch: Batch = 8,
     filter_field: Annotated[
         str | None,
         typer.Option("--filter-field", help="Search only passages that share the question's value of this field."),
@@ -339,6 +349,7 @@ def evaluation(
                 "using": vector_name(using),
                 "dense": dense,
                 "filter_field": filter_field,
+                "batch": batch,
                 "collection": collection,
                 "url": url,
                 "path": str(path) if path else None,
@@ -359,6 +370,7 @@ def evaluation(
                     top_k=top_k,
                     using=using,
                     filter_field=filter_field,
+                    batch=batch,
                     settings=settings,
                     on_progress=lambda _: advance(1),
                 )

@@ -20,11 +20,14 @@ class Generated:
     prompt_tokens: int
 
 
-def generate(peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Generated]:
+def generate(
+    peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt], *, adapter_names: Sequence[str] | None = None
+) -> list[Generated]:
     """The model's greedy answer to every prompt, in their order.
 
     Prompts are padded on the left, so that row i of the batch is prompt i in every forward pass
-    (`plugin.row_updates` gives each its own change).
+    (`plugin.row_updates` gives each its own change). `adapter_names` says for each row whether it runs through the
+    plug-in, as peft has it; by default all do.
     """
     import torch
     from transformers import GenerationConfig
@@ -45,7 +48,10 @@ def generate(peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt]) -
     )
     with torch.inference_mode():
         output = peft_model.generate(  # type: ignore[no-untyped-call] # peft
-            input_ids=ids, attention_mask=mask, generation_config=config
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            **({} if adapter_names is None else {"adapter_names": list(adapter_names)}),
         )
     answers = []
     for prompt, row, found in zip(prompts, rows, output, strict=True):

@@ -37,6 +37,9 @@ Key = Annotated[str, typer.Option("--payload-key", help="The payload key that ho
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what is reported as one JSON object to this file.")]
 Using = Annotated[str | None, typer.Option("--using", help="Name of the vector to search; bm25 by default.")]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many documents to retrieve.")]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, help="Questions answered together; less memory with fewer, the same answers.")
+]
 Dense = Annotated[
     str | None,
     typer.Option("--dense", help="sentence-transformers model for a dense vector named 'dense', beside bm25."),

@@ -8,6 +8,7 @@ random      atoms of other documents (a control)   init        φ₀ with no ato
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import time
 import warnings
@@ -35,7 +36,31 @@ if TYPE_CHECKING:
 
 Mode = Literal["direct", "rag", "regrad", "regrad+icl", "random", "init"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+BARE = ("direct", "rag")  # the modes of the base model without its plug-in
+WITHOUT_ATOMS = (*BARE, "init")
 OnStale = Literal["skip", "recompute", "refuse"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question, with what of `ReGrad.answer` belongs to it alone."""
+
+    question: str
+    mode: Mode = "regrad"
+    type: QuestionType = "open"
+    choices: tuple[str, ...] = ()
+    query_filter: Filter | None = None
+    query: str | Vector | Mapping[str, Vector] | None = None
+    hits: Sequence[Hit] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise RegradError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+
+    def prompt(self, hits: Sequence[Hit]) -> Prompt:
+        """What the model is asked, with the passages in the modes that show them."""
+        passages = tuple(hit.text for hit in hits) if self.mode in ("rag", "regrad+icl") else ()
+        return Prompt(self.question, self.type, self.choices, passages)
 
 
 @dataclass(frozen=True)
@@ -142,26 +167,14 @@ class ReGrad:
             RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
             ValueError: for a prompt that makes no sense, such as an empty question.
         """
-        if mode not in MODES:
-            raise RegradError(f"mode {mode!r} is not one of {', '.join(MODES)}")
+        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits)
         started = time.perf_counter()
-        found: list[Hit] = []
-        if mode not in ("direct", "init"):
-            wants_atoms = mode in ("regrad", "regrad+icl")
-            if hits is not None:
-                found = list(hits[:top_k])
-            else:
-                found = self.bank.search(
-                    query or question, top_k, using=using, query_filter=query_filter, with_records=wants_atoms
-                )
-            if mode == "random":
-                found = self._random_hits(found, top_k, f"{seed}-{question}")
+        found = self._retrieve(asked, top_k, using, seed)
         searched = time.perf_counter()
-        passages = tuple(hit.text for hit in found) if mode in ("rag", "regrad+icl") else ()
-        prompt = Prompt(question, type, tuple(choices), passages)
+        prompt = asked.prompt(found)
         decoded_at = applied_at = searched
         with contextlib.ExitStack() as stack:
-            if mode in ("direct", "rag"):
+            if mode in BARE:
                 stack.enter_context(self.adapter.disabled())
             elif mode == "init":
                 stack.enter_context(self.adapter.initial())
@@ -181,6 +194,61 @@ class ReGrad:
             restore=restored_at - generated_at,
         )
         return Answer(said.text, mode, found, timings, said.prompt_tokens)
+
+    def answer_many(
+        self,
+        questions: Sequence[str | Query],
+        *,
+        mode: Mode = "regrad",
+        top_k: int = 3,
+        using: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """Answer a batch of questions together: every forward pass serves all of them, each row with its own update.
+
+        The answers are those of `answer`. The batch is as large as what is given: memory for the keys and values of
+        all rows is needed at once. `timings` are the batch's, divided by its size.
+
+        Args:
+            questions: texts, all in `mode`, or a `Query` each, of any modes.
+
+        Raises:
+            RegradError, ValueError: as `answer`.
+        """
+        if not questions:
+            return []
+        asked = [question if isinstance(question, Query) else Query(question, mode) for question in questions]
+        times = [time.perf_counter()]
+        found = [self._retrieve(query, top_k, using, seed) for query in asked]
+        times.append(time.perf_counter())
+        pairs = list(zip(asked, found, strict=True))
+        sums = [None if query.mode in WITHOUT_ATOMS else self._merged(hits) for query, hits in pairs]
+        times.append(time.perf_counter())
+        with self.adapter.rows(sums, [query.mode in BARE for query in asked]) as names:
+            times.append(time.perf_counter())
+            prompts = [query.prompt(hits) for query, hits in pairs]
+            said = generate(self.adapter.model, self.tokenizer, prompts, adapter_names=names)
+            times.append(time.perf_counter())
+        times.append(time.perf_counter())
+        timings = Timings(*((end - start) / len(asked) for start, end in itertools.pairwise(times)))
+        return [
+            Answer(text.text, query.mode, hits, timings, text.prompt_tokens)
+            for text, (query, hits) in zip(said, pairs, strict=True)
+        ]
+
+    def _retrieve(self, asked: Query, top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Hit]:
+        """The documents that a question is answered from."""
+        if asked.mode in ("direct", "init"):
+            return []
+        if asked.hits is not None:
+            found = list(asked.hits[:top_k])
+        else:
+            wants_atoms = asked.mode in ("regrad", "regrad+icl")
+            query = asked.query or asked.question
+            found = self.bank.search(
+                query, top_k, using=using, query_filter=asked.query_filter, with_records=wants_atoms
+            )
+        return self._random_hits(found, top_k, f"{seed}-{asked.question}") if asked.mode == "random" else found
 
     async def aanswer(self, question: str, **options: Any) -> Answer:
         """`answer` for asyncio, with the same arguments: search and generation run in a worker thread, and the requests

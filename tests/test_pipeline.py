@@ -8,7 +8,7 @@ from regrad_loaders.ingest import attach_atoms
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.documents import point_id
 from regrad_qdrant.errors import RegradError, StaleAtomError, WrongModelError, WrongSpaceError
-from regrad_qdrant.pipeline import MODES
+from regrad_qdrant.pipeline import MODES, Query
 from regrad_qdrant.store import PayloadWrite
 
 TEXTS = (
@@ -125,3 +125,32 @@ def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
         ReGrad(tiny_model(seed=5), tokenizer, regrad.bank, initialization)
     with pytest.raises(WrongSpaceError):
         ReGrad(tiny_model(), tokenizer, regrad.bank, tiny_initialization(tiny_model(), "lora"))
+
+
+QUESTIONS = ["What is the job of Ida Corvand?", "Who plays the harp?", "Who likes plum cake, and of what kind?"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_is_answered_as_its_questions_one_by_one(regrad, mode):
+    before = weights(regrad)
+    batch = regrad.answer_many(QUESTIONS, mode=mode, top_k=2)
+    singles = [regrad.answer(question, mode=mode, top_k=2) for question in QUESTIONS]
+    assert [answer.text for answer in batch] == [answer.text for answer in singles]
+    assert [answer.hits for answer in batch] == [answer.hits for answer in singles]
+    assert [answer.prompt_tokens for answer in batch] == [answer.prompt_tokens for answer in singles]
+    assert weights(regrad) == before and batch[0].timings.generate > 0
+
+
+def test_a_batch_may_mix_modes_kinds_and_retrievers(regrad):
+    hits = regrad.bank.fetch([point_id("d2")], [1.0])
+    queries = [Query(QUESTIONS[0], mode) for mode in MODES]
+    queries += [Query("Is Ida a baker?", "regrad", "yesno"), Query(QUESTIONS[1], "regrad+icl", hits=hits)]
+    queries += [Query("Which?", "rag", "choice", ("red", "blue"))]
+    for query, found in zip(queries, regrad.answer_many(queries, top_k=2), strict=True):
+        expected = regrad.answer(
+            query.question, mode=query.mode, type=query.type, choices=query.choices, hits=query.hits, top_k=2
+        )
+        assert (found.text, found.mode, found.hits) == (expected.text, expected.mode, expected.hits)
+    assert regrad.answer_many([]) == []
+    with pytest.raises(RegradError, match="mode 'loud'"):
+        regrad.answer_many(QUESTIONS, mode="loud")

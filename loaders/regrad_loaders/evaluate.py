@@ -14,7 +14,7 @@ from typing import Any
 from regrad_loaders.data import Question
 from regrad_loaders.scores import accuracy, chosen, exact_match, f1
 from regrad_qdrant.errors import DataError
-from regrad_qdrant.pipeline import MODES, Mode, ReGrad
+from regrad_qdrant.pipeline import MODES, Answer, Mode, Query, ReGrad
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def evaluate(
     top_k: int = 3,
     using: str | None = None,
     filter_field: str | None = None,
+    batch: int = 1,
     settings: dict[str, Any] | None = None,
     on_progress: Callable[[Prediction], None] = lambda _: None,
 ) -> Evaluation:
@@ -91,6 +92,7 @@ def evaluate(
 
     Args:
         filter_field: restricts each question's search to passages with the question's own value of this field.
+        batch: questions answered together; the answers do not depend on it, the seconds do.
         settings: recorded with the results.
         on_progress: called with each prediction.
 
@@ -100,36 +102,20 @@ def evaluate(
     if not questions:
         raise DataError("no questions to evaluate on: check --split and --limit")
     filters = [field_filter(question, filter_field) for question in questions]
-    predictions, recalls = [], []
-    for question, query_filter in zip(questions, filters, strict=True):
-        for mode in modes:
+    predictions: list[Prediction] = []
+    asked = list(zip(questions, filters, strict=True))
+    for mode in modes:
+        for start in range(0, len(asked), batch):
+            part = asked[start : start + batch]
+            queries = [Query(q.question, mode, q.kind, tuple(q.choices), only) for q, only in part]
             started = time.perf_counter()
-            answer = regrad.answer(
-                question.question,
-                mode=mode,
-                top_k=top_k,
-                type=question.kind,
-                choices=question.choices,
-                using=using,
-                query_filter=query_filter,
-            )
-            said = chosen(answer.text, question.choices)
-            prediction = Prediction(
-                id=question.id,
-                mode=mode,
-                kind=question.kind,
-                question=question.question,
-                answers=question.answers,
-                prediction=answer.text,
-                f1=f1(said, question.answers),
-                em=exact_match(said, question.answers),
-                accuracy=accuracy(said, question.answers),
-                hits=tuple(hit.document_id for hit in answer.hits),
-                seconds=time.perf_counter() - started,
-                prompt_tokens=answer.prompt_tokens,
-            )
-            predictions.append(prediction)
-            on_progress(prediction)
+            answers = regrad.answer_many(queries, top_k=top_k, using=using)
+            seconds = (time.perf_counter() - started) / len(part)
+            for (question, _), answer in zip(part, answers, strict=True):
+                predictions.append(_scored(question, answer, seconds))
+                on_progress(predictions[-1])
+    recalls = []
+    for question, query_filter in asked:
         if question.gold_ids:
             hits = regrad.bank.search(
                 question.question, top_k, using=using, query_filter=query_filter, with_records=False
@@ -137,6 +123,24 @@ def evaluate(
             found = {str(hit.document_id) for hit in hits}
             recalls.append(len(found & set(question.gold_ids)) / len(set(question.gold_ids)))
     return Evaluation(settings or {}, predictions, mean(recalls) if recalls else None)
+
+
+def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
+    said = chosen(answer.text, question.choices)
+    return Prediction(
+        id=question.id,
+        mode=answer.mode,
+        kind=question.kind,
+        question=question.question,
+        answers=question.answers,
+        prediction=answer.text,
+        f1=f1(said, question.answers),
+        em=exact_match(said, question.answers),
+        accuracy=accuracy(said, question.answers),
+        hits=tuple(hit.document_id for hit in answer.hits),
+        seconds=seconds,
+        prompt_tokens=answer.prompt_tokens,
+    )
 
 
 def parse_modes(text: str) -> list[Mode]:
