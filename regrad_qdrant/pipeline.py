@@ -2,7 +2,8 @@
 
 direct      the bare model                         rag         the bare model, passages in the prompt
 regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
-random      atoms of other documents (a control)   init        φ₀ with no atoms (a control)
+online      atoms computed now, none stored        random      atoms of other documents (a control)
+init        φ₀ with no atoms (a control)
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import itertools
 import random
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_qdrant.adapter import Adapter
+from regrad_qdrant.codec import DEFAULT_CODEC, get_codec
 from regrad_qdrant.errors import RegradError, StaleAtomError, WrongSpaceError
 from regrad_qdrant.generation import generate
 from regrad_qdrant.gradients import GradientComputer
 from regrad_qdrant.prompts import Prompt, QuestionType
-from regrad_qdrant.record import make_records
+from regrad_qdrant.record import Record, make_records
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -34,11 +36,12 @@ if TYPE_CHECKING:
     from regrad_qdrant.merge import MergeRule
     from regrad_qdrant.store import PointId, Vector
 
-Mode = Literal["direct", "rag", "regrad", "regrad+icl", "random", "init"]
+Mode = Literal["direct", "rag", "regrad", "regrad+icl", "online", "random", "init"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 BARE = ("direct", "rag")  # the modes of the base model without its plug-in
 WITHOUT_ATOMS = (*BARE, "init")
 OnStale = Literal["skip", "recompute", "refuse"]
+OnMissing = Literal["skip", "compute", "store"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,9 @@ class ReGrad:
         merge: another rule than the one the initialization was trained with.
         on_stale: what to do with an atom whose text has changed since: `skip` it with a warning, `recompute` it
             for this query, or `refuse` the query.
+        on_missing: what to do with a retrieved point that has no atom: `skip` it with a warning, `compute` its atom for
+            this query, or also `store` it, so that a bank fills by use and needs no ingestion.
+        codec: of atoms that are computed at query time.
         check_model: compare the model's weights with those that the initialization was trained for.
 
     Raises:
@@ -116,6 +122,8 @@ class ReGrad:
         *,
         merge: MergeRule | None = None,
         on_stale: OnStale = "skip",
+        on_missing: OnMissing = "skip",
+        codec: str = DEFAULT_CODEC,
         check_model: bool = True,
     ) -> None:
         if bank.space != initialization.fingerprint:
@@ -124,6 +132,9 @@ class ReGrad:
             )
         if on_stale not in get_args(OnStale):
             raise RegradError(f"on_stale {on_stale!r} is not one of {', '.join(get_args(OnStale))}")
+        if on_missing not in get_args(OnMissing):
+            raise RegradError(f"on_missing {on_missing!r} is not one of {', '.join(get_args(OnMissing))}")
+        get_codec(codec)
         self.adapter = Adapter(model, initialization, check_model=check_model)
         self.tokenizer = tokenizer
         from regrad_qdrant.bank import GradientBank
@@ -133,6 +144,8 @@ class ReGrad:
         self.initialization = initialization
         self.merge = merge or initialization.merge
         self.on_stale = on_stale
+        self.on_missing = on_missing
+        self.codec = codec
         # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
         self.gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
         self._all_ids: list[PointId] | None = None
@@ -179,7 +192,7 @@ class ReGrad:
             elif mode == "init":
                 stack.enter_context(self.adapter.initial())
             else:
-                atom_sum = self._merged(found)
+                atom_sum = self._merged(asked, found)
                 decoded_at = time.perf_counter()
                 stack.enter_context(self.adapter.applied_sum(atom_sum))
             applied_at = time.perf_counter()
@@ -222,7 +235,7 @@ class ReGrad:
         found = [self._retrieve(query, top_k, using, seed) for query in asked]
         times.append(time.perf_counter())
         pairs = list(zip(asked, found, strict=True))
-        sums = [None if query.mode in WITHOUT_ATOMS else self._merged(hits) for query, hits in pairs]
+        sums = [None if query.mode in WITHOUT_ATOMS else self._merged(query, hits) for query, hits in pairs]
         times.append(time.perf_counter())
         with self.adapter.rows(sums, [query.mode in BARE for query in asked]) as names:
             times.append(time.perf_counter())
@@ -243,7 +256,7 @@ class ReGrad:
         if asked.hits is not None:
             found = list(asked.hits[:top_k])
         else:
-            wants_atoms = asked.mode in ("regrad", "regrad+icl")
+            wants_atoms = asked.mode in ("regrad", "regrad+icl")  # not online: those are computed
             query = asked.query or asked.question
             found = self.bank.search(
                 query, top_k, using=using, query_filter=asked.query_filter, with_records=wants_atoms
@@ -260,44 +273,51 @@ class ReGrad:
             self._async_bank.bind()
         return await asyncio.to_thread(self.answer, question, **options)
 
-    def _merged(self, hits: Sequence[Hit]) -> Any:
+    def _merged(self, asked: Query, hits: Sequence[Hit]) -> Any:
         """Σ wᵢ·g(dᵢ) of the hits whose atoms can be used."""
-        usable = list(self._usable(hits))
+        usable = self._with_usable_atoms(hits, online=asked.mode == "online")
         if hits and not usable:
             warnings.warn("none of the retrieved documents has a usable atom: answering with φ₀ alone", stacklevel=3)
         weights = self.merge.weights([hit.score for hit in usable])
         return self.adapter.decode([hit.record for hit in usable if hit.record is not None], weights)
 
-    def _usable(self, hits: Sequence[Hit]) -> Iterator[Hit]:
-        for hit in hits:
-            if hit.record is None:
-                warnings.warn(
-                    f"point {hit.id!r} has no atom of space {self.bank.space}: run regrad-qdrant ingest", stacklevel=4
-                )
-            elif not hit.stale:
-                yield hit
-            elif self.on_stale == "refuse":
-                raise StaleAtomError(
-                    f"the text of point {hit.id!r} has changed since its atom was computed: ingest again"
-                )
-            elif self.on_stale == "recompute":
-                yield self._recomputed(hit)
-            else:
-                warnings.warn(
-                    f"the text of point {hit.id!r} has changed since its atom was computed: skipped", stacklevel=4
-                )
+    def _with_usable_atoms(self, hits: Sequence[Hit], *, online: bool) -> list[Hit]:
+        """The hits that have an atom of their present text; what is to be computed is computed in one pass."""
+        wanted = [hit for hit in hits if online or self._to_compute(hit)]
+        computed = self._computed([hit for hit in wanted if hit.text])
+        if self.on_missing == "store" and not online:
+            self.bank.put((hit, record) for hit, record in computed if hit.record is None)
+        fresh = {hit.id: replace(hit, record=record) for hit, record in computed}
+        candidates = [fresh.get(hit.id, hit) for hit in hits]
+        return [hit for hit in candidates if hit.record is not None and not hit.stale]
 
-    def _recomputed(self, hit: Hit) -> Hit:
-        from dataclasses import replace
+    def _to_compute(self, hit: Hit) -> bool:
+        """Whether a hit's atom is to be computed for this query; warns where it is to be left out."""
+        if hit.record is None:
+            if self.on_missing == "skip":
+                warnings.warn(
+                    f"point {hit.id!r} has no atom of space {self.bank.space}: run regrad-qdrant ingest", stacklevel=5
+                )
+            return self.on_missing != "skip"
+        if hit.stale and self.on_stale == "refuse":
+            raise StaleAtomError(f"the text of point {hit.id!r} has changed since its atom was computed: ingest again")
+        if hit.stale and self.on_stale == "skip":
+            warnings.warn(
+                f"the text of point {hit.id!r} has changed since its atom was computed: skipped", stacklevel=5
+            )
+        return hit.stale and self.on_stale == "recompute"
 
+    def _computed(self, hits: Sequence[Hit]) -> list[tuple[Hit, Record]]:
+        """The atoms of the hits' texts, coded as ingestion codes them."""
+        if not hits:
+            return []
+        texts = [hit.text for hit in hits]
         with self.adapter.initial():
-            flat = self.gradients.atoms([self.gradients.encode(hit.text)])
-        return replace(hit, record=make_records(flat, [hit.text], self.bank.space, "fp32")[0])
+            flat = self.gradients.atoms([self.gradients.encode(text) for text in texts])
+        return list(zip(hits, make_records(flat, texts, self.bank.space, self.codec), strict=True))
 
     def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
         """Other documents' points under the scores of the retrieved ones."""
-        from dataclasses import replace
-
         if self._all_ids is None:
             self._all_ids = [hit.id for hit in self.bank.points()]
         retrieved = {hit.id for hit in hits}

@@ -96,7 +96,8 @@ def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     assert weights(regrad) == before
     [hit] = [hit for hit in regrad.bank.search(question, 2) if hit.stale]
     expected = regrad.gradients.atoms([regrad.gradients.encode("Ida Corvand works as a judge.")])[0]
-    torch.testing.assert_close(regrad._merged([hit]), expected)
+    regrad.codec = "fp32"
+    torch.testing.assert_close(regrad._merged(Query(question), [hit]), expected)
 
 
 def test_documents_without_atoms_are_reported(regrad):
@@ -111,9 +112,10 @@ def test_documents_without_atoms_are_reported(regrad):
 
 def test_another_merge_rule_can_be_given(model, tokenizer, initialization, regrad):
     regrad.merge = MergeRule("top1")
-    alone = regrad._merged(regrad.bank.search("Ida Corvand works as a diver", 2))
-    best = regrad.bank.search("Ida Corvand works as a diver", 1)
-    assert (alone == regrad._merged(best)).all()
+    query = Query("Ida Corvand works as a diver")
+    alone = regrad._merged(query, regrad.bank.search(query.question, 2))
+    best = regrad.bank.search(query.question, 1)
+    assert (alone == regrad._merged(query, best)).all()
 
 
 def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
@@ -125,6 +127,29 @@ def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
         ReGrad(tiny_model(seed=5), tokenizer, regrad.bank, initialization)
     with pytest.raises(WrongSpaceError):
         ReGrad(tiny_model(), tokenizer, regrad.bank, tiny_initialization(tiny_model(), "lora"))
+
+
+def test_atoms_computed_at_query_time_are_those_of_ingestion(regrad):
+    stored = regrad.answer(QUESTIONS[0], mode="regrad", top_k=2)
+    regrad.codec = "int8"  # as the fixture ingests
+    online = regrad.answer(QUESTIONS[0], mode="online", top_k=2)
+    assert online.text == stored.text and [hit.id for hit in online.hits] == [hit.id for hit in stored.hits]
+    assert all(hit.record is None for hit in online.hits)
+
+
+@pytest.mark.filterwarnings("ignore:point:UserWarning", "ignore:none of:UserWarning")
+def test_a_bank_without_atoms_fills_by_use(regrad):
+    expected = regrad.answer(QUESTIONS[0], top_k=2).text
+    regrad.bank.drop()
+    without = regrad.answer(QUESTIONS[0], mode="regrad", top_k=2).text
+    assert without == regrad.answer(QUESTIONS[0], mode="init").text
+    regrad.codec, regrad.on_missing = "int8", "compute"
+    assert regrad.answer(QUESTIONS[0], top_k=2).text == expected and regrad.bank.status().atoms == 0
+    regrad.on_missing = "store"
+    answer = regrad.answer(QUESTIONS[0], top_k=2)
+    assert answer.text == expected and regrad.bank.status().atoms == len(answer.hits) > 0
+    stored = regrad.bank.fetch([hit.id for hit in answer.hits])
+    assert all(hit.record is not None and not hit.stale for hit in stored)
 
 
 QUESTIONS = ["What is the job of Ida Corvand?", "Who plays the harp?", "Who likes plum cake, and of what kind?"]
