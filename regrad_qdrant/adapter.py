@@ -10,12 +10,15 @@ nothing and is exact on every way out.
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
+from regrad_qdrant.initialization import PEFT_PREFIX
 from regrad_qdrant.plugin import ADAPTER, live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.record import decode_sum
 
@@ -104,6 +107,35 @@ class Adapter:
             finally:
                 for parameter, initial in before:
                     parameter.data = initial
+
+    def to_tensors(self, atom_sum: Tensor) -> dict[str, Tensor]:
+        """φ' = φ₀ − α ⊙ sum as the tensors of an ordinary LoRA adapter, by the names that PEFT's files have.
+
+        Args:
+            atom_sum: (numel,), of `decode`.
+        """
+        with self._turn():
+            tensors = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        for name, update in self._update(atom_sum).items():
+            tensors[name] += update
+        return {f"{PEFT_PREFIX}{name}.weight": tensor.contiguous() for name, tensor in tensors.items()}
+
+    def export(self, folder: str | Path, records: Sequence[Record], weights: Sequence[float] | None = None) -> None:
+        """Write the merged update as an ordinary PEFT LoRA adapter, for a server that loads adapters at run time.
+
+        `PeftModel.from_pretrained(base, folder)` then runs as the model does inside `applied`, without this library.
+
+        Raises:
+            RecordError: if a record can't be used; nothing is written then.
+        """
+        from safetensors.torch import save_file
+
+        tensors = self.to_tensors(self.decode(records, weights))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+        config = json.dumps(self.initialization.peft_config(), indent=1) + "\n"
+        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
 
     @contextlib.contextmanager
     def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> Iterator[list[str] | None]:

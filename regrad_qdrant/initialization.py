@@ -127,18 +127,6 @@ class MetaInitialization:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        names = list(self.modules)
-        adapter_config = {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base.name,
-            "r": self.rank,
-            "lora_alpha": self.lora_alpha,
-            "lora_dropout": 0.0,
-            "bias": "none",
-            "inference_mode": True,
-            "target_modules": names,
-        }
         adapter, own = {}, {"step_sizes": torch.tensor([self.step_sizes[name] for name in self.space.shapes])}
         for name, module in self.modules.items():
             adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _compact(module.lora_a)
@@ -155,10 +143,24 @@ class MetaInitialization:
             "passages_in_prompt": self.passages_in_prompt,
             "card": self.card,
         }
-        (folder / "adapter_config.json").write_text(json.dumps(adapter_config, indent=1) + "\n", encoding="utf-8")
+        (folder / "adapter_config.json").write_text(json.dumps(self.peft_config(), indent=1) + "\n", encoding="utf-8")
         save_file(adapter, folder / "adapter_model.safetensors")
         save_file(own, folder / "regrad.safetensors")
         (folder / "regrad.json").write_text(json.dumps(regrad, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def peft_config(self) -> dict[str, Any]:
+        """`adapter_config.json` of a LoRA adapter on this initialization's modules."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base.name,
+            "r": self.rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "target_modules": list(self.modules),
+        }
 
     @classmethod
     def load(cls, name_or_folder: str | Path) -> MetaInitialization:

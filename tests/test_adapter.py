@@ -3,7 +3,7 @@ import threading
 
 import pytest
 import torch
-from conftest import tiny_initialization
+from conftest import tiny_initialization, tiny_model
 
 from regrad_qdrant import Adapter
 from regrad_qdrant.errors import AdapterInUseError, CorruptRecordError, WrongShapeError, WrongSpaceError
@@ -149,3 +149,16 @@ def test_follows_a_model_that_moves_to_another_type(adapter):
     adapter.model.to(torch.bfloat16)
     with adapter.applied(stored):
         assert all(parameter.dtype == torch.bfloat16 for parameter in adapter._parameters.values())
+
+
+def test_an_exported_update_runs_in_plain_peft(model, kind, tmp_path):
+    from peft import PeftModel
+
+    adapter = Adapter(model, tiny_initialization(model, kind))
+    before, (_, stored) = digest(adapter), records(adapter)
+    with adapter.applied(stored, [1.0, 0.5]):
+        expected = adapter.model(input_ids=IDS).logits
+    adapter.export(tmp_path / "update", stored, [1.0, 0.5])
+    assert digest(adapter) == before
+    plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "update")
+    torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
