@@ -234,23 +234,32 @@ def retrying(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
 @contextlib.contextmanager
 def client_errors(collection: str) -> Iterator[None]:
     """Sort what the client raises into ours; the message keeps what the server said."""
-    from grpc import RpcError
+    import grpc
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
+    refused = StoreUnavailableError("the Qdrant server refused the API key: set QDRANT_API_KEY")
     try:
         yield
     except ResourceExhaustedResponse as error:
         raise StoreUnavailableError(
             f"the Qdrant server is over its rate limit, still after retries: {error}"
         ) from error
-    except (ResponseHandlingException, RpcError, ConnectionError) as error:
+    except grpc.RpcError as error:
+        code = getattr(error, "code", lambda: None)()
+        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
+            raise refused from error
+        if is_transient(error):
+            raise StoreUnavailableError(f"can't reach the Qdrant server, still after retries: {error}") from error
+        said = getattr(error, "details", lambda: None)() or error
+        raise BankError(f"collection {collection!r}: the server answered {code}: {said}") from error
+    except (ResponseHandlingException, ConnectionError) as error:
         raise StoreUnavailableError(
             f"can't reach the Qdrant server: {error}. Is it running, and is the URL right?"
         ) from error
     except UnexpectedResponse as error:
         if error.status_code in (401, 403):
-            raise StoreUnavailableError("the Qdrant server refused the API key: set QDRANT_API_KEY") from error
+            raise refused from error
         raise BankError(
             f"collection {collection!r}: the server answered {error.status_code}: "
             f"{error.content.decode(errors='replace')[:300]}"

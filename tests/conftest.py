@@ -94,9 +94,9 @@ def initialization(model):
     return tiny_initialization(model)
 
 
-@pytest.fixture(params=["client", "edge", "server"])
+@pytest.fixture(params=["client", "edge", "rest", "grpc"])
 def store(request, tmp_path):
-    """An empty collection in each engine; the server is skipped without QDRANT_URL."""
+    """An empty collection in each engine; a server, over REST and gRPC, is skipped without QDRANT_URL."""
     if request.param == "edge":
         store = EdgeStore(tmp_path / "docs")
     elif request.param == "client":
@@ -104,7 +104,8 @@ def store(request, tmp_path):
     else:
         if not os.environ.get("QDRANT_URL"):
             pytest.skip("QDRANT_URL is not set")
-        client = QdrantClient(os.environ["QDRANT_URL"], timeout=60, check_compatibility=False)
+        grpc = request.param == "grpc"
+        client = QdrantClient(os.environ["QDRANT_URL"], prefer_grpc=grpc, timeout=60, check_compatibility=False)
         client.delete_collection("regrad_test")
         store = ClientStore(client, "regrad_test", owns_client=True)
     yield store

@@ -2,6 +2,7 @@
 
 import random
 
+import grpc
 import httpx
 import pytest
 from conftest import tiny_initialization, tiny_model
@@ -13,13 +14,24 @@ from regrad_loaders.facts import generate
 from regrad_loaders.ingest import add_corpus, attach_atoms
 from regrad_qdrant import Adapter, GradientBank, GradientComputer, client_store
 from regrad_qdrant.client_store import ClientStore
-from regrad_qdrant.errors import BankError, StoreUnavailableError
+from regrad_qdrant.errors import BankError
 
 PASSAGES = generate("train", 30, 1).passages
 
 
 def answered(status):
     return UnexpectedResponse(status, "reason", b"what the server said", httpx.Headers())
+
+
+class GrpcError(grpc.RpcError):
+    def __init__(self, code):
+        self._code = code
+
+    def code(self):
+        return self._code
+
+    def details(self):
+        return "what the server said"
 
 
 class FaultyClient:
@@ -53,6 +65,8 @@ TRANSIENT = [
     answered(429),
     answered(500),
     answered(503),
+    GrpcError(grpc.StatusCode.UNAVAILABLE),
+    GrpcError(grpc.StatusCode.DEADLINE_EXCEEDED),
 ]
 
 
@@ -82,11 +96,20 @@ def test_an_ingestion_through_faults_ends_as_an_undisturbed_one(tokenizer):
     assert faulty.requests > 30
 
 
-@pytest.mark.parametrize(("status", "error"), [(400, BankError), (403, StoreUnavailableError), (404, BankError)])
-def test_a_refusal_is_not_repeated(status, error):
-    client = FaultyClient(1.0, [answered(status)])
+REFUSALS = [
+    (answered(400), "answered 400: what the server said"),
+    (answered(403), "refused the API key"),
+    (answered(404), "answered 404"),
+    (GrpcError(grpc.StatusCode.INVALID_ARGUMENT), "INVALID_ARGUMENT: what the server said"),
+    (GrpcError(grpc.StatusCode.UNAUTHENTICATED), "refused the API key"),
+]
+
+
+@pytest.mark.parametrize(("fault", "message"), REFUSALS)
+def test_a_refusal_is_not_repeated_and_says_what_the_server_said(fault, message):
+    client = FaultyClient(1.0, [fault])
     client.client.create_collection("docs", {})
-    with pytest.raises(error):
+    with pytest.raises(BankError, match=message):
         ClientStore(client, "docs").count()
     assert client.requests == 1
 
