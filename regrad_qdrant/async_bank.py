@@ -7,6 +7,7 @@ is awaited on the event loop by the async client. The loop is never blocked; wha
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import functools
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -29,37 +30,31 @@ Result = TypeVar("Result")
 THREADS = 8  # methods of one bank that run at a time
 
 
-class _Loop:
-    """The event loop that a bank's requests run on: the one of its last caller."""
+_LOOP: contextvars.ContextVar[asyncio.AbstractEventLoop | None] = contextvars.ContextVar("loop", default=None)
 
-    def __init__(self) -> None:
-        self.running: asyncio.AbstractEventLoop | None = None
 
-    def wait_for(self, method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        """Await a coroutine function on the loop, from another thread."""
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            pass
-        else:
-            raise BankError("an async bank was used without await: call its own methods, or ReGrad.aanswer")
-        if self.running is None:
-            raise BankError("an async bank was used before any of its methods was awaited: await bank.status(), say")
-        return asyncio.run_coroutine_threadsafe(method(*arguments, **options), self.running).result()
+def _wait_for(method: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Await a coroutine function on the caller's event loop, from a worker thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        pass
+    else:
+        raise BankError("an async bank was used without await: call its own methods, or ReGrad.aanswer")
+    loop = _LOOP.get()
+    if loop is None or not loop.is_running():
+        raise BankError("an async bank was used where no event loop runs: await its methods, or ReGrad.aanswer")
+    return asyncio.run_coroutine_threadsafe(method(*arguments, **options), loop).result()
 
 
 class _LoopStore(ClientStore):
     """The store of a worker thread whose requests an async client makes on the event loop."""
 
-    def __init__(self, client: Any, name: str, loop: _Loop) -> None:
-        super().__init__(client, name)
-        self._loop = loop
-
     def sibling(self, name: str) -> _LoopStore:
-        return _LoopStore(self.client, name, self._loop)
+        return _LoopStore(self.client, name)
 
     def method(self, name: str) -> Callable[..., Any]:
-        return functools.partial(self._loop.wait_for, super().method(name))
+        return functools.partial(_wait_for, super().method(name))
 
 
 class AsyncGradientBank:
@@ -71,10 +66,10 @@ class AsyncGradientBank:
     """
 
     def __init__(self, client: AsyncQdrantClient, collection_name: str, space: str, **options: Any) -> None:
-        self._loop = _Loop()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="regrad-bank")
         # For worker threads alone, while a loop runs: `ReGrad.aanswer` answers from it.
-        self.blocking = GradientBank(_LoopStore(client, collection_name, self._loop), collection_name, space, **options)
+        store = _LoopStore(client, collection_name)  # type: ignore[arg-type] # its methods are awaited
+        self.blocking = GradientBank(store, collection_name, space, **options)
 
     @property
     def space(self) -> str:
@@ -82,12 +77,14 @@ class AsyncGradientBank:
 
     async def _run(self, method: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         loop = self.bind()
-        return await loop.run_in_executor(self._threads, functools.partial(method, *arguments, **options))
+        call = functools.partial(contextvars.copy_context().run, method, *arguments, **options)
+        return await loop.run_in_executor(self._threads, call)
 
     def bind(self) -> asyncio.AbstractEventLoop:
-        """Let requests run on the caller's event loop."""
-        self._loop.running = asyncio.get_running_loop()
-        return self._loop.running
+        """Let requests of this task, and of the threads that it starts, run on its event loop."""
+        loop = asyncio.get_running_loop()
+        _LOOP.set(loop)
+        return loop
 
     async def _stream(self, iterator: Iterator[Hit]) -> AsyncIterator[Hit]:
         while page := await self._run(lambda: list(itertools.islice(iterator, PAGE))):

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import CODECS, get_codec
-from regrad_qdrant.documents import Document, Hit, point_id
+from regrad_qdrant.documents import Document, Hit, canonical_id, point_id
 from regrad_qdrant.embed import Bm25, Embedder
-from regrad_qdrant.errors import BankError, RecordError
+from regrad_qdrant.errors import BankError, RecordError, StoreUnavailableError
 from regrad_qdrant.layouts import CORPUS, Layout, detect
 from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.store import (
@@ -224,8 +224,7 @@ class GradientBank:
         """
         added, updated = 0, 0
         for page in _pages(documents, PAGE):
-            fields = sorted({*self.layout.fields(), *(name for document in page for name in document.payload)})
-            found = {point.id: point.payload for point in self.store.retrieve([point_id(d.id) for d in page], fields)}
+            found = {point.id: point.payload for point in self.store.retrieve([point_id(d.id) for d in page], True)}
             there = [(document, found.get(point_id(document.id))) for document in page]
             added += self.add(document for document, payload in there if payload is None)
             differing = [
@@ -280,7 +279,7 @@ class GradientBank:
         """The write of one record and its bytes."""
         target, record = attached
         state = self.layout.state_of(target.payload) if isinstance(target, Hit) else {}
-        key = target.id if isinstance(target, Hit) else target
+        key = target.id if isinstance(target, Hit) else canonical_id(target)
         write = PayloadWrite(key, {self.payload_key: record.to_payload()}, state)
         return write, json_bytes(write.payload) + json_bytes(state)
 
@@ -340,6 +339,8 @@ class GradientBank:
                 ranked = self.store.fuse(vectors, k, max(HYBRID_DEPTH, 2 * k), query_filter)
                 found = {point.id: point for point in self.store.retrieve([point.id for point in ranked], fields)}
                 points = [replace(found[p.id], score=p.score) for p in ranked if p.id in found]
+        except StoreUnavailableError:
+            raise
         except BankError as error:
             present = self.store.vectors()
             absent = [name for name in vectors if name not in present]
@@ -370,9 +371,12 @@ class GradientBank:
         Args:
             scores: those of a retriever of your own, for the merge rule.
         """
-        of_id = dict(zip(ids, scores, strict=True)) if scores is not None else {}
-        found = {point.id: point for point in self._with_atoms(self.store.retrieve(ids, True))}
-        return [self._hit(replace(found[key], score=of_id.get(key, 0.0))) for key in ids if key in found]
+        if scores is not None and len(scores) != len(ids):
+            raise BankError(f"{len(scores)} scores for {len(ids)} ids")
+        keys = [canonical_id(key) for key in ids]
+        of_key = dict(zip(keys, scores, strict=True)) if scores is not None else {}
+        found = {point.id: point for point in self._with_atoms(self.store.retrieve(keys, True))}
+        return [self._hit(replace(found[key], score=of_key.get(key, 0.0))) for key in keys if key in found]
 
     def _with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
         """The points with what the sidecar holds for them, as if it stood in their payload."""
@@ -464,14 +468,20 @@ class GradientBank:
         condition = self.finer_than(codec, numel)
         page = max(1, min(PAGE, self.max_request_bytes // (8 * numel)))  # an atom is at most fp32 in base64
         for points in _pages(self._scroll(condition, [self.payload_key], page, self.atoms), page):
-            records: list[tuple[PointId | Hit, Record]] = []
+            writes: list[tuple[PayloadWrite, int]] = []
             for point in points:
                 try:
                     old = Record.from_payload(point.payload[self.payload_key])
-                    records.append((point.id, old.recoded(wanted.name, self.space, numel)))
+                    value = {self.payload_key: old.recoded(wanted.name, self.space, numel).to_payload()}
+                    same = {
+                        f"{self.payload_key}.{name}": part for name, part in (("sha", old.sha), ("codec", old.codec))
+                    }
+                    writes.append((PayloadWrite(point.id, value, same), json_bytes(value)))
                 except RecordError as error:
                     report.failed[str(point.id)] = str(error)
-            report.recoded += self.put(records)
+            for batch in bounded(self.max_request_bytes, writes, lambda write: write.id):
+                self.atoms.set_payload(batch)
+                report.recoded += len(batch)
             on_progress(len(points))
         return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import warnings
@@ -247,7 +248,10 @@ def ask(
     from regrad_loaders.evaluate import parse_modes
     from regrad_qdrant.prompts import INSTRUCTIONS, Prompt
 
-    [chosen] = parse_modes(mode)[:1]
+    modes = parse_modes(mode)
+    if len(modes) > 1:
+        raise DataError(f"ask answers in one mode, found {mode!r}: compare modes with regrad-qdrant eval")
+    [chosen] = modes
     if type not in INSTRUCTIONS:
         raise DataError(f"type {type!r} is not one of {', '.join(INSTRUCTIONS)}")
     try:
@@ -456,7 +460,8 @@ def recode(
     check_outputs(json_out)
     initialization = MetaInitialization.load(init)
     numel = initialization.space.numel
-    with bank_of(existing_store(collection, url, path), initialization, payload_key, None, sidecar=sidecar) as bank:
+    store = existing_store(collection, url, path)
+    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
         before = bank.status()
         with progress("Recoding", bank.atoms.count(bank.finer_than(codec, numel))) as advance:
             report = bank.recode(codec, numel, advance)
@@ -497,7 +502,9 @@ def migrate(
     if (to_url is None) == (to_path is None):
         raise DataError("give either --to-url or --to-path")
     name = to_collection or collection
-    if (url, str(path or DEFAULT_PATH), collection) == (to_url, str(to_path), name):
+    at = url or (os.environ.get("QDRANT_URL") if path is None else None)
+    folders = [place.resolve() if place else None for place in (path or Path(DEFAULT_PATH), to_path)]
+    if name == collection and (at == to_url if at else folders[0] == folders[1]):
         raise DataError("source and target are the same collection")
     source = existing_store(collection, url, path)
     target = store_of(name, to_url, to_path)
@@ -532,8 +539,9 @@ def drop(
     from regrad_qdrant.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
-    with bank_of(existing_store(collection, url, path), initialization, payload_key, None, sidecar=sidecar) as bank:
-        count = bank.status().atoms
+    store = existing_store(collection, url, path)
+    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
+        count = bank.atoms.count(bank.has_atom)
         if count and not yes and sys.stdin.isatty():
             typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
         removed = bank.drop()

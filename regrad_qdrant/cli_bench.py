@@ -70,7 +70,7 @@ def atoms(
         with console.status(f"Loading {initialization.base.name}"):
             model, tokenizer = load_base_model(initialization.base.name)
         initialization.check_model(model)
-        measured = AtomBench(Path(name).name, initialization, model, tokenizer)
+        measured = AtomBench(name, initialization, model, tokenizer)
         for task in tasks:
             passages = len({key for hits in task.hits for key in hits})
             with (
@@ -102,7 +102,7 @@ def _task(name: str, split: str, limit: int, depth: int) -> Task:
     folder, _, kind = name.partition(":")
     dataset = read_folder(Path(folder))
     questions = [question for question in dataset.questions if not kind or question.type == kind]
-    return Task.of(dataset, select(questions, split, limit), depth)
+    return Task.of(dataset, select(questions, split, limit), depth, f"{dataset.name}:{kind}" if kind else dataset.name)
 
 
 def _table(cells: list[Cell], times: list[Times], task: str) -> Table:

@@ -17,6 +17,7 @@ from regrad_qdrant.store import (
     VectorNames,
     WithPayload,
     plain_id,
+    value_at,
     whole_point,
 )
 
@@ -55,8 +56,6 @@ class ClientStore:
     def create(self, vectors: VectorNames) -> None:
         from qdrant_client import models
 
-        if self.exists():  # a request that was repeated since its answer was lost
-            return
         dense = {
             name: models.VectorParams(size=size, distance=models.Distance(vectors.distances.get(name, "Cosine")))
             for name, size in vectors.dense.items()
@@ -66,7 +65,12 @@ class ClientStore:
             for name in vectors.sparse
         }
         unnamed = set(dense) == {""}
-        self._request("create_collection", vectors_config=dense[""] if unnamed else dense, sparse_vectors_config=sparse)
+        configs = {"vectors_config": dense[""] if unnamed else dense, "sparse_vectors_config": sparse}
+        try:
+            self._request("create_collection", **configs)
+        except BankError:
+            if not self.exists():  # it may be there from an attempt whose answer was lost
+                raise
 
     def vectors(self) -> VectorNames:
         parameters = self._request("get_collection").config.params
@@ -75,9 +79,9 @@ class ClientStore:
         sparse = parameters.sparse_vectors or {}
         return VectorNames(
             {name: vector.size for name, vector in named.items()},
-            tuple(sparse),
+            tuple(sorted(sparse)),
             {name: vector.distance.value for name, vector in named.items() if vector.distance.value != "Cosine"},
-            tuple(name for name, vector in sparse.items() if vector.modifier != "idf"),
+            tuple(sorted(name for name, vector in sparse.items() if vector.modifier != "idf")),
         )
 
     def upsert(self, points: Sequence[Point]) -> None:
@@ -106,7 +110,31 @@ class ClientStore:
             models.SetPayloadOperation(set_payload=models.SetPayload(payload=write.payload, filter=write.target()))
             for write in writes
         ]
-        self._request("batch_update_points", operations, wait=True)
+        try:
+            self._request("batch_update_points", operations, wait=True)
+        except BankError as error:
+            if "ndex required" not in str(error):
+                raise
+            self._set_payload_by_id(writes)
+
+    def _set_payload_by_id(self, writes: Sequence[PayloadWrite]) -> None:
+        """For collections in strict mode, which refuse a filter on a field without an index: look, then write."""
+        from qdrant_client import models
+
+        there = {point.id: point.payload for point in self.retrieve([write.id for write in writes], True)}
+        same = [
+            write
+            for write in writes
+            if write.id in there
+            and all(value_at(there[write.id], path) == value for path, value in write.unless_changed.items())
+        ]
+        only = {write.id: models.Filter(must=[models.HasIdCondition(has_id=[write.id])]) for write in same}
+        operations = [
+            models.SetPayloadOperation(set_payload=models.SetPayload(payload=write.payload, filter=only[write.id]))
+            for write in same
+        ]
+        if operations:
+            self._request("batch_update_points", operations, wait=True)
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
         self._request("delete_payload", keys, points=query_filter, wait=True)

@@ -41,6 +41,14 @@ class Hit:
         return self.record is not None and self.record.sha != text_sha(self.text)
 
 
+def canonical_id(key: PointId | uuid.UUID) -> PointId:
+    """A point id as engines return it: UUIDs with their hyphens."""
+    try:
+        return key if isinstance(key, int) else str(uuid.UUID(str(key)))
+    except ValueError:
+        return str(key)
+
+
 def point_id(key: str | int) -> PointId:
     """The point id of a document: integers and UUIDs as they are, any other name hashed to a UUID."""
     if isinstance(key, int):

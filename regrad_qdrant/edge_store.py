@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
 RRF_K = 2  # the constant of reciprocal rank fusion, as a server has it
+UNUSED = "regrad-unused"  # a vector for the shards that need none
 METADATA_FILE = "regrad_metadata.json"
 
 
@@ -38,18 +40,22 @@ class EdgeStore:
         self.folder = folder
         self.name = folder.name
         self._shard: Any = None
+        self._opening = threading.Lock()
 
     @property
     def shard(self) -> Any:
         """The open shard."""
-        if self._shard is None:
-            from qdrant_edge import EdgeShard
+        with self._opening:
+            if self._shard is None:
+                from qdrant_edge import EdgeShard
 
-            if not self.exists():
-                raise BankError(f"there is no collection {self.name!r} in {self.folder.parent}: ingest a corpus first")
-            with self._errors():
-                self._shard = EdgeShard.load(str(self.folder))
-        return self._shard
+                if not self.exists():
+                    raise BankError(
+                        f"there is no collection {self.name!r} in {self.folder.parent}: ingest a corpus first"
+                    )
+                with self._errors():
+                    self._shard = EdgeShard.load(str(self.folder))
+            return self._shard
 
     def sibling(self, name: str) -> EdgeStore:
         return EdgeStore(self.folder.parent / name)
@@ -60,7 +66,7 @@ class EdgeStore:
     def create(self, vectors: VectorNames) -> None:
         import qdrant_edge as edge
 
-        sparse = vectors.sparse or (() if vectors.dense else ("unused",))  # a shard needs one vector at least
+        sparse = vectors.sparse or (() if vectors.dense else (UNUSED,))  # a shard needs one vector at least
         config = edge.EdgeConfig(
             vectors={
                 name: edge.EdgeVectorParams(size, getattr(edge.Distance, vectors.distances.get(name, "Cosine")))
@@ -81,12 +87,12 @@ class EdgeStore:
         config = json.loads((self.folder / "edge_config.json").read_text(encoding="utf-8"))
         dense = config.get("vectors") or {}
         named = {"": dense} if "size" in dense else dense
-        sparse = config.get("sparse_vectors") or {}
+        sparse = {name: vector for name, vector in (config.get("sparse_vectors") or {}).items() if name != UNUSED}
         return VectorNames(
             {name: vector["size"] for name, vector in named.items()},
-            tuple(sparse),
+            tuple(sorted(sparse)),
             {name: vector["distance"] for name, vector in named.items() if vector["distance"] != "Cosine"},
-            tuple(name for name, vector in sparse.items() if vector.get("modifier") != "idf"),
+            tuple(sorted(name for name, vector in sparse.items() if vector.get("modifier") != "idf")),
         )
 
     def upsert(self, points: Sequence[Point]) -> None:

@@ -55,7 +55,9 @@ def generate(
         )
     answers = []
     for prompt, row, found in zip(prompts, rows, output, strict=True):
-        said = found[longest : longest + prompt.max_new_tokens]
+        said = found[longest : longest + prompt.max_new_tokens].tolist()
+        if tokenizer.eos_token_id in said:  # what follows is padding, which may be an ordinary token
+            said = said[: said.index(tokenizer.eos_token_id)]
         text = tokenizer.decode(said, skip_special_tokens=True).strip().split("\n")[0].strip()
         answers.append(Generated(text, len(row)))
     return answers

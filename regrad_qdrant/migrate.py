@@ -36,7 +36,8 @@ def migrate(
 ) -> MigrationReport:
     """Copy every point; the target is made with the source's vectors where it is not there.
 
-    Points that the target alone has stay. Payload indexes other than the bank's are not copied.
+    Points that the target alone has stay. Payload indexes, metadata and the vectors' storage settings are not copied;
+    the next ingestion makes the bank's own index.
 
     Raises:
         BankError: if there is no source, or if the target has other vectors.

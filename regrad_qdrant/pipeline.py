@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_qdrant.adapter import Adapter
 from regrad_qdrant.codec import DEFAULT_CODEC, get_codec
-from regrad_qdrant.errors import RegradError, StaleAtomError, WrongSpaceError
+from regrad_qdrant.errors import DataError, RegradError, StaleAtomError, WrongSpaceError
 from regrad_qdrant.generation import generate
-from regrad_qdrant.gradients import GradientComputer
+from regrad_qdrant.gradients import EncodedDocument, GradientComputer
 from regrad_qdrant.prompts import Prompt, QuestionType
 from regrad_qdrant.record import Record, make_records
 
@@ -146,6 +146,8 @@ class ReGrad:
         self.on_stale = on_stale
         self.on_missing = on_missing
         self.codec = codec
+        if on_missing == "store" and self._async_bank is None:
+            self.bank.index()
         # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
         self.gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
         self._all_ids: list[PointId] | None = None
@@ -284,7 +286,7 @@ class ReGrad:
     def _with_usable_atoms(self, hits: Sequence[Hit], *, online: bool) -> list[Hit]:
         """The hits that have an atom of their present text; what is to be computed is computed in one pass."""
         wanted = [hit for hit in hits if online or self._to_compute(hit)]
-        computed = self._computed([hit for hit in wanted if hit.text])
+        computed = self._computed(wanted)
         if self.on_missing == "store" and not online:
             self.bank.put((hit, record) for hit, record in computed if hit.record is None)
         fresh = {hit.id: replace(hit, record=record) for hit, record in computed}
@@ -309,12 +311,20 @@ class ReGrad:
 
     def _computed(self, hits: Sequence[Hit]) -> list[tuple[Hit, Record]]:
         """The atoms of the hits' texts, coded as ingestion codes them."""
-        if not hits:
+        encoded: list[tuple[Hit, EncodedDocument]] = []
+        for hit in hits:
+            try:
+                encoded.append((hit, self.gradients.encode(hit.text)))
+            except DataError as error:
+                warnings.warn(f"point {hit.id!r} can have no atom: {error}", stacklevel=6)
+        if not encoded:
             return []
-        texts = [hit.text for hit in hits]
         with self.adapter.initial():
-            flat = self.gradients.atoms([self.gradients.encode(text) for text in texts])
-        return list(zip(hits, make_records(flat, texts, self.bank.space, self.codec), strict=True))
+            flat = self.gradients.atoms([document for _, document in encoded])
+        finite = flat.isfinite().all(dim=1)
+        kept = [hit for (hit, _), good in zip(encoded, finite.tolist(), strict=True) if good]
+        records = make_records(flat[finite], [hit.text for hit in kept], self.bank.space, self.codec)
+        return list(zip(kept, records, strict=True))
 
     def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
         """Other documents' points under the scores of the retrieved ones."""

@@ -102,7 +102,7 @@ class Record:
             WrongSpaceError: if the atom was computed in another space than `fingerprint`.
             RecordError: one of its kinds, if the record is damaged.
         """
-        return get_codec(self.codec).decode(self.parts(fingerprint, numel), numel)
+        return _finite(get_codec(self.codec).decode(self.parts(fingerprint, numel), numel))
 
     def recoded(self, codec: str, fingerprint: str, numel: int) -> Record:
         """The same atom in another codec.
@@ -133,7 +133,13 @@ def decode_sum(
     for name, atoms in by_codec.items():
         parts, of_parts = zip(*atoms, strict=True)
         total += get_codec(name).decode_sum(parts, of_parts, numel, device)
-    return total
+    return _finite(total)
+
+
+def _finite(atom: Tensor) -> Tensor:
+    if not bool(atom.isfinite().all()):
+        raise CorruptRecordError("the atom decodes to numbers that are not finite: ingest its document again")
+    return atom
 
 
 def make_records(flat: Tensor, texts: list[str], fingerprint: str, codec: str) -> list[Record]:

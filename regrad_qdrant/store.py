@@ -185,6 +185,16 @@ def plain_id(key: Any) -> PointId:
     return key if isinstance(key, int) else str(key)
 
 
+def value_at(payload: Mapping[str, Any], path: str) -> Any:
+    """The value at a path; dots descend into objects."""
+    value: Any = payload
+    for key in path.split("."):
+        if not isinstance(value, Mapping):
+            return None
+        value = value.get(key)
+    return value
+
+
 def whole_point(point: Any) -> Point:
     """A point that an engine returned with its vectors."""
     vectors = point.vector if isinstance(point.vector, dict) else {"": point.vector}

@@ -84,6 +84,7 @@ def regrad(tokenizer):
         await bank.create()
         await bank.add(DOCUMENTS)
         regrad = ReGrad(model, tokenizer, bank, initialization)
+        bank.bind()
         await asyncio.to_thread(attach_atoms, bank.blocking, regrad.gradients, "sign")
         return regrad
 
@@ -118,5 +119,8 @@ def test_a_blocking_call_on_the_loop_is_refused_instead_of_waiting_for_ever(regr
         over_loop = await regrad()
         with pytest.raises(BankError, match="without await"):
             over_loop.answer("What does Ida do?")
+        return over_loop
 
-    asyncio.run(main())
+    over_loop = asyncio.run(main())
+    with pytest.raises(BankError, match="no event loop runs"):
+        over_loop.answer("What does Ida do?")

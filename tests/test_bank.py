@@ -1,6 +1,7 @@
 """The bank over every engine: in-process client, embedded Edge shard, and a server where QDRANT_URL names one."""
 
 import json
+import uuid
 from dataclasses import replace
 
 import pytest
@@ -463,3 +464,31 @@ def test_recoding_that_was_stopped_goes_on_where_it_was(bank):
     assert 0 < bank.store.count(bank.finer_than("sign", 128)) < 4
     assert 0 < bank.recode("sign", 128).recoded < 4
     assert bank.status().codec == "sign"
+
+
+def test_ids_are_found_however_a_uuid_is_spelled(bank):
+    ids = fill(bank)
+    bare = uuid.UUID(ids[1]).hex
+    assert [hit.document_id for hit in bank.fetch([bare, uuid.UUID(ids[0])])] == ["d1", "d0"]
+    with pytest.raises(BankError, match="1 scores for 2 ids"):
+        bank.fetch(ids[:2], [1.0])
+
+
+def test_fields_of_any_name_are_kept(bank):
+    odd = Document("odd", {"id": "odd", "text": "Ida Corvand", "publish date": "1 May", "a.b": 3})
+    assert bank.sync([odd]) == (1, 0) and bank.sync([odd]) == (0, 0)
+
+
+def test_a_recoded_atom_does_not_replace_one_that_was_written_meanwhile(bank, monkeypatch):
+    ids = fill(bank)
+    newer = records(["Ida Corvand the judge"])[0]
+    recoded = Record.recoded
+
+    def meanwhile(self, *arguments):
+        if self.sha == records(PEOPLE)[0].sha:
+            bank.put([(ids[0], newer)])
+        return recoded(self, *arguments)
+
+    monkeypatch.setattr(Record, "recoded", meanwhile)
+    bank.recode("sign", 128)
+    assert bank.fetch([ids[0]])[0].record == newer

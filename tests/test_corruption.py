@@ -71,9 +71,16 @@ def of_other_content(value, rng):
     return value | {"atom": packed(content)}
 
 
+def of_numbers_that_are_not_finite(value, rng):
+    values = bytearray(4 * 72)
+    at = 4 * rng.randrange(72)
+    values[at : at + 4] = rng.choice([b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f"])
+    return value | {"codec": "fp32", "atom": packed(msgpack.packb({"values": bytes(values)}))}
+
+
 DAMAGES = [
-    flipped, cut_short, of_wrong_type, without_a_field, of_another_space, of_an_unknown_codec, of_another_codec,
-    of_huge_size, of_other_content,
+    of_numbers_that_are_not_finite, flipped, cut_short, of_wrong_type, without_a_field, of_another_space,
+    of_an_unknown_codec, of_another_codec, of_huge_size, of_other_content,
 ]  # fmt: skip
 
 

@@ -90,3 +90,14 @@ def test_distances_and_modifiers_are_kept(tmp_path):
     migrate(source, target)
     assert target.vectors() == vectors == source.vectors()
     source.close()
+
+
+def test_a_sidecar_is_copied_and_the_copy_can_be_taken_up_again(tmp_path):
+    bank = GradientBank(QdrantClient(":memory:"), "docs", SPACE, sidecar="atoms")
+    bank.create()
+    bank.add([Document(1, {"text": "Ida is a baker."})])
+    bank.put([(1, make_records(torch.randn(1, 300), ["Ida is a baker."], SPACE, "sign")[0])])
+    target = EdgeStore(tmp_path / "atoms")
+    assert [migrate(bank.atoms, target).written for _ in range(2)] == [1, 0]
+    assert target.vectors() == bank.atoms.vectors() == VectorNames()
+    target.close()

@@ -8,7 +8,9 @@ from regrad_loaders.ingest import attach_atoms
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.documents import point_id
 from regrad_qdrant.errors import RegradError, StaleAtomError, WrongModelError, WrongSpaceError
+from regrad_qdrant.generation import generate
 from regrad_qdrant.pipeline import MODES, Query
+from regrad_qdrant.prompts import Prompt
 from regrad_qdrant.store import PayloadWrite
 
 TEXTS = (
@@ -179,3 +181,36 @@ def test_a_batch_may_mix_modes_kinds_and_retrievers(regrad):
     assert regrad.answer_many([]) == []
     with pytest.raises(RegradError, match="mode 'loud'"):
         regrad.answer_many(QUESTIONS, mode="loud")
+
+
+def test_a_batch_ends_each_answer_at_its_own_end_though_padding_is_an_ordinary_token(regrad, tokenizer):
+    """Rows that end early are filled up; with a tokenizer that has no padding token that is token 0, some word."""
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    ordinary = [i for i in range(len(bare)) if bare.convert_ids_to_tokens(i) not in bare.all_special_tokens]
+    prompts = [Prompt("Who is Ida?"), Prompt("Who is Noor, the diver of the harbour?")]
+
+    class Ends:
+        """Says one word and ends, or goes on."""
+
+        device = "cpu"
+
+        def generate(self, input_ids, generation_config, **_):
+            said = torch.tensor([[ordinary[5], bare.eos_token_id, 0, 0], [ordinary[5]] * 4])
+            return torch.cat([input_ids, said], dim=1)
+
+    found = generate(Ends(), bare, prompts)
+    assert found[0].text == bare.decode([ordinary[5]]).strip() and found[1].text != found[0].text
+
+
+@pytest.mark.filterwarnings("ignore:point:UserWarning", "ignore:none of:UserWarning")
+def test_a_retrieved_text_that_can_have_no_atom_is_passed_over(regrad, tokenizer):
+    short = next(token for token in ("a", "I", "x") if len(tokenizer(token).input_ids) == 1)
+    regrad.bank.store.set_payload([PayloadWrite(point_id("d0"), {"text": short})])
+    hits = [*regrad.bank.fetch([point_id("d0")], [2.0]), *regrad.bank.fetch([point_id("d1")], [1.0])]
+    both = regrad.answer_many([Query(QUESTIONS[0], "online", hits=hits), Query(QUESTIONS[1], "online", hits=hits[1:])])
+    with pytest.warns(UserWarning, match="can have no atom"):
+        single = regrad.answer(QUESTIONS[0], mode="online", hits=hits)
+    assert single.text == both[0].text

@@ -15,6 +15,7 @@ from regrad_loaders.ingest import add_corpus, attach_atoms
 from regrad_qdrant import Adapter, GradientBank, GradientComputer, client_store
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.errors import BankError
+from regrad_qdrant.store import PayloadWrite, Point, VectorNames
 
 PASSAGES = generate("train", 30, 1).passages
 
@@ -121,3 +122,23 @@ def test_what_does_not_pass_is_given_up_after_a_bounded_number_of_attempts(fault
     with pytest.raises(BankError):
         ClientStore(client, "docs").count()
     assert client.requests == client_store.ATTEMPTS
+
+
+def test_in_strict_mode_texts_are_compared_before_writing(monkeypatch):
+    """A collection that refuses filters on fields without an index, as Qdrant Cloud's do."""
+    client = FaultyClient(0.0, [])
+    store = ClientStore(client, "docs")
+    store.create(VectorNames())
+    store.upsert([Point(i, {}, {"text": f"text {i}"}) for i in range(3)])
+    update = client.client.batch_update_points
+
+    def strict(name, operations, **options):
+        if any(len(operation.set_payload.filter.must) > 1 for operation in operations):
+            raise UnexpectedResponse(400, "", b"Bad request: Index required but not found for text", httpx.Headers())
+        return update(name, operations, **options)
+
+    monkeypatch.setattr(client.client, "batch_update_points", strict)
+    same = [PayloadWrite(i, {"regrad": i}, {"text": f"text {i}"}) for i in range(2)]
+    store.set_payload([*same, PayloadWrite(2, {"regrad": 2}, {"text": "another"}), PayloadWrite(9, {"regrad": 9})])
+    found = {point.id: point.payload.get("regrad") for point in store.scroll(None, 10, None, True)[0]}
+    assert found == {0: 0, 1: 1, 2: None}
