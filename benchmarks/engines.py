@@ -9,6 +9,7 @@ with their atoms. Searches take turns between the engines. Memory is of a proces
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import resource
@@ -44,8 +45,10 @@ def fill(bank: GradientBank, count: int) -> None:
     bank.add(documents(count))
     numbers = torch.randn(DISTINCT, NUMEL, generator=torch.Generator().manual_seed(0))
     atoms = [record.atom for record in make_records(numbers, [""] * DISTINCT, SPACE, DEFAULT_CODEC)]
-    for i, hit in enumerate(bank.missing()):
-        bank.put([(hit, Record(SPACE, text_sha(hit.text), DEFAULT_CODEC, atoms[i % DISTINCT]))])
+    hits = bank.missing()
+    while page := list(itertools.islice(hits, 64)):
+        records = (Record(SPACE, text_sha(hit.text), DEFAULT_CODEC, atoms[i % DISTINCT]) for i, hit in enumerate(page))
+        bank.put(zip(page, records, strict=True))
 
 
 def megabytes_of_filling(folder: Path, count: int) -> float:
