@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_loaders.bench_atoms import plot, read_cells
+from regrad_loaders.scores import Interval
 
 PAGE = """# What an atom costs, and what its answers are worth
 
@@ -67,10 +68,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def percent(interval: dict[str, float]) -> str:
-    return f"{100 * interval['mean']:.1f} ({100 * interval['low']:.1f} … {100 * interval['high']:.1f})"
-
-
 def curves(run: dict[str, Any]) -> str:
     """One table an initialization and set: a row a codec."""
     parts = []
@@ -84,7 +81,7 @@ def curves(run: dict[str, Any]) -> str:
             at_three = next((cell for cell in line if cell["top_k"] == 3), line[0])
             rows.append(
                 [codec, f"{line[0]['bytes_per_atom']:,}", *(f"{100 * cell['f1']['mean']:.1f}" for cell in line)]
-                + [percent(at_three["loss_to_fp32"]), f"{at_three['cosine']:.3f}"]
+                + [Interval(**at_three["loss_to_fp32"]).in_percent(), f"{at_three['cosine']:.3f}"]
             )
         head = ["codec", "bytes", *(f"k = {k}" for k in ks), "loss to fp32, k = 3 (95 %)", "cosine of the sum"]
         parts.append(f"**{init}** ({here[0]['space']}, {here[0]['numel']:,} numbers), {task}:\n\n{table(head, rows)}")
@@ -125,7 +122,10 @@ def main() -> None:
         " with fp32 atoms of the same space, with its 95 % interval; here over all sets and k:\n\n"
     )
     rows = [row for run in runs for row in run["losses"]]
-    cells = [[row["init"], row["codec"], f"{row['bytes_per_atom']:,}", percent(row["loss_to_fp32"])] for row in rows]
+    cells = [
+        [row["init"], row["codec"], f"{row['bytes_per_atom']:,}", Interval(**row["loss_to_fp32"]).in_percent()]
+        for row in rows
+    ]
     introduction += table(["initialization", "codec", "bytes an atom in the payload", "loss to fp32, F1"], cells)
     smallest = {init: codec for run in runs for init, codec in run["smallest"].items()}
     introduction += "\nThe smallest that loses at most 1 F1 at the upper end of its interval: "

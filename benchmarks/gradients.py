@@ -18,16 +18,8 @@ import torch
 from regrad_loaders.data import read_corpus
 from regrad_loaders.facts import generate
 from regrad_qdrant import Adapter, GradientComputer, MetaInitialization, load_base_model
-from regrad_qdrant.gradients import EncodedDocument, batches
+from regrad_qdrant.gradients import EncodedDocument
 from regrad_qdrant.plugin import lora_layers, lora_weight
-
-
-def batched(gradients: GradientComputer, documents: list[EncodedDocument], batch_tokens: int) -> torch.Tensor:
-    """All atoms by padded batches of like length, in the documents' order."""
-    atoms = torch.empty(len(documents), gradients.space.numel)
-    for batch in batches([len(document.ids) for document in documents], batch_tokens):
-        atoms[batch] = gradients.atoms([documents[i] for i in batch])
-    return atoms
 
 
 def one_at_a_time(gradients: GradientComputer, documents: list[EncodedDocument]) -> torch.Tensor:
@@ -62,11 +54,14 @@ def main() -> None:
     gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
     passages = read_corpus(arguments.corpus) if arguments.corpus else generate("demo", arguments.limit, 1).passages
     documents = [gradients.encode(passage.text) for passage in passages[: arguments.limit]]
-    batched(gradients, documents[:4], arguments.batch_tokens), one_at_a_time(gradients, documents[:4])  # warm up
+    (
+        gradients.atoms_in_batches(documents[:4], arguments.batch_tokens),
+        one_at_a_time(gradients, documents[:4]),
+    )  # warm up
     ratios, rates = [], {"batched": 0.0, "one at a time": 0.0}
     for _ in range(arguments.rounds):
         start = time.perf_counter()
-        ours = batched(gradients, documents, arguments.batch_tokens)
+        ours = gradients.atoms_in_batches(documents, arguments.batch_tokens)
         middle = time.perf_counter()
         loop = one_at_a_time(gradients, documents)
         end = time.perf_counter()

@@ -94,8 +94,7 @@ class Adapter:
     @contextlib.contextmanager
     def applied_sum(self, atom_sum: Tensor) -> Iterator[None]:
         """As `applied`, for an atom sum (numel,) that `decode` made."""
-        if atom_sum.shape != (self.space.numel,):
-            raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
+        self._check(atom_sum)
         with self._turn():
             before: list[tuple[nn.Parameter, Tensor]] = []
             try:
@@ -150,19 +149,18 @@ class Adapter:
         import torch
 
         for atom_sum in atom_sums:
-            if atom_sum is not None and atom_sum.shape != (self.space.numel,):
-                raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
+            if atom_sum is not None:
+                self._check(atom_sum)
         with contextlib.ExitStack() as stack:
             if all(bare):
                 stack.enter_context(self.disabled())
             else:
                 stack.enter_context(self._turn())
-            if any(atom_sum is not None for atom_sum in atom_sums):
-                like = next(iter(self._parameters.values()))
-                zeros = torch.zeros(self.space.numel)
-                flat = torch.stack([zeros if atom_sum is None else atom_sum.cpu() for atom_sum in atom_sums])
-                changes = (-self.step_sizes * flat).to(device=like.device, dtype=like.dtype)
-                stack.enter_context(row_updates(self.model, self.space, self.space.unflatten(changes)))
+            given = [atom_sum for atom_sum in atom_sums if atom_sum is not None]
+            if given:
+                zeros = torch.zeros_like(given[0])
+                sums = torch.stack([zeros if atom_sum is None else atom_sum for atom_sum in atom_sums])
+                stack.enter_context(row_updates(self.model, self.space, self._change(sums)))
             mixed = any(bare) and not all(bare)
             yield ["__base__" if row else ADAPTER for row in bare] if mixed else None
 
@@ -183,11 +181,19 @@ class Adapter:
                 for parameter in self._parameters.values():  # peft makes them trainable when it enables them again
                     parameter.requires_grad_(False)
 
+    def _check(self, atom_sum: Tensor) -> None:
+        if atom_sum.shape != (self.space.numel,):
+            raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
+
+    def _change(self, sums: Tensor) -> dict[str, Tensor]:
+        """−α ⊙ sums (…, numel) as the space's tensors, where the model is."""
+        like = next(iter(self._parameters.values()))
+        change = (-self.step_sizes.to(sums.device) * sums).to(device=like.device, dtype=like.dtype)
+        return self.space.unflatten(change)
+
     def _update(self, atom_sum: Tensor) -> dict[str, Tensor]:
         """The change of the LoRA tensors, −α ⊙ sum mapped back by the space."""
-        like = next(iter(self._parameters.values()))
-        change = (-self.step_sizes.to(atom_sum.device) * atom_sum).to(device=like.device, dtype=like.dtype)
-        return self.space.to_update(self.space.unflatten(change))
+        return self.space.to_update(self._change(atom_sum))
 
     def _written(self, name: str, initial: Tensor, update: Tensor) -> Tensor:
         """φ₀ + update in the tensor's buffer, which is made anew only where the model has moved."""

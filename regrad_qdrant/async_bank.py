@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
-import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ from regrad_qdrant.bank import PAGE, BankStatus, GradientBank, RecodeReport
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.documents import Document, Hit
 from regrad_qdrant.errors import BankError
+from regrad_qdrant.store import pages
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
@@ -87,7 +87,8 @@ class AsyncGradientBank:
         return loop
 
     async def _stream(self, iterator: Iterator[Hit]) -> AsyncIterator[Hit]:
-        while page := await self._run(lambda: list(itertools.islice(iterator, PAGE))):
+        found = pages(iterator, PAGE)
+        while page := await self._run(next, found, None):
             for hit in page:
                 yield hit
 

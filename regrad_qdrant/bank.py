@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import CODECS, get_codec
@@ -32,6 +32,7 @@ from regrad_qdrant.store import (
     bounded,
     json_bytes,
     open_store,
+    pages,
     sized,
 )
 
@@ -40,8 +41,6 @@ if TYPE_CHECKING:
     from qdrant_client.models import FieldCondition, Filter
 
     from regrad_qdrant.space import AtomSpace
-
-Item = TypeVar("Item")
 
 PAGE = 256
 HYBRID_DEPTH = 50  # candidates of each vector that a fusion ranks
@@ -209,7 +208,7 @@ class GradientBank:
         An existing point of the same id is replaced, its atom included; `sync` keeps what is there.
         """
         written = 0
-        for page in _pages(documents, PAGE):
+        for page in pages(documents, PAGE):
             points = self._points(page)
             for batch in bounded(self.max_request_bytes, sized(points), lambda point: point.id):
                 self.store.upsert(batch)
@@ -223,7 +222,7 @@ class GradientBank:
         text has changed, its vectors are made anew and its atom is `stale` from then on.
         """
         added, updated = 0, 0
-        for page in _pages(documents, PAGE):
+        for page in pages(documents, PAGE):
             found = {point.id: point.payload for point in self.store.retrieve([point_id(d.id) for d in page], True)}
             there = [(document, found.get(point_id(document.id))) for document in page]
             added += self.add(document for document, payload in there if payload is None)
@@ -415,7 +414,7 @@ class GradientBank:
     def _joined(self, fields: list[str], *of_record: str) -> Iterator[StoredPoint]:
         """Every point with some fields of its record in the sidecar."""
         names = [f"{self.payload_key}.{name}" for name in of_record]
-        for page in _pages(self._scroll(None, fields), PAGE):
+        for page in pages(self._scroll(None, fields), PAGE):
             atoms = {point.id: point.payload for point in self.atoms.retrieve([point.id for point in page], names)}
             for point in page:
                 yield replace(point, payload=point.payload | atoms.get(point.id, {}))
@@ -428,11 +427,13 @@ class GradientBank:
         """Points that carry an atom of this space, stale ones among them."""
         if not self.in_sidecar:
             return self.store.count(self.has_atom)
+        if not self.atoms.exists():
+            return 0
         return sum(self._belongs(point) for point in self._joined(["id"], "space"))
 
     def status(self) -> BankStatus:
         """Counts of points and atoms, and the atoms' sizes (of the first thousand)."""
-        points, atoms = self.store.count(), self.count_atoms() if self.atoms.exists() else 0
+        points, atoms = self.store.count(), self.count_atoms()
         sizes: list[int] = []
         codecs: set[str] = set()
         values = self._scroll(self.has_atom, [self.payload_key], page=32, store=self.atoms) if atoms else ()
@@ -467,7 +468,7 @@ class GradientBank:
         report = RecodeReport()
         condition = self.finer_than(codec, numel)
         page = max(1, min(PAGE, self.max_request_bytes // (8 * numel)))  # an atom is at most fp32 in base64
-        for points in _pages(self._scroll(condition, [self.payload_key], page, self.atoms), page):
+        for points in pages(self._scroll(condition, [self.payload_key], page, self.atoms), page):
             writes: list[tuple[PayloadWrite, int]] = []
             for point in points:
                 try:
@@ -555,14 +556,3 @@ class GradientBank:
                 f"document {document.id!r} has a field {self.payload_key!r} of its own: choose --payload-key"
             )
         return text
-
-
-def _pages(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    page: list[Item] = []
-    for item in items:
-        page.append(item)
-        if len(page) == size:
-            yield page
-            page = []
-    if page:
-        yield page

@@ -182,7 +182,7 @@ def ingest(
     initialization, base, tokenizer = load(init, model)
     with bank_of(store, initialization, payload_key, dense, text_path, sidecar=sidecar) as bank:
         if passages is None:
-            console.print(f"{collection_summary(bank)}", highlight=False, markup=False)
+            console.print(collection_summary(bank), highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
         if passages is not None:
             report = ingest_corpus(regrad, passages, codec, batch_tokens=batch_tokens, long_texts=long_texts)

@@ -115,7 +115,7 @@ def _table(cells: list[Cell], times: list[Times], task: str) -> Table:
         table.add_row(
             time.codec,
             f"{row[0].bytes_per_atom:,}",
-            *(f"{100 * c.f1.mean:.1f} ({100 * c.f1.low:.1f} … {100 * c.f1.high:.1f})" for c in row),
+            *(cell.f1.in_percent() for cell in row),
             f"{100 * sum(cell.loss_to_fp32.mean for cell in row) / len(row):+.1f}",
             f"{row[0].cosine:.2f}",
             f"{time.encode:.1f} ms, {100 * time.encode_share:.1f} %",

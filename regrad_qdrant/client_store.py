@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import BankError, StoreUnavailableError
@@ -17,7 +18,6 @@ from regrad_qdrant.store import (
     VectorNames,
     WithPayload,
     plain_id,
-    value_at,
     whole_point,
 )
 
@@ -113,28 +113,13 @@ class ClientStore:
         try:
             self._request("batch_update_points", operations, wait=True)
         except BankError as error:
-            if "ndex required" not in str(error):
+            if "ndex required" not in str(error) or not any(write.unless_changed for write in writes):
                 raise
-            self._set_payload_by_id(writes)
-
-    def _set_payload_by_id(self, writes: Sequence[PayloadWrite]) -> None:
-        """For collections in strict mode, which refuse a filter on a field without an index: look, then write."""
-        from qdrant_client import models
-
-        there = {point.id: point.payload for point in self.retrieve([write.id for write in writes], True)}
-        same = [
-            write
-            for write in writes
-            if write.id in there
-            and all(value_at(there[write.id], path) == value for path, value in write.unless_changed.items())
-        ]
-        only = {write.id: models.Filter(must=[models.HasIdCondition(has_id=[write.id])]) for write in same}
-        operations = [
-            models.SetPayloadOperation(set_payload=models.SetPayload(payload=write.payload, filter=only[write.id]))
-            for write in same
-        ]
-        if operations:
-            self._request("batch_update_points", operations, wait=True)
+            # strict mode refuses a filter on a field without an index: look, then write by id
+            there = {point.id: point.payload for point in self.retrieve([write.id for write in writes], True)}
+            same = [write for write in writes if write.id in there and write.still_applies(there[write.id])]
+            if same:
+                self.set_payload([replace(write, unless_changed={}) for write in same])
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
         self._request("delete_payload", keys, points=query_filter, wait=True)

@@ -164,6 +164,11 @@ class _Scaled(Codec):
         """The bytes of each part beside the scales."""
 
     @staticmethod
+    def _fitted(energy: Tensor, overlap: Tensor) -> Tensor:
+        """The steps of the scales |g|²/⟨g, q⟩, from both (batch, blocks): 0/0 for a block of zeros."""
+        return (STEPS_PER_OCTAVE * (energy / overlap).log2()).round().masked_fill(energy == 0, -math.inf)
+
+    @staticmethod
     def _pack_scales(steps: Tensor) -> dict[str, Tensor]:
         """Steps (batch, blocks), 16·log₂(scale) and −inf for a block of zeros, as bytes."""
         import torch
@@ -211,8 +216,7 @@ class Levels(_Scaled):
             blocks = _rotate(blocks)
             energy = blocks.square().sum(dim=2)
             digits = torch.bucketize(blocks / (energy / self.block).sqrt().clamp(min=1e-38).unsqueeze(2), middles)
-            scales = energy / (levels[digits] * blocks).sum(dim=2)  # 0/0 for a block of zeros
-            steps = (STEPS_PER_OCTAVE * scales.log2()).round().masked_fill(energy == 0, -math.inf)
+            steps = self._fitted(energy, (levels[digits] * blocks).sum(dim=2))
         else:
             largest = blocks.abs().amax(dim=2) / self.levels[-1]
             steps = (STEPS_PER_OCTAVE * largest.log2() - 1e-3).ceil()
@@ -268,8 +272,7 @@ class SparseSign(_Scaled):
         places = blocks.abs().topk(self.kept, dim=2).indices.sort(dim=2).values
         largest = blocks.gather(2, places)
         energy = blocks.square().sum(dim=2)
-        scales = energy / largest.abs().sum(dim=2)
-        steps = (STEPS_PER_OCTAVE * scales.log2()).round().masked_fill(energy == 0, -math.inf)
+        steps = self._fitted(energy, largest.abs().sum(dim=2))
         bits = (largest > 0).flatten(1).unflatten(1, (-1, 8)) << torch.arange(8, device=flat.device)
         signs = bits.sum(dim=2).to(torch.uint8)
         return {"places": places.flatten(1).to(torch.uint8), "signs": signs} | self._pack_scales(steps)
@@ -277,24 +280,28 @@ class SparseSign(_Scaled):
     def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
         import torch
 
-        return torch.stack(
-            [
-                self.weighted_sum({name: part[i : i + 1] for name, part in parts.items()}, torch.ones(1), numel)
-                for i in range(len(parts["top"]))
-            ]
-        )
+        places, values = self._entries(parts)
+        blocks = torch.zeros(*values.shape[:2], self.block, device=values.device)
+        return blocks.scatter(2, places, values).flatten(1)[:, :numel]
 
     def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, numel: int) -> Tensor:
         import torch
 
-        scales = weights.to(parts["top"].device).unsqueeze(1) * self._scales(parts)
-        count, blocks = scales.shape
+        places, values = self._entries(parts)
+        blocks = values.shape[1]
+        starts = self.block * torch.arange(blocks, device=values.device).unsqueeze(1)
+        total = torch.zeros(blocks * self.block, device=values.device)
+        weighted = weights.view(-1, 1, 1) * values
+        return total.index_add_(0, (places + starts).flatten(), weighted.flatten())[:numel]
+
+    def _entries(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The places within their blocks and the values of what is not zero, (batch, blocks, kept) each."""
+        import torch
+
+        scales = self._scales(parts)
         signs = (parts["signs"].unsqueeze(2) >> torch.arange(8, device=scales.device)) & 1
-        values = (2.0 * signs.view(count, blocks, self.kept) - 1) * scales.unsqueeze(2)
-        places = parts["places"].view(count, blocks, self.kept).long()
-        starts = self.block * torch.arange(blocks, device=scales.device).unsqueeze(1)
-        total = torch.zeros(blocks * self.block, device=scales.device)
-        return total.index_add_(0, (places + starts).flatten(), values.flatten())[:numel]
+        values = (2.0 * signs.view(*scales.shape, self.kept) - 1) * scales.unsqueeze(2)
+        return parts["places"].view(*scales.shape, self.kept).long(), values
 
 
 class NF4(Codec):

@@ -127,6 +127,21 @@ class GradientComputer:
             document_losses(self.model, ids, mask).sum().backward()
             return self.space.flatten({name: atom.float() for name, atom in atoms.items()})
 
+    def atoms_in_batches(
+        self,
+        documents: Sequence[EncodedDocument],
+        max_tokens: int,
+        on_batch: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
+        """As `atoms`, for any number of documents, in batches of like length of at most `max_tokens` tokens each."""
+        import torch
+
+        atoms = torch.empty(len(documents), self.space.numel)
+        for batch in batches([len(document.ids) for document in documents], max_tokens):
+            atoms[batch] = self.atoms([documents[i] for i in batch]).to(atoms.device)
+            on_batch(len(batch))
+        return atoms
+
 
 def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Indices in batches of like length that hold at most `max_tokens` tokens with their padding."""

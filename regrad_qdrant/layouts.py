@@ -39,10 +39,10 @@ class Layout:
 
     def text_of(self, payload: Mapping[str, Any]) -> str | None:
         """The document's text, or None where the payload has none."""
-        text = self.text(payload) if callable(self.text) else _at(payload, self.text)
+        text = self.text(payload) if callable(self.text) else value_at(payload, self.text)
         if not isinstance(text, str) or not text.strip():
             return None
-        title = _at(payload, self.title) if self.title else None
+        title = value_at(payload, self.title) if self.title else None
         if isinstance(title, str) and title.strip() and title not in text:
             return f"{title}\n{text}"
         return text
@@ -59,7 +59,7 @@ class Layout:
         for path in filter(None, paths):
             keys = path.split(".")
             for end in range(1, len(keys) + 1):  # a field that holds JSON as a string ends the path
-                value = _at(payload, ".".join(keys[:end]))
+                value = value_at(payload, ".".join(keys[:end]))
                 if isinstance(value, str):
                     state[".".join(keys[:end])] = value
                     break
@@ -116,7 +116,8 @@ def _sample(payloads: Sequence[Mapping[str, Any]], key: str) -> str:
     return next(str(payload[key])[:24] for payload in payloads if _is_text(payload.get(key)))
 
 
-def _at(payload: Mapping[str, Any], path: str) -> Any:
+def value_at(payload: Mapping[str, Any], path: str) -> Any:
+    """The value at a path: dots descend into objects, and into JSON where a field holds it as a string."""
     value: Any = payload
     for key in path.split("."):
         if isinstance(value, str):

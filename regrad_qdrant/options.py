@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -146,8 +147,6 @@ def bank_of(
 def regrad_of(
     model: Any, tokenizer: Any, bank: GradientBank, initialization: MetaInitialization, merge: str | None
 ) -> ReGrad:
-    from dataclasses import replace
-
     from regrad_qdrant.pipeline import ReGrad
 
     try:
@@ -172,7 +171,6 @@ def attach(regrad: ReGrad, codec: str, **options: Any) -> IngestReport:
     from regrad_loaders.ingest import attach_atoms
 
     bank = regrad.bank
-    bank.index()
     with progress("Computing atoms", bank.store.count() - bank.count_atoms()) as advance:
         return attach_atoms(bank, regrad.gradients, codec, advance, **options)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_qdrant.adapter import Adapter
+from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.codec import DEFAULT_CODEC, get_codec
 from regrad_qdrant.errors import DataError, RegradError, StaleAtomError, WrongSpaceError
 from regrad_qdrant.generation import generate
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from regrad_qdrant.async_bank import AsyncGradientBank
-    from regrad_qdrant.bank import GradientBank
     from regrad_qdrant.documents import Hit
     from regrad_qdrant.initialization import MetaInitialization
     from regrad_qdrant.merge import MergeRule
@@ -137,8 +137,6 @@ class ReGrad:
         get_codec(codec)
         self.adapter = Adapter(model, initialization, check_model=check_model)
         self.tokenizer = tokenizer
-        from regrad_qdrant.bank import GradientBank
-
         self._async_bank = None if isinstance(bank, GradientBank) else bank
         self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
         self.initialization = initialization

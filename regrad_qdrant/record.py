@@ -91,8 +91,7 @@ class Record:
                 f"the atom belongs to space {self.space}, the initialization in use to {fingerprint}: ingest the "
                 "collection with this initialization, or load the one that made the atom"
             )
-        codec = get_codec(self.codec)
-        limit = sum(codec.sizes(numel).values()) + ENVELOPE_BYTES
+        limit = get_codec(self.codec).size(numel) + ENVELOPE_BYTES
         return _unpack(_decompress(_from_base64(self.atom, limit), limit), limit)
 
     def decode(self, fingerprint: str, numel: int) -> Tensor:

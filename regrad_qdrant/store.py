@@ -7,6 +7,7 @@ ids, so that a point deleted in the meantime is passed over instead of failing i
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
+from regrad_qdrant.layouts import value_at
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -65,6 +67,10 @@ class PayloadWrite:
             for path, value in self.unless_changed.items()
         ]
         return models.Filter(must=[models.HasIdCondition(has_id=[self.id]), *same])
+
+    def still_applies(self, payload: Payload) -> bool:
+        """Whether a payload is in the state that the write wants, as `target` asks the engine."""
+        return all(value_at(payload, path) == value for path, value in self.unless_changed.items())
 
 
 @dataclass(frozen=True)
@@ -185,16 +191,6 @@ def plain_id(key: Any) -> PointId:
     return key if isinstance(key, int) else str(key)
 
 
-def value_at(payload: Mapping[str, Any], path: str) -> Any:
-    """The value at a path; dots descend into objects."""
-    value: Any = payload
-    for key in path.split("."):
-        if not isinstance(value, Mapping):
-            return None
-        value = value.get(key)
-    return value
-
-
 def whole_point(point: Any) -> Point:
     """A point that an engine returned with its vectors."""
     vectors = point.vector if isinstance(point.vector, dict) else {"": point.vector}
@@ -213,6 +209,13 @@ def _stored_vector(vector: Any) -> Vector:
     if len(vector) and isinstance(vector[0], list):
         raise BankError("points with multi-vectors can't be copied: leave the vector out of the source collection")
     return [float(number) for number in vector]
+
+
+def pages(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter; each is taken only when it is asked for."""
+    iterator = iter(items)
+    while page := list(itertools.islice(iterator, size)):
+        yield page
 
 
 def bounded(limit: int, items: Iterable[tuple[Item, int]], key_of: Callable[[Item], PointId]) -> Iterator[list[Item]]:

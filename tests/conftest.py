@@ -43,6 +43,18 @@ def tokenizer():
     )
 
 
+class Letters:
+    """A dense embedder that counts letters."""
+
+    size = 4
+
+    def documents(self, texts):
+        return [self.query(text) for text in texts]
+
+    def query(self, text):
+        return [float(text.lower().count(letter)) + 0.1 for letter in "aeio"]
+
+
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(

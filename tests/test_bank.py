@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import Letters
 from qdrant_client import models
 
 from regrad_qdrant import Bm25, Document, GradientBank
@@ -268,15 +269,6 @@ def test_a_document_without_text_is_refused(bank):
 
 
 def test_dense_vectors_beside_bm25(store):
-    class Letters:
-        size = 26
-
-        def documents(self, texts):
-            return [self.query(text) for text in texts]
-
-        def query(self, text):
-            return [float(text.lower().count(chr(97 + i)) + 0.01) for i in range(26)]
-
     bank = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "dense": Letters()})
     bank.create()
     bank.add(documents())

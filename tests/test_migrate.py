@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import Letters
 from qdrant_client import QdrantClient
 
 from regrad_qdrant import Document, GradientBank
@@ -14,16 +15,6 @@ from regrad_qdrant.record import make_records
 from regrad_qdrant.store import VectorNames
 
 SPACE, COUNT = "a" * 16, 300
-
-
-class Letters:
-    size = 4
-
-    def documents(self, texts):
-        return [self.query(text) for text in texts]
-
-    def query(self, text):
-        return [float(text.lower().count(letter)) + 0.1 for letter in "aeio"]
 
 
 def filled(store):

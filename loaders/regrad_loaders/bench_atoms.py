@@ -25,7 +25,7 @@ from regrad_qdrant.adapter import Adapter
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.generation import generate
-from regrad_qdrant.gradients import GradientComputer, batches
+from regrad_qdrant.gradients import GradientComputer
 from regrad_qdrant.initialization import MetaInitialization
 from regrad_qdrant.plugin import row_updates
 from regrad_qdrant.prompts import Prompt
@@ -120,11 +120,8 @@ class AtomBench:
     def atoms(self, texts: Sequence[str], on_progress: Callable[[int], None] = lambda _: None) -> tuple[Tensor, float]:
         """The exact atoms (texts, numel), and the milliseconds that one took."""
         documents = [self.gradients.encode(text) for text in texts]
-        atoms = torch.empty(len(texts), self.space.numel)
         started = time.perf_counter()
-        for batch in batches([len(document.ids) for document in documents], BATCH_TOKENS):
-            atoms[batch] = self.gradients.atoms([documents[i] for i in batch])
-            on_progress(len(batch))
+        atoms = self.gradients.atoms_in_batches(documents, BATCH_TOKENS, on_progress)
         return atoms, 1000 * (time.perf_counter() - started) / len(texts)
 
     def answers(self, questions: Sequence[Question], updates: Tensor) -> list[str]:

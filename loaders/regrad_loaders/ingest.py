@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -14,6 +14,7 @@ from regrad_qdrant.documents import Document, Hit
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.gradients import EncodedDocument, GradientComputer, batches
 from regrad_qdrant.record import make_records
+from regrad_qdrant.store import pages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,10 +94,10 @@ def attach_atoms(
     report.present -= len(stale)
     ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
     started = time.perf_counter()
-    for page in _pages(bank.missing()):
+    for page in pages(bank.missing(), PAGE):
         ingestion.attach(page)
-    for at in range(0, len(stale), PAGE):
-        ingestion.attach(bank.fetch(stale[at : at + PAGE]))
+    for ids in pages(stale, PAGE):
+        ingestion.attach(bank.fetch(ids))
     report.seconds = time.perf_counter() - started
     report.passed_over = max(0, report.present + report.atoms_written - bank.count_atoms())
     report.atoms_written -= report.passed_over
@@ -176,14 +177,3 @@ class _Ingestion:
             self.bank.put(zip(hits, records, strict=True))
             self.report.atoms_written += len(hits)  # those that the bank passed over are taken off at the end
         self.on_progress(len(whole))
-
-
-def _pages(hits: Iterator[Hit]) -> Iterator[list[Hit]]:
-    page: list[Hit] = []
-    for hit in hits:
-        page.append(hit)
-        if len(page) == PAGE:
-            yield page
-            page = []
-    if page:
-        yield page

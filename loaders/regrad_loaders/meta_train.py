@@ -23,8 +23,9 @@ from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.narrow import narrow
 from regrad_loaders.recipe import Recipe
 from regrad_qdrant.errors import DataError, InitializationError
-from regrad_qdrant.initialization import BaseModel, MetaInitialization
+from regrad_qdrant.initialization import BaseModel, MetaInitialization, adapted_layers
 from regrad_qdrant.merge import MergeRule
+from regrad_qdrant.space import SPACES
 
 SAMPLE = 48  # passages of each source whose atoms say which directions narrowing keeps
 
@@ -77,32 +78,39 @@ class Trainer:
             WrongModelError: if it belongs to another base model.
         """
         recipe = self.recipe
-        fresh = MetaInitialization.fresh(
-            model,
-            base,
-            kind=recipe.space,
-            targets=recipe.targets,
-            layers=range(recipe.layers[0], recipe.layers[1] + 1),
-            rank=recipe.rank,
-            basis_rank=recipe.basis_rank,
-            lora_alpha=recipe.lora_alpha,
-            step_size=recipe.step_size or 1.0,
-            max_length=recipe.max_length,
-        )
+        layers = range(recipe.layers[0], recipe.layers[1] + 1)
         if recipe.start is None:
+            fresh = MetaInitialization.fresh(
+                model,
+                base,
+                kind=recipe.space,
+                targets=recipe.targets,
+                layers=layers,
+                rank=recipe.rank,
+                basis_rank=recipe.basis_rank,
+                lora_alpha=recipe.lora_alpha,
+                step_size=recipe.step_size or 1.0,
+                max_length=recipe.max_length,
+            )
             return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
         start = MetaInitialization.load(recipe.start)
         start.check_model(model)
-        if start.kind == fresh.kind == "core" and start.space.shapes != fresh.space.shapes:
+        modules = list(adapted_layers(model, recipe.targets, layers))
+        if start.kind == recipe.space == "core" and _plan(start) != (recipe.rank, recipe.basis_rank, set(modules)):
             atoms = self._sample_atoms(model, start)
-            start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=fresh.modules)
-        settings = ("kind", "lora_alpha", "max_length")
-        differing = [name for name in settings if getattr(start, name) != getattr(fresh, name)]
-        if differing or start.space.shapes != fresh.space.shapes or start.rank != fresh.rank:
-            raise InitializationError(
-                f"{recipe.start} does not fit the recipe: {', '.join(differing) or 'its tensors'} differ; an atom has "
-                f"{start.space.numel} numbers there and {fresh.space.numel} here"
-            )
+            start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=modules)
+        found: dict[str, tuple[Any, Any]] = {
+            "kind": (start.kind, recipe.space),
+            "lora_alpha": (start.lora_alpha, recipe.lora_alpha),
+            "max_length": (start.max_length, recipe.max_length),
+            "rank": (start.rank, recipe.rank),
+            "layers": (set(start.modules), set(modules)),
+        }
+        if SPACES[recipe.space].uses_basis:
+            found["basis_rank"] = (_plan(start)[1], recipe.basis_rank)
+        differing = [name for name, (there, here) in found.items() if there != here]
+        if differing:
+            raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
         return replace(start, merge=MergeRule(recipe.merge, start.merge.temperature))
 
     def _sample_atoms(self, model: nn.Module, start: MetaInitialization) -> Tensor:
@@ -226,6 +234,12 @@ class Trainer:
             loss, right, wrong = (sum(values) / len(values) for values in zip(*rows, strict=True))
             results[source.name] = {"loss": loss, "exact": right, "random_exact": wrong}
         return results
+
+
+def _plan(initialization: MetaInitialization) -> tuple[int, int, set[str]]:
+    """Its r, its p (0 without a basis) and its modules."""
+    basis = next(iter(initialization.modules.values())).basis
+    return initialization.rank, 0 if basis is None else int(basis.shape[1]), set(initialization.modules)
 
 
 def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:

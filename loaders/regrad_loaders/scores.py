@@ -52,6 +52,9 @@ class Interval:
     low: float
     high: float
 
+    def in_percent(self) -> str:
+        return f"{100 * self.mean:.1f} ({100 * self.low:.1f} … {100 * self.high:.1f})"
+
 
 def bootstrap(values: Sequence[float], rounds: int = 2000, seed: int = 0) -> Interval:
     """The mean over questions and its 95 % percentile interval. For a difference of two modes give the paired
