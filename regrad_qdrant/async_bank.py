@@ -108,14 +108,17 @@ class AsyncGradientBank:
     async def create(self) -> None:
         await self._run(self.blocking.create)
 
+    async def optimize(self) -> None:
+        await self._run(self.blocking.optimize)
+
     async def add(self, documents: Iterable[Document]) -> int:
         return await self._run(self.blocking.add, documents)
 
     async def sync(self, documents: Iterable[Document]) -> tuple[int, int]:
         return await self._run(self.blocking.sync, documents)
 
-    async def put(self, records: Iterable[tuple[PointId | Hit, Record]]) -> int:
-        return await self._run(self.blocking.put, records)
+    async def put(self, records: Iterable[tuple[PointId | Hit, Record]], *, replace: bool = True) -> int:
+        return await self._run(self.blocking.put, records, replace=replace)
 
     async def search(self, query: Any, k: int, **options: Any) -> list[Hit]:
         return await self._run(self.blocking.search, query, k, **options)

@@ -18,7 +18,7 @@ from regrad_qdrant.codec import CODECS, get_codec
 from regrad_qdrant.documents import Document, Hit, canonical_id, point_id
 from regrad_qdrant.embed import Bm25, Embedder
 from regrad_qdrant.errors import BankError, RecordError, StoreUnavailableError
-from regrad_qdrant.layouts import CORPUS, Layout, detect
+from regrad_qdrant.layouts import CORPUS, Layout, detect, json_path
 from regrad_qdrant.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.store import (
     MAX_REQUEST_BYTES,
@@ -29,6 +29,8 @@ from regrad_qdrant.store import (
     StoredPoint,
     Vector,
     VectorNames,
+    Without,
+    WithPayload,
     bounded,
     json_bytes,
     open_store,
@@ -157,9 +159,9 @@ class GradientBank:
 
     def _use(self, layout: Layout) -> None:
         own = [*layout.fields(), "id"]
-        if not self.payload_key or set(self.payload_key) & set('.[]"') or self.payload_key in own:
+        if not self.payload_key or json_path([self.payload_key]) != self.payload_key or self.payload_key in own:
             raise BankError(
-                f"payload key {self.payload_key!r}: needs a name without dots or brackets that is none of {own}"
+                f"payload key {self.payload_key!r}: needs a name of letters, digits, _ and - that is none of {own}"
             )
         self.layout = layout
 
@@ -193,7 +195,13 @@ class GradientBank:
         """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar. Again changes nothing."""
         if self.in_sidecar and not self.atoms.exists():
             self.atoms.create(VectorNames())
-        self.atoms.create_keyword_index(f"{self.payload_key}.space")
+        self.atoms.create_keyword_index(self._space_path)
+
+    def optimize(self) -> None:
+        """Let an embedded engine put its segments in order, after a bulk load; a server does so by itself."""
+        self.store.optimize()
+        if self.in_sidecar:
+            self.atoms.optimize()
 
     def describe(self, space: AtomSpace) -> None:
         """Note the shapes of the space's tensors once, in the collection's metadata (Qdrant 1.16 and later)."""
@@ -241,17 +249,23 @@ class GradientBank:
             updated += len(differing)
         return added, updated
 
-    def put(self, records: Iterable[tuple[PointId | Hit, Record]]) -> int:
+    def put(self, records: Iterable[tuple[PointId | Hit, Record]], *, replace: bool = True) -> int:
         """Attach atoms to existing points; returns how many were sent. Nothing but the bank's own key is written.
 
         A hit instead of an id makes it a compare-and-set: the atom is left out where the text that the hit was read
         from is no longer there. A point that is gone is passed over.
 
+        Args:
+            replace: write over atoms that stand under the bank's key, those of other spaces too; otherwise a point
+                that has one is passed over.
+
         Raises:
             RecordTooLargeError: if one record is larger than a request may be; what came before it is written.
         """
         written = 0
-        for batch in bounded(self.max_request_bytes, map(self._write, records), lambda write: write.id):
+        vacant = {} if replace else {self._space_path: None}
+        writes = (self._write(target, record, vacant) for target, record in records)
+        for batch in bounded(self.max_request_bytes, writes, lambda write: write.id):
             if self.in_sidecar:
                 batch = self._made_room(batch)
             if batch:
@@ -268,19 +282,34 @@ class GradientBank:
         states = {
             point.id: self.layout.state_of(point.payload) for point in self.store.retrieve(ids, self.layout.fields())
         }
-        valid = [w for w in writes if w.id in states and w.unless_changed.items() <= states[w.id].items()]
+        vacant = {write.id: self._vacancy(write) for write in writes}
+        valid = [
+            w
+            for w in writes
+            if w.id in states and w.unless_changed.items() - vacant[w.id].items() <= states[w.id].items()
+        ]
         there = {point.id for point in self.atoms.retrieve([write.id for write in valid], False)}
         if new := [Point(write.id, {}, {}) for write in valid if write.id not in there]:
             self.atoms.upsert(new)
-        return [PayloadWrite(write.id, write.payload) for write in valid]
+        return [PayloadWrite(write.id, write.payload, vacant[write.id]) for write in valid]
 
-    def _write(self, attached: tuple[PointId | Hit, Record]) -> tuple[PayloadWrite, int]:
+    def _vacancy(self, write: PayloadWrite) -> dict[str, str | None]:
+        """What of a write's condition is about the bank's own key, and not about the document."""
+        return {path: value for path, value in write.unless_changed.items() if path == self._space_path}
+
+    def _write(
+        self, target: PointId | Hit, record: Record, vacant: Mapping[str, str | None]
+    ) -> tuple[PayloadWrite, int]:
         """The write of one record and its bytes."""
-        target, record = attached
         state = self.layout.state_of(target.payload) if isinstance(target, Hit) else {}
         key = target.id if isinstance(target, Hit) else canonical_id(target)
-        write = PayloadWrite(key, {self.payload_key: record.to_payload()}, state)
+        write = PayloadWrite(key, {self.payload_key: record.to_payload()}, {**state, **vacant})
         return write, json_bytes(write.payload) + json_bytes(state)
+
+    @property
+    def _space_path(self) -> str:
+        """Where a point says which space its atom is of."""
+        return f"{self.payload_key}.space"
 
     @property
     def has_atom(self) -> Filter:
@@ -299,7 +328,7 @@ class GradientBank:
     def _in_space(self) -> FieldCondition:
         from qdrant_client import models
 
-        return models.FieldCondition(key=f"{self.payload_key}.space", match=models.MatchValue(value=self.space))
+        return models.FieldCondition(key=self._space_path, match=models.MatchValue(value=self.space))
 
     # -- looking ----------------------------------------------------------------------------------------
 
@@ -329,7 +358,7 @@ class GradientBank:
         if k < 1:
             raise BankError(f"k must be at least 1, found {k}")
         vectors = self._vectors(query, using)
-        fields: bool | list[str] = True if with_records else [*self.layout.fields(), "id"]
+        fields: WithPayload = True if with_records else Without((self.payload_key,))
         try:
             if len(vectors) == 1:
                 [(name, vector)] = vectors.items()
@@ -430,6 +459,15 @@ class GradientBank:
         if not self.atoms.exists():
             return 0
         return sum(self._belongs(point) for point in self._joined(["id"], "space"))
+
+    def count_of_other_spaces(self) -> int:
+        """Points that carry an atom of another space under the bank's key."""
+        from qdrant_client import models
+
+        if self.in_sidecar and not self.atoms.exists():
+            return 0
+        empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=self._space_path))
+        return self.atoms.count(models.Filter(must_not=[self._in_space(), empty]))
 
     def status(self) -> BankStatus:
         """Counts of points and atoms, and the atoms' sizes (of the first thousand)."""

@@ -88,7 +88,7 @@ def demo(
     initialization, model, tokenizer = load(init, None)
     with bank_of(store_of("demo", None, path), initialization, DEFAULT_KEY, None) as bank:
         regrad = regrad_of(model, tokenizer, bank, initialization, None)
-        report = ingest_corpus(regrad, world.passages, codec)
+        report = ingest_corpus(regrad, world.passages, codec, replace=True)  # the demo's own bank
         status = bank.status()
         settings = {
             "command": "demo",
@@ -159,6 +159,9 @@ def ingest(
             "windows), or skip it.",
         ),
     ] = "truncate",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Write over atoms of another initialization under the same payload key.")
+    ] = False,
     json_out: JsonOut = None,
 ) -> None:
     """Compute and attach the knowledge atoms of a corpus, or of a collection that exists.
@@ -185,9 +188,11 @@ def ingest(
             console.print(collection_summary(bank), highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
         if passages is not None:
-            report = ingest_corpus(regrad, passages, codec, batch_tokens=batch_tokens, long_texts=long_texts)
+            report = ingest_corpus(
+                regrad, passages, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace
+            )
         else:
-            report = attach(regrad, codec, batch_tokens=batch_tokens, long_texts=long_texts)
+            report = attach(regrad, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace)
         status = bank.status()
     print_report(report)
     write_json(json_out, report.as_dict() | {"status": status.as_dict()})

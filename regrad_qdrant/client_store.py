@@ -16,6 +16,7 @@ from regrad_qdrant.store import (
     StoredPoint,
     Vector,
     VectorNames,
+    Without,
     WithPayload,
     plain_id,
     whole_point,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.25, 20.0  # seconds; doubled after each attempt: half a minute in all
+LONGEST_RETRY_AFTER = 120.0  # seconds that a server's Retry-After is followed for
 
 
 class ClientStore:
@@ -133,7 +135,7 @@ class ClientStore:
             using=using or None,
             limit=limit,
             query_filter=query_filter,
-            with_payload=with_payload,
+            with_payload=_selector(with_payload),
         )
         return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found.points]
 
@@ -156,14 +158,14 @@ class ClientStore:
         return [StoredPoint(plain_id(point.id), {}, point.score) for point in found.points]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
-        found = self._request("retrieve", list(ids), with_payload=with_payload)
+        found = self._request("retrieve", list(ids), with_payload=_selector(with_payload))
         return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
 
     def scroll(
         self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
     ) -> tuple[list[StoredPoint], PointId | None]:
         found, following = self._request(
-            "scroll", scroll_filter=query_filter, limit=limit, offset=offset, with_payload=with_payload
+            "scroll", scroll_filter=query_filter, limit=limit, offset=offset, with_payload=_selector(with_payload)
         )
         points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
         return points, None if following is None else plain_id(following)
@@ -203,6 +205,14 @@ class ClientStore:
             self.client.close()
 
 
+def _selector(with_payload: WithPayload) -> Any:
+    from qdrant_client import models
+
+    if isinstance(with_payload, Without):
+        return models.PayloadSelectorExclude(exclude=list(with_payload.keys))
+    return with_payload
+
+
 def _client_vectors(vectors: Mapping[str, Vector]) -> Any:
     named = {name: _client_vector(vector) for name, vector in vectors.items()}
     return named[""] if set(named) == {""} else named
@@ -232,12 +242,19 @@ def is_transient(error: BaseException) -> bool:
 
 
 def retrying(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call with exponential back-off and jitter between attempts; the last error is raised as it is."""
-    from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+    """Call with exponential back-off and jitter between attempts, or after as long as the server asks for; the last
+    error is raised as it is."""
+    from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+    back_off = wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT)
+
+    def wait(state: RetryCallState) -> float:
+        error = state.outcome.exception() if state.outcome else None
+        return max(back_off(state), min(float(getattr(error, "retry_after_s", 0.0)), LONGEST_RETRY_AFTER))
 
     attempts = Retrying(
         retry=retry_if_exception(is_transient),
-        wait=wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT),
+        wait=wait,
         stop=stop_after_attempt(ATTEMPTS),
         reraise=True,
     )

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -21,20 +22,22 @@ errors = Console(stderr=True)
 
 
 @contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on standard error; yields the function that advances it."""
+def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
+    """A progress bar on standard error; yields the function that advances it by a count, and by bytes where there
+    are any."""
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
-    started, done = time.perf_counter(), 0
+    started, done, written = time.perf_counter(), 0, 0
     with Progress(*columns, console=errors, transient=True) as bar:
         task = bar.add_task(what, total=total, rate="")
 
-        def advance(count: int) -> None:
-            nonlocal done
+        def advance(count: int, size: int = 0) -> None:
+            nonlocal done, written
             done += count
-            rate = f"{done / (time.perf_counter() - started):.1f}/s"
+            written += size
+            rate = f"{done / (time.perf_counter() - started):.1f}/s" + (f", {decimal(written)}" if written else "")
             bar.update(task, advance=count, rate=rate)
 
         yield advance
@@ -54,7 +57,8 @@ def print_report(report: IngestReport) -> None:
     }
     always = ("points added", "updated", "atoms written", "present")
     said = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what in always)
-    console.print(f"{said}; {report.documents_per_second:.1f} documents/s", highlight=False)
+    written = f"; {decimal(report.bytes_written)} written" if report.bytes_written else ""
+    console.print(f"{said}; {report.documents_per_second:.1f} documents/s{written}", highlight=False)
     for key, reason in list(report.skipped.items())[:20]:
         errors.print(f"skipped {key}: {reason}", style="yellow", markup=False)
 

@@ -20,6 +20,7 @@ from regrad_qdrant.store import (
     StoredPoint,
     Vector,
     VectorNames,
+    Without,
     WithPayload,
     plain_id,
     whole_point,
@@ -41,6 +42,7 @@ class EdgeStore:
         self.name = folder.name
         self._shard: Any = None
         self._opening = threading.Lock()
+        self._siblings: dict[str, EdgeStore] = {}  # a folder can be opened once only
 
     @property
     def shard(self) -> Any:
@@ -58,7 +60,7 @@ class EdgeStore:
             return self._shard
 
     def sibling(self, name: str) -> EdgeStore:
-        return EdgeStore(self.folder.parent / name)
+        return self._siblings.setdefault(name, EdgeStore(self.folder.parent / name))
 
     def exists(self) -> bool:
         return (self.folder / "edge_config.json").is_file()
@@ -140,7 +142,7 @@ class EdgeStore:
             limit=limit,
             query=edge.Query.Nearest(_edge_vector(vector), using=using or None),
             filter=None if query_filter is None else edge_filter(query_filter),
-            with_payload=with_payload,
+            with_payload=_selector(with_payload),
         )
         with self._errors():
             found = self.shard.query(request)
@@ -168,7 +170,7 @@ class EdgeStore:
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
         with self._errors():
-            found = self.shard.retrieve(list(ids), with_payload, False)
+            found = self.shard.retrieve(list(ids), _selector(with_payload), False)
         return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
 
     def scroll(
@@ -180,7 +182,7 @@ class EdgeStore:
             offset=offset,
             limit=limit,
             filter=None if query_filter is None else edge_filter(query_filter),
-            with_payload=with_payload,
+            with_payload=_selector(with_payload),
         )
         with self._errors():
             found, following = self.shard.scroll(request)
@@ -248,6 +250,14 @@ class EdgeStore:
                     f"the collection folder {self.folder} is open in another process: wait for it or stop it"
                 ) from error
             raise BankError(f"collection {self.name!r} in {self.folder.parent}: {message}") from error
+
+
+def _selector(with_payload: WithPayload) -> Any:
+    import qdrant_edge as edge
+
+    if isinstance(with_payload, Without):
+        return edge.PayloadSelector.Exclude(list(with_payload.keys))  # type: ignore[attr-defined] # not in the stub
+    return with_payload
 
 
 def _edge_vector(vector: Vector) -> Any:

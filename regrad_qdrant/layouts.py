@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,8 @@ class Layout:
     Args:
         name: how it is called in reports.
         text: the path of the text; dots descend into nested objects, and into JSON where a field holds it as a
-            string. Or a function from the payload to the text; then `reads` names the top-level keys it needs.
+            string; a key with a dot in its name stands in double quotes. Or a function from the payload to the text;
+            then `reads` names the top-level keys it needs.
         title: the path of a title, set before the text on a line of its own where the text does not hold it.
         marks: top-level keys that every payload of this layout has.
     """
@@ -48,22 +50,31 @@ class Layout:
         return text
 
     def fields(self) -> list[str]:
-        """The payload's top-level keys that `text_of` reads."""
-        paths = self.reads if callable(self.text) else (self.text,)
-        return [path.split(".")[0] for path in (*paths, self.title) if path]
+        """The payload's top-level keys that `text_of` reads, as Qdrant's selectors have them."""
+        return [json_path(keys_of(path)[:1]) for path in self._paths()]
 
-    def state_of(self, payload: Mapping[str, Any]) -> dict[str, str]:
-        """What of a payload its text was read from: paths as Qdrant filters have them, with their values."""
-        paths = self.reads if callable(self.text) else (self.text, self.title)
-        state = {}
-        for path in filter(None, paths):
-            keys = path.split(".")
+    def state_of(self, payload: Mapping[str, Any]) -> dict[str, str | None]:
+        """What of a payload its text was read from: paths as Qdrant's filters have them, with their values.
+
+        A title that could be there and is not is part of the state, as None.
+        """
+        state: dict[str, str | None] = {}
+        for path in self._paths():
+            keys = keys_of(path)
             for end in range(1, len(keys) + 1):  # a field that holds JSON as a string ends the path
-                value = value_at(payload, ".".join(keys[:end]))
+                value = value_at(payload, json_path(keys[:end]))
                 if isinstance(value, str):
-                    state[".".join(keys[:end])] = value
+                    state[json_path(keys[:end])] = value
                     break
+            else:
+                if path == self.title and value is None:
+                    state[json_path(keys)] = None
         return state
+
+    def _paths(self) -> list[str]:
+        """The paths that `text_of` reads."""
+        text = self.reads if callable(self.text) else (self.text,)
+        return [path for path in (*text, self.title) if path]
 
     def __str__(self) -> str:
         return f"{self.name} (text under {'a function' if callable(self.text) else self.text})"
@@ -119,7 +130,7 @@ def _sample(payloads: Sequence[Mapping[str, Any]], key: str) -> str:
 def value_at(payload: Mapping[str, Any], path: str) -> Any:
     """The value at a path: dots descend into objects, and into JSON where a field holds it as a string."""
     value: Any = payload
-    for key in path.split("."):
+    for key in keys_of(path):
         if isinstance(value, str):
             try:
                 value = json.loads(value)
@@ -129,3 +140,13 @@ def value_at(payload: Mapping[str, Any], path: str) -> Any:
             return None
         value = value.get(key)
     return value
+
+
+def keys_of(path: str) -> list[str]:
+    """The keys of a path; one with a dot in its name stands in double quotes."""
+    return [quoted or plain for quoted, plain in re.findall(r'"([^"]*)"|([^."]+)', path)]
+
+
+def json_path(keys: Sequence[str]) -> str:
+    """The path of these keys as Qdrant writes it: quoted where a key is more than letters, digits, _ and -."""
+    return ".".join(key if re.fullmatch(r"[\w-]+", key, re.ASCII) else f'"{key}"' for key in keys)

@@ -104,7 +104,8 @@ class ReGrad:
         on_stale: what to do with an atom whose text has changed since: `skip` it with a warning, `recompute` it
             for this query, or `refuse` the query.
         on_missing: what to do with a retrieved point that has no atom: `skip` it with a warning, `compute` its atom for
-            this query, or also `store` it, so that a bank fills by use and needs no ingestion.
+            this query, or also `store` it, so that a bank fills by use and needs no ingestion; where an atom of another
+            space stands under the bank's key, it stays.
         codec: of atoms that are computed at query time.
         check_model: compare the model's weights with those that the initialization was trained for.
 
@@ -286,7 +287,7 @@ class ReGrad:
         wanted = [hit for hit in hits if online or self._to_compute(hit)]
         computed = self._computed(wanted)
         if self.on_missing == "store" and not online:
-            self.bank.put((hit, record) for hit, record in computed if hit.record is None)
+            self.bank.put(((hit, record) for hit, record in computed if hit.record is None), replace=False)
         fresh = {hit.id: replace(hit, record=record) for hit, record in computed}
         candidates = [fresh.get(hit.id, hit) for hit in hits]
         return [hit for hit in candidates if hit.record is not None and not hit.stale]

@@ -22,12 +22,21 @@ if TYPE_CHECKING:
 
 PointId = int | str
 Payload = dict[str, Any]
-WithPayload = bool | list[str]
 Item = TypeVar("Item")
 
 MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
 
 CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
+
+
+@dataclass(frozen=True)
+class Without:
+    """What to read of a payload: all but these keys."""
+
+    keys: tuple[str, ...]
+
+
+WithPayload = bool | list[str] | Without  # all, nothing, these paths alone, or all but some keys
 
 
 @dataclass(frozen=True)
@@ -52,18 +61,23 @@ class Point:
 
 @dataclass(frozen=True)
 class PayloadWrite:
-    """Top-level keys to set on an existing point, as long as the values at some of its paths are still these."""
+    """Top-level keys to set on an existing point, as long as the values at some of its paths are still these.
+
+    None stands for a path where there is nothing.
+    """
 
     id: PointId
     payload: Payload
-    unless_changed: Mapping[str, str] = field(default_factory=dict)
+    unless_changed: Mapping[str, str | None] = field(default_factory=dict)
 
     def target(self) -> Filter:
         """The filter on that point in that state: engines check it in the same step as they write."""
         from qdrant_client import models
 
         same: list[Any] = [
-            models.FieldCondition(key=path, match=models.MatchValue(value=value))
+            models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
+            if value is None
+            else models.FieldCondition(key=path, match=models.MatchValue(value=value))
             for path, value in self.unless_changed.items()
         ]
         return models.Filter(must=[models.HasIdCondition(has_id=[self.id]), *same])

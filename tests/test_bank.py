@@ -13,6 +13,7 @@ from regrad_qdrant import Bm25, Document, GradientBank
 from regrad_qdrant.documents import point_id
 from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
+from regrad_qdrant.layouts import Layout
 from regrad_qdrant.record import Record, make_records
 from regrad_qdrant.store import PayloadWrite, SparseVector, open_store
 
@@ -57,7 +58,44 @@ def test_search_returns_text_score_and_atom(bank):
     assert hits[0].record == records(PEOPLE)[1]
     assert hits[0].payload == documents()[1].payload
     assert not hits[0].stale
-    assert bank.search("Noor", 1, with_records=False)[0].record is None
+
+
+def test_a_search_without_records_reads_everything_but_atoms(bank):
+    fill(bank)
+    [hit] = bank.search("Noor", 1, with_records=False)
+    assert hit.record is None and hit.payload == documents()[1].payload
+
+
+def test_texts_are_found_and_guarded_under_keys_of_any_name(store):
+    bank = GradientBank(store, store.name, SPACE, layout=Layout("spaced", '"full text"."a.b"'))
+    bank.create()
+    bank.add([Document(i, {"full text": {"a.b": text}}) for i, text in enumerate(PEOPLE)])
+    hits = list(bank.missing())
+    assert [hit.text for hit in hits] == list(PEOPLE)
+    bank.store.set_payload([PayloadWrite(1, {"full text": {"a.b": "Noor the judge"}})])
+    bank.put(zip(hits, records(PEOPLE), strict=True))
+    assert [hit.id for hit in bank.missing()] == [1] and not list(bank.stale())
+
+
+def test_an_atom_is_left_out_where_a_title_has_come_since(bank):
+    hits = sorted(bank.missing(), key=lambda hit: hit.text)
+    bank.store.set_payload([PayloadWrite(hits[0].id, {"title": "The baker"})])
+    bank.put(zip(hits, records([hit.text for hit in hits]), strict=True))
+    assert [hit.id for hit in bank.missing()] == [hits[0].id] and not list(bank.stale())
+
+
+@pytest.mark.parametrize("sidecar", [None, "regrad_test_atoms"])
+def test_atoms_of_another_space_are_counted_and_can_be_left_alone(store, sidecar):
+    first, second = (GradientBank(store, store.name, space, sidecar=sidecar) for space in (SPACE, OTHER))
+    first.create()
+    first.add(documents())
+    assert second.count_of_other_spaces() == 0
+    fill(first, 2)
+    assert (first.count_of_other_spaces(), second.count_of_other_spaces()) == (0, 2)
+    second.put(zip(list(second.missing()), records(PEOPLE, OTHER), strict=True), replace=False)
+    assert (first.count_atoms(), second.count_atoms()) == (2, 2)
+    fill(second, 2)
+    assert (first.count_atoms(), second.count_atoms()) == (0, 4)
 
 
 def test_search_takes_vectors_and_filters(bank):
@@ -182,7 +220,7 @@ def test_documents_that_would_lack_a_vector_are_refused(store):
         GradientBank(store, store.name, SPACE).create()
 
 
-@pytest.mark.parametrize("key", ["", "text", "id", "meta.regrad", "a[0]"])
+@pytest.mark.parametrize("key", ["", "text", "id", "meta.regrad", "a[0]", "our key"])
 def test_a_payload_key_that_would_harm_the_document_is_refused(store, key):
     with pytest.raises(BankError, match="payload key"):
         GradientBank(store, store.name, SPACE, payload_key=key)

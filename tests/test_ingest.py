@@ -37,8 +37,10 @@ def atoms_of(bank):
 def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
     assert add_corpus(bank, PASSAGES, gradients) == (20, 0)
     done = []
-    report = attach_atoms(bank, gradients, "fp32", done.append, batch_tokens=256)
-    assert (report.atoms_written, report.present, report.skipped) == (20, 0, {}) and sum(done) == 20
+    report = attach_atoms(bank, gradients, "fp32", lambda *just: done.append(just), batch_tokens=256)
+    assert (report.atoms_written, report.present, report.skipped) == (20, 0, {})
+    points, sizes = zip(*done, strict=True)
+    assert sum(points) == 20 and sum(sizes) == report.bytes_written == 20 * bank.status().bytes_median
     for passage in PASSAGES[:5]:
         [hit] = bank.fetch([point_id(passage.id)])
         expected = gradients.atoms([gradients.encode(passage.text)])[0]
@@ -82,6 +84,42 @@ def test_a_corpus_that_changed_replaces_the_document(bank, gradients):
     assert add_corpus(bank, [new, *PASSAGES[1:]], gradients) == (0, 1)
     assert attach_atoms(bank, gradients, "int4").atoms_written == 1
     assert bank.status().points == 20
+
+
+def test_atoms_of_another_initialization_are_replaced_on_request_alone(bank, gradients):
+    add_corpus(bank, PASSAGES[:3], gradients)
+    attach_atoms(bank, gradients, "int4")
+    other = GradientBank(bank.store, bank.store.name, "b" * 16)
+    before = atoms_of(bank)
+    with pytest.raises(BankError, match="3 points carry atoms of another space.*--payload-key.*--replace"):
+        attach_atoms(other, gradients, "int4")
+    assert atoms_of(bank) == before
+    assert attach_atoms(other, gradients, "int4", replace=True).atoms_written == 3
+    assert (bank.count_atoms(), other.count_atoms()) == (0, 3)
+
+
+def test_a_text_that_changes_again_meanwhile_stays_stale_and_is_counted(bank, gradients, monkeypatch):
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    texts = iter(["Ida Corvand plays the harp.", "Ida Corvand plays the lute."])
+
+    def change():
+        bank.store.set_payload([PayloadWrite(point_id(PASSAGES[3].id), {"text": next(texts)})])
+
+    change()
+    atoms = gradients.atoms
+    monkeypatch.setattr(gradients, "atoms", lambda documents: (change(), atoms(documents))[1])
+    report = attach_atoms(bank, gradients, "int4")
+    assert (report.atoms_written, report.passed_over, bank.status().stale) == (0, 1, 1)
+
+
+def test_an_embedded_shard_is_optimized_after_the_load(bank, gradients, monkeypatch):
+    called = []
+    optimize = bank.store.optimize
+    monkeypatch.setattr(bank.store, "optimize", lambda: called.append(bank.count_atoms()) or optimize())
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    assert called == [20] and bank.status().atoms == 20 and bank.search("Who?", 1) is not None
 
 
 def test_what_can_not_have_an_atom_is_reported_and_the_rest_goes_on(bank, gradients):
@@ -220,7 +258,7 @@ def test_killed_in_the_middle_it_finishes_with_every_atom_once(tokenizer, tmp_pa
         ingest.add_corpus(bank, read_corpus(folder / "corpus.jsonl"), gradients)
         done = 0
 
-        def on_progress(count):
+        def on_progress(count, _bytes):
             global done
             done += count
             if fatal and done >= fatal:

@@ -39,6 +39,20 @@ def test_a_path_descends_into_objects_and_into_json():
     assert layout.fields() == ["metadata"]
 
 
+def test_keys_of_any_name_become_paths_that_qdrant_reads():
+    payload = {"full text": "A text.", "a.b": {"c-d": "Another."}}
+    assert Layout("spaced", "full text").text_of(payload) == "A text."
+    assert Layout("spaced", "full text").fields() == ['"full text"']
+    dotted = Layout("dotted", '"a.b".c-d')
+    assert dotted.text_of(payload) == "Another." and dotted.fields() == ['"a.b"']
+    assert dotted.state_of(payload) == {'"a.b".c-d': "Another."}
+
+
+def test_a_title_that_is_not_there_is_part_of_what_a_text_was_read_from():
+    assert CORPUS.state_of({"text": "A text."}) == {"text": "A text.", "title": None}
+    assert CORPUS.state_of({"text": "A text.", "title": "B"}) == {"text": "A text.", "title": "B"}
+
+
 def test_a_function_reads_the_keys_it_names():
     layout = Layout("mine", lambda payload: f"{payload['head']} {payload['tail']}", reads=("head", "tail"))
     assert layout.text_of({"head": "a", "tail": "b"}) == "a b" and layout.fields() == ["head", "tail"]

@@ -62,7 +62,7 @@ TRANSIENT = [
     ResponseHandlingException(httpx.ConnectError("dropped")),
     ResponseHandlingException(httpx.ReadTimeout("late")),
     ResponseHandlingException(ValueError("cut short")),
-    ResourceExhaustedResponse("slow down", 1),
+    ResourceExhaustedResponse("slow down", 0),
     answered(429),
     answered(500),
     answered(503),
@@ -95,6 +95,16 @@ def test_an_ingestion_through_faults_ends_as_an_undisturbed_one(tokenizer):
     faulty = FaultyClient(0.2, TRANSIENT)
     assert ingested(faulty, tokenizer) == ingested(FaultyClient(0.0, TRANSIENT), tokenizer)
     assert faulty.requests > 30
+
+
+def test_a_server_that_says_when_to_come_back_is_obeyed(monkeypatch):
+    waited = []
+    monkeypatch.setattr("tenacity.nap.time.sleep", waited.append)
+    client = FaultyClient(1.0, [ResourceExhaustedResponse("slow down", 7)])
+    client.client.create_collection("docs", {})
+    with pytest.raises(BankError, match="rate limit"):
+        ClientStore(client, "docs").count()
+    assert waited == [7.0] * (client_store.ATTEMPTS - 1)
 
 
 REFUSALS = [

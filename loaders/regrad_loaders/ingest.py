@@ -11,10 +11,10 @@ from regrad_loaders.data import Passage
 from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.documents import Document, Hit
-from regrad_qdrant.errors import DataError
+from regrad_qdrant.errors import BankError, DataError
 from regrad_qdrant.gradients import EncodedDocument, GradientComputer, batches
 from regrad_qdrant.record import make_records
-from regrad_qdrant.store import pages
+from regrad_qdrant.store import PointId, json_bytes, pages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ class IngestReport:
     points_added: int = 0
     points_updated: int = 0  # whose text or fields the corpus has changed
     atoms_written: int = 0
+    bytes_written: int = 0  # of those atoms, as they stand in the payload
     passed_over: int = 0  # computed, but the point was gone or changed by then; the next run does them
     present: int = 0  # atoms that were there already and fit their text
     truncated: int = 0  # texts over max_length whose beginning alone the atom is of
@@ -71,36 +72,50 @@ def attach_atoms(
     bank: GradientBank,
     gradients: GradientComputer,
     codec: str,
-    on_progress: Callable[[int], None] = lambda _: None,
+    on_progress: Callable[[int, int], None] = lambda _points, _bytes: None,
     *,
     batch_tokens: int = BATCH_TOKENS,
     long_texts: LongTexts = "truncate",
+    replace: bool = False,
 ) -> IngestReport:
     """Compute and attach the atom of every point that lacks one, or whose text has changed since.
 
     Args:
-        on_progress: called with the number of points just dealt with.
+        on_progress: called with the number of points just dealt with, and the bytes written for them.
         batch_tokens: bound of one gradient batch, with its padding.
         long_texts: what a text over `max_length` tokens gets: the atom of its beginning (`truncate`), the sum of the
             atoms of all its windows (`window`), or none (`skip`).
+        replace: write over atoms of other spaces under the same payload key.
+
+    Raises:
+        BankError: if there are such atoms, and they are not to be replaced.
     """
     get_codec(codec)
     if long_texts not in get_args(LongTexts):
         raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
+    others = 0 if replace else bank.count_of_other_spaces()
+    if others:
+        raise BankError(
+            f"{others} points carry atoms of another space under {bank.payload_key!r}: choose another payload key "
+            "(--payload-key NAME) to keep both, or --replace to write over them"
+        )
     bank.index()
     bank.describe(gradients.space)
     report = IngestReport(present=bank.count_atoms())
     stale = [hit.id for hit in bank.stale()]
     report.present -= len(stale)
+    left_stale = 0
     ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
     started = time.perf_counter()
     for page in pages(bank.missing(), PAGE):
         ingestion.attach(page)
     for ids in pages(stale, PAGE):
-        ingestion.attach(bank.fetch(ids))
+        sent = ingestion.attach(bank.fetch(ids))
+        left_stale += sum(hit.stale for hit in bank.fetch(sent))
     report.seconds = time.perf_counter() - started
-    report.passed_over = max(0, report.present + report.atoms_written - bank.count_atoms())
+    report.passed_over = max(0, report.present + report.atoms_written - bank.count_atoms()) + left_stale
     report.atoms_written -= report.passed_over
+    bank.optimize()
     return report
 
 
@@ -120,18 +135,19 @@ class _Ingestion:
     codec: str
     batch_tokens: int
     long_texts: LongTexts
-    on_progress: Callable[[int], None]
+    on_progress: Callable[[int, int], None]
     report: IngestReport
 
-    def attach(self, page: Sequence[Hit]) -> None:
-        """The atoms of one page of points, batch by batch of windows of like length."""
+    def attach(self, page: Sequence[Hit]) -> list[PointId]:
+        """The atoms of one page of points, batch by batch of windows of like length; returns whose were sent."""
+        sent: list[PointId] = []
         windows: list[tuple[_Open, EncodedDocument]] = []
         for hit in page:
             found = self._windows(hit)
             opened = _Open(hit, len(found))
             windows += [(opened, window) for window in found]
             if not found:
-                self.on_progress(1)
+                self.on_progress(1, 0)
         for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
             atoms = self.gradients.atoms([windows[i][1] for i in batch])
             whole = []
@@ -141,7 +157,8 @@ class _Ingestion:
                 opened.windows -= 1
                 if opened.windows == 0:
                     whole.append(opened)
-            self._put(whole)
+            sent += self._put(whole)
+        return sent
 
     def _windows(self, hit: Hit) -> list[EncodedDocument]:
         """What of a text its atom is computed from: one window or several; none where it gets no atom."""
@@ -161,7 +178,8 @@ class _Ingestion:
         self.report.truncated += document.truncated
         return [document]
 
-    def _put(self, whole: Sequence[_Open]) -> None:
+    def _put(self, whole: Sequence[_Open]) -> list[PointId]:
+        size = 0
         finite: list[tuple[Hit, Tensor]] = []
         for opened in whole:
             if opened.total is not None and bool(opened.total.isfinite().all()):
@@ -176,4 +194,7 @@ class _Ingestion:
             records = make_records(flat, [hit.text for hit in hits], self.bank.space, self.codec)
             self.bank.put(zip(hits, records, strict=True))
             self.report.atoms_written += len(hits)  # those that the bank passed over are taken off at the end
-        self.on_progress(len(whole))
+            size = sum(json_bytes(record.to_payload()) for record in records)
+            self.report.bytes_written += size
+        self.on_progress(len(whole), size)
+        return [hit.id for hit, _ in finite]
