@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from haystack import Document, component
 
 if TYPE_CHECKING:
-    from regrad_qdrant.pipeline import ReGrad
+    from regrad_qdrant.pipeline import Answer, ReGrad
 
 
 @component
@@ -29,11 +29,22 @@ class ReGradAnswerer:
 
     @component.output_types(replies=list[str], documents=list[Document])
     def run(self, query: str) -> dict[str, Any]:
-        given = self.regrad.answer(query, **self.options)
-        documents = [
-            Document(
-                id=str(hit.document_id), content=hit.text, meta=hit.payload.get("meta") or {}, score=float(hit.score)
-            )
-            for hit in given.hits
-        ]
-        return {"replies": [given.text], "documents": documents}
+        return _output(self.regrad.answer(query, **self.options))
+
+    @component.output_types(replies=list[str], documents=list[Document])
+    async def run_async(self, query: str) -> dict[str, Any]:
+        return _output(await self.regrad.aanswer(query, **self.options))
+
+
+def _output(given: Answer) -> dict[str, Any]:
+    """Documents as Haystack's own store returns them: `meta` of its collections, the whole payload of others."""
+    documents = [
+        Document(
+            id=str(hit.document_id),
+            content=hit.text,
+            meta=hit.payload.get("meta", hit.payload) or {},
+            score=float(hit.score),
+        )
+        for hit in given.hits
+    ]
+    return {"replies": [given.text], "documents": documents}

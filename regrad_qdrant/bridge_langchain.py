@@ -1,7 +1,7 @@
 """ReGrad in a LangChain chain (needs langchain-core).
 
 chain = regrad_runnable(regrad, mode="regrad+icl", top_k=3)
-chain.invoke("Where was Ida born?")["answer"]
+chain.invoke("Where was Ida born?")["answer"]  # or await chain.ainvoke(…)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.runnables import Runnable, RunnableLambda
 
 if TYPE_CHECKING:
-    from regrad_qdrant.pipeline import ReGrad
+    from regrad_qdrant.pipeline import Answer, ReGrad
 
 
 def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str, dict[str, Any]]:
@@ -23,15 +23,18 @@ def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str, dict[str, A
     """
 
     def answer(question: str) -> dict[str, Any]:
-        given = regrad.answer(question, **options)
-        documents = [
-            Document(
-                page_content=hit.text,
-                metadata=hit.payload.get("metadata") or {},
-                id=str(hit.id),
-            )
-            for hit in given.hits
-        ]
-        return {"answer": given.text, "documents": documents}
+        return _output(regrad.answer(question, **options))
 
-    return RunnableLambda(answer, name="ReGrad")
+    async def aanswer(question: str) -> dict[str, Any]:
+        return _output(await regrad.aanswer(question, **options))
+
+    return RunnableLambda(answer, aanswer, name="ReGrad")
+
+
+def _output(given: Answer) -> dict[str, Any]:
+    """Documents as LangChain's own store returns them: `metadata` of its collections, the whole payload of others."""
+    documents = [
+        Document(page_content=hit.text, metadata=hit.payload.get("metadata", hit.payload) or {}, id=str(hit.id))
+        for hit in given.hits
+    ]
+    return {"answer": given.text, "documents": documents}

@@ -1,5 +1,6 @@
 """Collections made by LangChain, LlamaIndex and Haystack: atoms go in, nothing else changes, the framework reads on."""
 
+import asyncio
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,11 @@ from regrad_qdrant import Adapter, GradientBank, GradientComputer, ReGrad
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own, about their own dependencies
 
-POINTS, SIZE = 500, 16
-TEXTS = [f"Person {i} works as a {('baker', 'diver')[i % 2]} since {1900 + i % 90}." for i in range(POINTS)]
+SIZE = 16
+
+
+def texts_of(count: int) -> list[str]:
+    return [f"Person {i} works as a {('baker', 'diver')[i % 2]} since {1900 + i % 90}." for i in range(count)]
 
 
 def vector(text: str) -> list[float]:
@@ -31,7 +35,7 @@ class Framework:
     search: Any  # text → what the framework returns, comparable
 
 
-def langchain() -> Framework:
+def langchain(texts: list[str]) -> Framework:
     from langchain_core.embeddings import Embeddings
     from langchain_qdrant import QdrantVectorStore
 
@@ -46,18 +50,18 @@ def langchain() -> Framework:
     parameters = models.VectorParams(size=SIZE, distance=models.Distance.COSINE)
     client.create_collection("langchain", vectors_config=parameters)
     store = QdrantVectorStore(client, "langchain", embedding=Letters())
-    store.add_texts(TEXTS, metadatas=[{"source": f"s{i}"} for i in range(POINTS)])
+    store.add_texts(texts, metadatas=[{"source": f"s{i}"} for i in range(len(texts))])
     return Framework(client, "langchain", "LangChain", lambda text: store.similarity_search_with_score(text, k=5))
 
 
-def llama_index() -> Framework:
+def llama_index(texts: list[str]) -> Framework:
     from llama_index.core.schema import TextNode
     from llama_index.core.vector_stores import VectorStoreQuery
     from llama_index.vector_stores.qdrant import QdrantVectorStore
 
     client = QdrantClient(":memory:")
     store = QdrantVectorStore(collection_name="llama", client=client)
-    nodes = [TextNode(text=text, metadata={"source": f"s{i}"}, embedding=vector(text)) for i, text in enumerate(TEXTS)]
+    nodes = [TextNode(text=text, metadata={"source": f"s{i}"}, embedding=vector(text)) for i, text in enumerate(texts)]
     store.add(nodes)
 
     def search(text: str) -> list[Any]:
@@ -67,14 +71,14 @@ def llama_index() -> Framework:
     return Framework(client, "llama", "LlamaIndex", search)
 
 
-def haystack() -> Framework:
+def haystack(texts: list[str]) -> Framework:
     from haystack import Document
     from haystack_integrations.components.retrievers.qdrant import QdrantEmbeddingRetriever
     from haystack_integrations.document_stores.qdrant import QdrantDocumentStore
 
     store = QdrantDocumentStore(":memory:", index="haystack", embedding_dim=SIZE)
     store.write_documents(
-        [Document(content=text, meta={"source": f"s{i}"}, embedding=vector(text)) for i, text in enumerate(TEXTS)]
+        [Document(content=text, meta={"source": f"s{i}"}, embedding=vector(text)) for i, text in enumerate(texts)]
     )
     retriever = QdrantEmbeddingRetriever(store, top_k=5)
 
@@ -86,60 +90,70 @@ def haystack() -> Framework:
 
 
 @pytest.fixture(params=[langchain, llama_index, haystack], ids=lambda make: make.__name__)
-def framework(request):
-    return request.param()
+def make(request):
+    return request.param
 
 
 def everything(framework, without="regrad"):
-    points, _ = framework.client.scroll(framework.name, limit=2 * POINTS, with_payload=True, with_vectors=True)
+    points, _ = framework.client.scroll(framework.name, limit=10_000, with_payload=True, with_vectors=True)
     return {point.id: ({k: v for k, v in point.payload.items() if k != without}, point.vector) for point in points}
 
 
-@pytest.mark.parametrize("sidecar", [None, "atoms"])
-def test_atoms_go_in_and_nothing_else_changes(framework, model, tokenizer, initialization, sidecar):
-    found = framework.search(TEXTS[7])  # the in-process engine normalizes vectors anew at the first query
+@pytest.mark.parametrize(("sidecar", "count"), [(None, 2000), ("atoms", 500)])
+def test_atoms_go_in_and_nothing_else_changes(make, model, tokenizer, initialization, sidecar, count):
+    texts = texts_of(count)
+    framework = make(texts)
+    found = framework.search(texts[7])  # the in-process engine normalizes vectors anew at the first query
     before = everything(framework)
-    assert len(before) == POINTS and found
+    assert len(before) == count and found
     bank = GradientBank(framework.client, framework.name, initialization.fingerprint, embedders={}, sidecar=sidecar)
     assert bank.detect_layout().name == framework.layout
     adapter = Adapter(model, initialization)
     gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
     report = attach_atoms(bank, gradients, "sign")
-    assert (report.atoms_written, report.skipped, bank.status().missing) == (POINTS, {}, 0)
+    assert (report.atoms_written, report.skipped, bank.status().missing) == (count, {}, 0)
     assert everything(framework) == before
-    assert {hit.text for hit in bank.points()} == set(TEXTS)
-    again = framework.search(TEXTS[7])
+    assert {hit.text for hit in bank.points()} == set(texts)
+    again = framework.search(texts[7])
     if sidecar is None and framework.layout == "Haystack":  # hands fields that it does not know on as meta
         again = [(*rest, {k: v for k, v in meta.items() if k != "regrad"}, score) for *rest, meta, score in again]
         found = [tuple(row) for row in found]
     assert again == found
 
 
+TEXTS = texts_of(100)
+
+
 @pytest.fixture
-def asked(framework, model, tokenizer, initialization):
-    """ReGrad over the framework's collection, with the options that find person 7."""
+def asked(make, model, tokenizer, initialization):
+    """ReGrad over a framework's collection, with the options that find person 7."""
+    framework = make(TEXTS)
     bank = GradientBank(framework.client, framework.name, initialization.fingerprint, embedders={})
     bank.detect_layout()
     regrad = ReGrad(model, tokenizer, bank, initialization)
     attach_atoms(bank, regrad.gradients, "sign")
-    return regrad, {"query": vector(TEXTS[7]), "using": "", "top_k": 2}
+    return framework.layout, regrad, {"query": vector(TEXTS[7]), "using": "", "top_k": 2}
 
 
-def test_questions_are_answered_from_a_frameworks_collection_and_by_its_bridge(framework, asked):
-    regrad, options = asked
+def test_questions_are_answered_from_a_frameworks_collection_and_by_its_bridge(asked):
+    layout, regrad, options = asked
     question = "What does person 7 do?"
     expected = regrad.answer(question, **options)
     assert expected.hits[0].text == TEXTS[7] and expected.hits[0].record is not None
-    if framework.layout == "LangChain":
+    if layout == "LangChain":
         from regrad_qdrant.bridge_langchain import regrad_runnable
 
-        given = regrad_runnable(regrad, **options).invoke(question)
+        chain = regrad_runnable(regrad, **options)
+        given, again = chain.invoke(question), asyncio.run(chain.ainvoke(question))
+        assert again == given
         assert given["documents"][0].page_content == TEXTS[7] and given["documents"][0].metadata == {"source": "s7"}
         found = given["answer"]
-    elif framework.layout == "LlamaIndex":
+    elif layout == "LlamaIndex":
         from regrad_qdrant.bridge_llama_index import ReGradQueryEngine
 
-        response = ReGradQueryEngine(regrad=regrad, options=options).query(question)
+        engine = ReGradQueryEngine(regrad=regrad, options=options)
+        response, again = engine.query(question), asyncio.run(engine.aquery(question))
+        assert again == response and response.source_nodes[0].node.metadata == {"source": "s7"}
         assert response.source_nodes[0].node.get_content() == TEXTS[7] and response.source_nodes[0].score > 0.9
         found = str(response.response)
     else:
@@ -150,6 +164,7 @@ def test_questions_are_answered_from_a_frameworks_collection_and_by_its_bridge(f
         pipeline = Pipeline()
         pipeline.add_component("regrad", ReGradAnswerer(regrad, **options))
         given = pipeline.run({"regrad": {"query": question}})["regrad"]
+        assert asyncio.run(pipeline.run_async({"regrad": {"query": question}}))["regrad"] == given
         assert given["documents"][0].content == TEXTS[7] and given["documents"][0].meta == {"source": "s7"}
         [found] = given["replies"]
     assert found == expected.text
