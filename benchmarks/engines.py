@@ -2,8 +2,9 @@
 
     python benchmarks/engines.py --points 20000
 
-Points hold invented biographies and atoms of the size of the shipped initialization's; a search returns the three best
-with their atoms. Searches take turns between the engines. Memory is of a process that does nothing but fill a bank.
+Points hold invented biographies; a search returns the three best with their atoms, and searches take turns between the
+engines. Memory is of a process that ingests and does nothing else: a tiny random model computes atoms, which have as
+many numbers as the shipped initialization's.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from statistics import median, quantiles
 
 import torch
 from qdrant_client import QdrantClient
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrad_loaders.facts import generate
-from regrad_qdrant import Document, GradientBank
+from regrad_loaders.ingest import attach_atoms
+from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer, MetaInitialization
+from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import DEFAULT_CODEC
-from regrad_qdrant.record import Record, make_records, text_sha
-from regrad_qdrant.store import open_store, pages
-
-SPACE, NUMEL, DISTINCT = "a" * 16, 10_752, 64
+from regrad_qdrant.initialization import BaseModel
+from regrad_qdrant.store import Store, open_store
 
 
 def documents(count: int) -> Iterator[Document]:
@@ -38,19 +41,41 @@ def documents(count: int) -> Iterator[Document]:
     return (Document(i, {"text": f"{passages[i % len(passages)].text} No. {i}."}) for i in range(count))
 
 
-def fill(bank: GradientBank, count: int) -> None:
-    """The points, then their atoms page by page, as ingestion does."""
+def tiny_gradients() -> tuple[GradientComputer, str]:
+    """What computes 10,752 numbers a document quickly, and their space."""
+    words = Tokenizer(models.WordLevel(unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    texts = (document.payload["text"] for document in documents(2000))
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["?"], show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=14, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config).eval()
+    initialization = MetaInitialization.fresh(
+        model, BaseModel.of(model, "tiny"), kind="core", targets=["gate_proj", "up_proj", "down_proj"],
+        layers=range(14), rank=16, basis_rank=16, lora_alpha=32, step_size=1.0, max_length=256,
+    )  # fmt: skip
+    adapter = Adapter(model, initialization)
+    gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    return gradients, initialization.fingerprint
+
+
+def filled(store: Store, count: int) -> GradientBank:
+    """A bank with that many points and their atoms."""
+    gradients, space = tiny_gradients()
+    bank = GradientBank(store, store.name, space)
     bank.create()
     bank.add(documents(count))
-    numbers = torch.randn(DISTINCT, NUMEL, generator=torch.Generator().manual_seed(0))
-    atoms = [record.atom for record in make_records(numbers, [""] * DISTINCT, SPACE, DEFAULT_CODEC)]
-    for page in pages(bank.missing(), 64):
-        records = (Record(SPACE, text_sha(hit.text), DEFAULT_CODEC, atoms[i % DISTINCT]) for i, hit in enumerate(page))
-        bank.put(zip(page, records, strict=True))
+    report = attach_atoms(bank, gradients, DEFAULT_CODEC)
+    if report.atoms_written != count:
+        raise SystemExit(f"{report.atoms_written} atoms of {count}")
+    return bank
 
 
 def megabytes_of_filling(folder: Path, count: int) -> float:
-    """The peak memory of a process that fills an Edge bank, in MB."""
+    """The peak memory of a process that ingests into an Edge bank, in MB."""
     command = [sys.executable, __file__, "--fill", str(folder), "--points", str(count)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(found.stdout.splitlines()[-1])
@@ -64,16 +89,14 @@ def main() -> None:
     parser.add_argument("--fill", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.fill:
-        with GradientBank.open(arguments.fill, "docs", SPACE) as bank:
-            fill(bank, arguments.points)
+        filled(open_store("docs", path=arguments.fill), arguments.points).close()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         memory = {count: megabytes_of_filling(folder / str(count), count) for count in (1000, arguments.points)}
-        edge = GradientBank(open_store("docs", path=folder / str(arguments.points)), "docs", SPACE)
-        client = GradientBank(QdrantClient(":memory:"), "docs", SPACE)
-        fill(client, arguments.points)
+        client = filled(ClientStore(QdrantClient(":memory:"), "docs"), arguments.points)
+        edge = GradientBank(open_store("docs", path=folder / str(arguments.points)), "docs", client.space)
         rng, seconds = random.Random(0), {"edge": [], "client": []}
         texts = [document.payload["text"] for document in documents(2000)]
         questions = [f"What does {' '.join(rng.choice(texts).split()[:2])} do?" for _ in range(arguments.queries)]

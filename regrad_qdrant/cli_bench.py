@@ -85,6 +85,10 @@ def atoms(
     result = report(cells, times, settings | {"split": split, "limit": limit})
     for init, codec in result["smallest"].items():
         console.print(f"{init}: the smallest codec surely within 1 F1 of fp32 atoms is {codec}", highlight=False)
+    for row in result["behind_the_first"]:
+        points = " ({low:.1f} … {high:.1f})".format(**{end: 100 * value for end, value in row["f1"].items()})
+        said = f"{row['init']}, {row['codec']}: {100 * row['f1']['mean']:.1f}{points} F1 behind {row['behind']}, fp32"
+        console.print(said, highlight=False)
     write_json(json_out, result)
     if plot_out is not None:
         plot(cells, 3 if 3 in ks else ks[0], plot_out)

@@ -40,6 +40,14 @@ class ClientStore:
         self.name = name
         self.owns_client = owns_client  # whether `close` closes it
 
+    @property
+    def in_process(self) -> bool:
+        """Whether the client's own engine holds the collection, and no server."""
+        from qdrant_client.local.async_qdrant_local import AsyncQdrantLocal
+        from qdrant_client.local.qdrant_local import QdrantLocal
+
+        return isinstance(self.client._client, QdrantLocal | AsyncQdrantLocal)
+
     def sibling(self, name: str) -> ClientStore:
         return ClientStore(self.client, name)
 
@@ -108,20 +116,26 @@ class ClientStore:
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
         from qdrant_client import models
 
-        operations = [
-            models.SetPayloadOperation(set_payload=models.SetPayload(payload=write.payload, filter=write.target()))
-            for write in writes
-        ]
+        if self.in_process:  # a filter would scan every point, for every write
+            writes = self._applicable(writes)
+            payloads = [models.SetPayload(payload=write.payload, points=[write.id]) for write in writes]
+        else:
+            payloads = [models.SetPayload(payload=write.payload, filter=write.target()) for write in writes]
+        if not payloads:
+            return
         try:
+            operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
             self._request("batch_update_points", operations, wait=True)
         except BankError as error:
             if "ndex required" not in str(error) or not any(write.unless_changed for write in writes):
                 raise
             # strict mode refuses a filter on a field without an index: look, then write by id
-            there = {point.id: point.payload for point in self.retrieve([write.id for write in writes], True)}
-            same = [write for write in writes if write.id in there and write.still_applies(there[write.id])]
-            if same:
-                self.set_payload([replace(write, unless_changed={}) for write in same])
+            self.set_payload([replace(write, unless_changed={}) for write in self._applicable(writes)])
+
+    def _applicable(self, writes: Sequence[PayloadWrite]) -> list[PayloadWrite]:
+        """Those of the writes whose points are there, in the state that they want."""
+        there = {point.id: point.payload for point in self.retrieve([write.id for write in writes], True)}
+        return [write for write in writes if write.id in there and write.still_applies(there[write.id])]
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
         self._request("delete_payload", keys, points=query_filter, wait=True)
@@ -183,11 +197,9 @@ class ClientStore:
 
     def create_keyword_index(self, key: str) -> None:
         from qdrant_client import models
-        from qdrant_client.local.async_qdrant_local import AsyncQdrantLocal
-        from qdrant_client.local.qdrant_local import QdrantLocal
 
-        if isinstance(self.client._client, QdrantLocal | AsyncQdrantLocal):
-            return  # the in-process engine has no payload indexes, and warns about it
+        if self.in_process:
+            return  # that engine has no payload indexes, and warns about it
         self._request("create_payload_index", key, models.PayloadSchemaType.KEYWORD, wait=True)
 
     def read_metadata(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import tiny_initialization, tiny_model
 
-from regrad_loaders.bench_atoms import AtomBench, Cell, Task, extrapolation, losses, smallest
+from regrad_loaders.bench_atoms import AtomBench, Cell, Task, behind, extrapolation, losses, smallest
 from regrad_loaders.facts import generate
 from regrad_loaders.scores import Interval
 from regrad_qdrant import Adapter, cli
@@ -75,6 +76,15 @@ def test_the_smallest_codec_is_chosen_by_the_upper_end_of_its_pooled_interval():
     assert smallest(rows) == {"init": "int2"} and smallest(rows, allowed=0.05) == {"init": "sign"}
 
 
+def test_initializations_are_compared_over_the_same_questions():
+    same = Interval(0.5, 0.4, 0.6)
+    wide = Cell("wide", "lora", 90, "a", "fp32", 3, 400, same, same, 1.0, (1.0, 0.5, 0.0, 1.0))
+    small = Cell("small", "core", 10, "a", "sign", 3, 20, same, same, 1.0, (1.0, 0.3, 0.0, 0.8))
+    [row] = behind([wide, replace(wide, codec="sign", scores=(0.0,) * 4), small])
+    assert (row["init"], row["codec"], row["behind"]) == ("small", "sign", "wide")
+    assert row["f1"]["mean"] == pytest.approx(0.1) and 0 <= row["f1"]["low"] < 0.1 < row["f1"]["high"] <= 0.2
+
+
 def test_the_command_writes_the_curve_and_its_plot(tokenizer, tmp_path, monkeypatch, capsys):
     model = tiny_model()
     model.save_pretrained(tmp_path / "model")
@@ -89,7 +99,7 @@ def test_the_command_writes_the_curve_and_its_plot(tokenizer, tmp_path, monkeypa
         cli.main()
     assert not stopped.value.code, capsys.readouterr().err
     result = json.loads((tmp_path / "curve.json").read_text())
-    assert list(result) == ["settings", "curve", "losses", "times", "smallest", "extrapolation"]
+    assert list(result) == ["settings", "curve", "losses", "times", "smallest", "behind_the_first", "extrapolation"]
     assert len(result["curve"]) == 4 and set(result["smallest"]) == {"init"}
     assert [row["codec"] for row in result["losses"]] == ["fp32", "sign"]
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")

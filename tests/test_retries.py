@@ -91,7 +91,9 @@ def ingested(client, tokenizer):
     return {point.id: point.payload for point in store.scroll(None, 100, None, True)[0]}
 
 
-def test_an_ingestion_through_faults_ends_as_an_undisturbed_one(tokenizer):
+@pytest.mark.parametrize("in_process", [True, False])
+def test_an_ingestion_through_faults_ends_as_an_undisturbed_one(tokenizer, monkeypatch, in_process):
+    monkeypatch.setattr(ClientStore, "in_process", in_process)
     faulty = FaultyClient(0.2, TRANSIENT)
     assert ingested(faulty, tokenizer) == ingested(FaultyClient(0.0, TRANSIENT), tokenizer)
     assert faulty.requests > 30
@@ -136,6 +138,7 @@ def test_what_does_not_pass_is_given_up_after_a_bounded_number_of_attempts(fault
 
 def test_in_strict_mode_texts_are_compared_before_writing(monkeypatch):
     """A collection that refuses filters on fields without an index, as Qdrant Cloud's do."""
+    monkeypatch.setattr(ClientStore, "in_process", False)
     client = FaultyClient(0.0, [])
     store = ClientStore(client, "docs")
     store.create(VectorNames())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -75,6 +75,7 @@ class Cell:
     f1: Interval  # 0 to 1
     loss_to_fp32: Interval  # F1 of fp32 atoms of the same space and k, minus this, over the same questions
     cosine: float  # of the decoded weighted sum with that of fp32 atoms, mean
+    scores: tuple[float, ...] = ()  # F1 of each question
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class AtomBench:
                 cells.append(
                     Cell(
                         self.name, self.space.kind, self.space.numel, task.name, name, top_k, size,
-                        bootstrap(scores), bootstrap(losses), cosine,
+                        bootstrap(scores), bootstrap(losses), cosine, tuple(round(score, 4) for score in scores),
                     )
                 )  # fmt: skip
                 on_cell(1)
@@ -237,6 +238,23 @@ def losses(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
+def behind(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """How far every other initialization, in each codec, is behind the first one's fp32 atoms: F1 over the same
+    questions, paired, pooled over sets as `pooled_loss`."""
+    first = cells[0].init
+    reference = {(cell.task, cell.top_k): cell.scores for cell in cells if (cell.init, cell.codec) == (first, BASELINE)}
+    rows = []
+    for init, codec in dict.fromkeys((cell.init, cell.codec) for cell in cells if cell.init != first):
+        here = []
+        for cell in cells:
+            if (cell.init, cell.codec) == (init, codec):
+                pairs = zip(reference[cell.task, cell.top_k], cell.scores, strict=True)
+                here.append(replace(cell, loss_to_fp32=bootstrap([there - found for there, found in pairs])))
+        sets = {cell.task: asdict(cell.loss_to_fp32) for cell in here} if len({c.top_k for c in here}) == 1 else {}
+        rows.append({"init": init, "codec": codec, "behind": first, "f1": asdict(pooled_loss(here)), "sets": sets})
+    return rows
+
+
 def smallest(rows: Sequence[dict[str, Any]], allowed: float = 0.01) -> dict[str, str]:
     """For each initialization the codec of fewest bytes that loses at most `allowed` (F1, 0 to 1) to fp32 atoms, at the
     upper end of its interval."""
@@ -248,7 +266,8 @@ def smallest(rows: Sequence[dict[str, Any]], allowed: float = 0.01) -> dict[str,
 def read_cells(result: dict[str, Any]) -> list[Cell]:
     """The curve of a saved JSON."""
     intervals = ("f1", "loss_to_fp32")
-    return [Cell(**{k: Interval(**v) if k in intervals else v for k, v in cell.items()}) for cell in result["curve"]]
+    rows = [{**cell, "scores": tuple(cell.get("scores", ()))} for cell in result["curve"]]
+    return [Cell(**{k: Interval(**v) if k in intervals else v for k, v in row.items()}) for row in rows]
 
 
 def report(cells: Sequence[Cell], times: Sequence[Times], settings: dict[str, Any]) -> dict[str, Any]:
@@ -260,6 +279,7 @@ def report(cells: Sequence[Cell], times: Sequence[Times], settings: dict[str, An
         "losses": pooled,
         "times": [asdict(t) | {"encode_share": t.encode_share, "decode_share": t.decode_share} for t in times],
         "smallest": smallest(pooled),
+        "behind_the_first": behind(cells),
         "extrapolation": extrapolation(("fp32", "int4", "ternary", "sign"), ((16, 16), (32, 32))),
     }
 
