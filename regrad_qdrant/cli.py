@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,8 @@ import typer
 from rich.table import Table
 
 from regrad_qdrant.cli_bench import bench
+from regrad_qdrant.cli_eval import evaluation
+from regrad_qdrant.cli_train import import_checkpoint, train
 from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.console import answers_table, console, errors, print_report, progress, scores_table
 from regrad_qdrant.errors import DataError, RegradError
@@ -45,7 +46,6 @@ from regrad_qdrant.options import (
     load,
     regrad_of,
     store_of,
-    vector_name,
     write_json,
 )
 from regrad_qdrant.record import DEFAULT_KEY
@@ -290,159 +290,6 @@ def ask(
     )
 
 
-@app.command("eval")
-def evaluation(
-    qa: Annotated[Path, typer.Option("--qa", help="qa.jsonl: one object a line with id, question and answers.")],
-    corpus: Annotated[
-        Path | None, typer.Option("--corpus", help="corpus.jsonl; a temporary bank is made of it.")
-    ] = None,
-    collection: Annotated[
-        str | None, typer.Option("--collection", "-c", help="Use this bank instead of a temporary one.")
-    ] = None,
-    modes: Annotated[str, typer.Option("--modes", help="Comma-separated.")] = "direct,rag,regrad,regrad+icl,random",
-    split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N questions.")] = None,
-    top_k: TopK = 3,
-    batch: Batch = 8,
-    filter_field: Annotated[
-        str | None,
-        typer.Option("--filter-field", help="Search only passages that share the question's value of this field."),
-    ] = None,
-    url: Url = None,
-    path: BankPath = None,
-    init: Init = DEFAULT_INIT,
-    model: Model = None,
-    codec: CodecName = DEFAULT_CODEC,
-    using: Using = None,
-    dense: Dense = None,
-    merge: Merge = None,
-    payload_key: Key = DEFAULT_KEY,
-    sidecar: Sidecar = None,
-    text_path: TextPath = None,
-    json_out: JsonOut = None,
-    predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
-) -> None:
-    """Answer a question file in several modes, side by side, and score the answers."""
-    from regrad_loaders.data import read_corpus, read_questions
-    from regrad_loaders.evaluate import evaluate, field_filter, parse_modes, select, write_predictions
-
-    chosen = parse_modes(modes)
-    check_outputs(json_out, predictions)
-    questions = select(read_questions(qa), split, limit)
-    for question in questions:
-        field_filter(question, filter_field)
-    passages = read_corpus(corpus) if corpus is not None else None
-    if passages is None and collection is None:
-        raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
-    with tempfile.TemporaryDirectory() as folder:
-        if collection is not None:
-            store = store_of(collection, url, path) if passages is not None else existing_store(collection, url, path)
-        else:
-            store = store_of("eval", None, Path(folder))
-        if store.exists():
-            check_vector(store, using)
-        elif vector_name(using) != "bm25" and dense is None:
-            raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
-        initialization, base, tokenizer = load(init, model)
-        with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
-            regrad = regrad_of(base, tokenizer, bank, initialization, merge)
-            report = ingest_corpus(regrad, passages, codec) if passages is not None else None
-            settings = {
-                "command": "eval",
-                "corpus": str(corpus) if corpus else None,
-                "qa": str(qa),
-                "split": split,
-                "limit": limit,
-                "modes": chosen,
-                "top_k": top_k,
-                "using": vector_name(using),
-                "dense": dense,
-                "filter_field": filter_field,
-                "batch": batch,
-                "collection": collection,
-                "url": url,
-                "path": str(path) if path else None,
-                "payload_key": payload_key,
-                "sidecar": sidecar,
-                "layout": str(bank.layout),
-                "init": init,
-                "base_model": model or initialization.base.name,
-                "space": initialization.fingerprint,
-                "codec": bank.status().codec,
-                "merge": asdict(regrad.merge),
-            }
-            with progress("Answering", len(questions) * len(chosen)) as advance:
-                result = evaluate(
-                    regrad,
-                    questions,
-                    chosen,
-                    top_k=top_k,
-                    using=using,
-                    filter_field=filter_field,
-                    batch=batch,
-                    settings=settings,
-                    on_progress=lambda _: advance(1),
-                )
-    console.print(scores_table(result))
-    if report is not None:
-        print_report(report)
-    if predictions:
-        write_predictions(result, predictions)
-    write_json(json_out, result.as_dict())
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Option("--recipe", help="YAML file that says everything about the run.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the run; runs/<recipe's name> by default.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
-    data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Folder of the data, instead of the recipe's.")
-    ] = None,
-    refit_step_sizes: Annotated[
-        bool,
-        typer.Option(
-            "--refit-step-sizes",
-            help="Learn the step sizes and the merge temperature of --init alone, through the recipe's codecs: every "
-            "stored atom stays valid.",
-        ),
-    ] = False,
-    init: Annotated[
-        str | None, typer.Option("--init", help="Go on from this initialization instead of the recipe's `start`.")
-    ] = None,
-) -> None:
-    """Meta-train an initialization for a base model: the gradients' own learning to be useful."""
-    from dataclasses import replace
-
-    from regrad_loaders.meta_train import run
-    from regrad_loaders.recipe import Recipe
-    from regrad_qdrant.base_model import load_base_model
-    from regrad_qdrant.initialization import BaseModel
-
-    settings = Recipe.load(recipe)
-    if data_dir is not None:
-        settings = replace(settings, data_dir=str(data_dir))
-    if init is not None:
-        settings = replace(settings, start=init)
-    if refit_step_sizes:
-        settings = replace(settings, start=settings.start or DEFAULT_INIT, learn="step_sizes")
-    folder = out or Path("runs") / settings.name
-    if (folder / "checkpoint.pt").exists() and not resume:
-        raise DataError(f"{folder} holds a checkpoint: go on from it with --resume, or choose another --out")
-    for name, value in settings.as_dict().items():
-        console.print(f"  {name:<24} {value}", highlight=False, markup=False)
-    with console.status("Loading the base model"):
-        model, tokenizer = load_base_model(settings.base_model)
-    base = BaseModel.of(model, settings.base_model)
-    with progress("Training", settings.steps) as advance:
-        initialization = run(settings, model, tokenizer, base, folder, resume=resume, on_step=advance)
-    console.print(
-        f"{folder / 'initialization'}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom"
-    )
-
-
 @app.command()
 def recode(
     collection: Collection,
@@ -551,6 +398,11 @@ def drop(
             typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
         removed = bank.drop()
     console.print(f"{removed} atoms removed from {collection!r}; texts, vectors and other fields are as they were")
+
+
+app.command("eval")(evaluation)
+app.command()(train)
+app.command()(import_checkpoint)
 
 
 def main() -> None:

@@ -82,14 +82,25 @@ def answers_table(result: Evaluation, modes: list[Any]) -> Table:
 
 def scores_table(result: Evaluation) -> Table:
     table = Table(
-        "mode", "type", "n", "F1", "EM", "accuracy", "seconds per answer", "prompt tokens", title="Scores, 0 to 100"
+        "mode",
+        "type",
+        "n",
+        "F1",
+        "95 %",
+        "EM",
+        "accuracy",
+        "seconds per answer",
+        "prompt tokens",
+        title="Scores, 0 to 100",
     )
+    ends = {row["mode"]: row["f1_interval"] for row in result.intervals()}
     for row in result.results():
         table.add_row(
             row["mode"],
             row["type"],
             str(row["n"]),
             f"{100 * row['f1']:.1f}",
+            " … ".join(f"{100 * end:.1f}" for end in ends.get(row["mode"], [])) if row["type"] == "all" else "",
             f"{100 * row['em']:.1f}",
             "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}",
             f"{row['seconds'] / row['n']:.2f}",
@@ -97,6 +108,14 @@ def scores_table(result: Evaluation) -> Table:
         )
     if result.recall_at_k is not None:
         table.caption = f"retrieval recall at k: {100 * result.recall_at_k:.1f}"
+    return table
+
+
+def differences_table(result: Evaluation) -> Table:
+    table = Table("mode", f"F1 minus {result.against}", "95 %", title="Paired over the same questions")
+    for row in result.differences():
+        low, high = (100 * end for end in row["f1_interval"])
+        table.add_row(row["mode"], f"{100 * row['f1']:+.1f}", f"{low:+.1f} … {high:+.1f}")
     return table
 
 

@@ -71,9 +71,9 @@ class MetaInitialization:
                 f"need one step size for each of the {len(expected)} tensors of the space; missing "
                 f"{sorted(expected - found)[:3]}, unknown {sorted(found - expected)[:3]}"
             )
-        bad = [name for name, size in self.step_sizes.items() if not (math.isfinite(size) and size > 0)]
+        bad = [name for name, size in self.step_sizes.items() if not math.isfinite(size)]
         if bad:
-            raise InitializationError(f"step sizes must be positive and finite; {bad[0]} is {self.step_sizes[bad[0]]}")
+            raise InitializationError(f"step sizes must be finite; {bad[0]} is {self.step_sizes[bad[0]]}")
 
     @property
     def rank(self) -> int:

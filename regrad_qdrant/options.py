@@ -145,15 +145,21 @@ def bank_of(
 
 
 def regrad_of(
-    model: Any, tokenizer: Any, bank: GradientBank, initialization: MetaInitialization, merge: str | None
+    model: Any,
+    tokenizer: Any,
+    bank: GradientBank,
+    initialization: MetaInitialization,
+    merge: str | None,
+    **options: Any,
 ) -> ReGrad:
+    """With the merge rule of that name instead of the trained one; options as those of `ReGrad`."""
     from regrad_qdrant.pipeline import ReGrad
 
     try:
         rule = replace(initialization.merge, rule=merge) if merge else None
     except ValueError as error:
         raise DataError(str(error)) from error
-    return ReGrad(model, tokenizer, bank, initialization, merge=rule, check_model=False)
+    return ReGrad(model, tokenizer, bank, initialization, merge=rule, check_model=False, **options)
 
 
 def ingest_corpus(regrad: ReGrad, passages: Any, codec: str, **options: Any) -> IngestReport:

@@ -3,7 +3,7 @@
 direct      the bare model                         rag         the bare model, passages in the prompt
 regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
 online      atoms computed now, none stored        random      atoms of other documents (a control)
-init        φ₀ with no atoms (a control)
+init        φ₀ with no atoms (a control)                pe-rag      as rag, with a stronger prompt
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from regrad_qdrant.record import Record, make_records
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
-    from torch import nn
+    from torch import Tensor, nn
 
     from regrad_qdrant.async_bank import AsyncGradientBank
     from regrad_qdrant.documents import Hit
@@ -36,10 +36,11 @@ if TYPE_CHECKING:
     from regrad_qdrant.merge import MergeRule
     from regrad_qdrant.store import PointId, Vector
 
-Mode = Literal["direct", "rag", "regrad", "regrad+icl", "online", "random", "init"]
+Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "random", "init"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-BARE = ("direct", "rag")  # the modes of the base model without its plug-in
+BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
 WITHOUT_ATOMS = (*BARE, "init")
+BATCH_TOKENS = 2048  # of one batch of atoms that are computed at query time
 OnStale = Literal["skip", "recompute", "refuse"]
 OnMissing = Literal["skip", "compute", "store"]
 
@@ -62,8 +63,8 @@ class Query:
 
     def prompt(self, hits: Sequence[Hit]) -> Prompt:
         """What the model is asked, with the passages in the modes that show them."""
-        passages = tuple(hit.text for hit in hits) if self.mode in ("rag", "regrad+icl") else ()
-        return Prompt(self.question, self.type, self.choices, passages)
+        passages = tuple(hit.text for hit in hits) if self.mode in ("rag", "pe-rag", "regrad+icl") else ()
+        return Prompt(self.question, self.type, self.choices, passages, engineered=self.mode == "pe-rag")
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,8 @@ class ReGrad:
             elif mode == "init":
                 stack.enter_context(self.adapter.initial())
             else:
-                atom_sum = self._merged(asked, found)
+                [atom_sum] = self._sums([(asked, found)])
+                assert atom_sum is not None  # the mode has atoms
                 decoded_at = time.perf_counter()
                 stack.enter_context(self.adapter.applied_sum(atom_sum))
             applied_at = time.perf_counter()
@@ -236,7 +238,7 @@ class ReGrad:
         found = [self._retrieve(query, top_k, using, seed) for query in asked]
         times.append(time.perf_counter())
         pairs = list(zip(asked, found, strict=True))
-        sums = [None if query.mode in WITHOUT_ATOMS else self._merged(query, hits) for query, hits in pairs]
+        sums = self._sums(pairs)
         times.append(time.perf_counter())
         with self.adapter.rows(sums, [query.mode in BARE for query in asked]) as names:
             times.append(time.perf_counter())
@@ -274,23 +276,38 @@ class ReGrad:
             self._async_bank.bind()
         return await asyncio.to_thread(self.answer, question, **options)
 
-    def _merged(self, asked: Query, hits: Sequence[Hit]) -> Any:
-        """Σ wᵢ·g(dᵢ) of the hits whose atoms can be used."""
-        usable = self._with_usable_atoms(hits, online=asked.mode == "online")
-        if hits and not usable:
-            warnings.warn("none of the retrieved documents has a usable atom: answering with φ₀ alone", stacklevel=3)
+    def _sums(self, pairs: Sequence[tuple[Query, Sequence[Hit]]]) -> list[Tensor | None]:
+        """Σ wᵢ·g(dᵢ) over the usable hits of each question, (numel,); None in the modes without atoms."""
+        applied = [(query, hits) for query, hits in pairs if query.mode not in WITHOUT_ATOMS]
+        sums = iter([self._merged(usable) for usable in self._usable(applied)])
+        return [None if query.mode in WITHOUT_ATOMS else next(sums) for query, _ in pairs]
+
+    def _merged(self, usable: Sequence[Hit]) -> Tensor:
         weights = self.merge.weights([hit.score for hit in usable])
         return self.adapter.decode([hit.record for hit in usable if hit.record is not None], weights)
 
-    def _with_usable_atoms(self, hits: Sequence[Hit], *, online: bool) -> list[Hit]:
-        """The hits that have an atom of their present text; what is to be computed is computed in one pass."""
-        wanted = [hit for hit in hits if online or self._to_compute(hit)]
-        computed = self._computed(wanted)
-        if self.on_missing == "store" and not online:
-            self.bank.put(((hit, record) for hit, record in computed if hit.record is None), replace=False)
-        fresh = {hit.id: replace(hit, record=record) for hit, record in computed}
-        candidates = [fresh.get(hit.id, hit) for hit in hits]
-        return [hit for hit in candidates if hit.record is not None and not hit.stale]
+    def _usable(self, pairs: Sequence[tuple[Query, Sequence[Hit]]]) -> list[list[Hit]]:
+        """For each question its hits that have an atom of their present text; what is to be computed is computed for
+        all questions together."""
+        online = {hit.id: hit for query, hits in pairs for hit in hits if query.mode == "online"}
+        lacking = {
+            hit.id: hit for query, hits in pairs for hit in hits if query.mode != "online" and self._to_compute(hit)
+        }
+        computed = self._computed(list((online | lacking).values()))
+        if self.on_missing == "store":
+            new = [(hit, record) for hit, record in computed if hit.id in lacking and hit.record is None]
+            self.bank.put(new, replace=False)
+        fresh = {hit.id: record for hit, record in computed}
+        found = []
+        for query, hits in pairs:
+            ours = online if query.mode == "online" else lacking
+            candidates = [replace(hit, record=fresh.get(hit.id)) if hit.id in ours else hit for hit in hits]
+            found.append([hit for hit in candidates if hit.record is not None and not hit.stale])
+            if hits and not found[-1]:
+                warnings.warn(
+                    "none of the retrieved documents has a usable atom: answering with φ₀ alone", stacklevel=4
+                )
+        return found
 
     def _to_compute(self, hit: Hit) -> bool:
         """Whether a hit's atom is to be computed for this query; warns where it is to be left out."""
@@ -319,7 +336,7 @@ class ReGrad:
         if not encoded:
             return []
         with self.adapter.initial():
-            flat = self.gradients.atoms([document for _, document in encoded])
+            flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
         finite = flat.isfinite().all(dim=1)
         kept = [hit for (hit, _), good in zip(encoded, finite.tolist(), strict=True) if good]
         records = make_records(flat[finite], [hit.text for hit in kept], self.bank.space, self.codec)

@@ -18,6 +18,17 @@ INSTRUCTIONS: dict[str, str] = {
     "choice": "Answer with one of the choices only.",
 }
 CONTEXT_INSTRUCTION = "Use the passages."
+# The stronger RAG prompt of `pe-rag`: what to look for, how to say it, and one worked example.
+ENGINEERED_INSTRUCTION = (
+    "Read the passages and find the one that answers the question. Reply with the answer alone: the shortest words "
+    "that answer it, copied from the passage, without a sentence around them."
+)
+EXAMPLE_PASSAGE = "Passage 1: Mount Elbrus, in the Caucasus, is the highest mountain of Europe, at 5,642 metres."
+EXAMPLES: dict[str, tuple[str, str]] = {
+    "open": ("How high is Mount Elbrus?", "5,642 metres"),
+    "yesno": ("Is Mount Elbrus in the Caucasus?", "yes"),
+    "choice": ("Where is Mount Elbrus?\nA) the Alps\nB) the Caucasus", "the Caucasus"),
+}
 MAX_NEW_TOKENS: dict[str, int] = {"open": 24, "yesno": 4, "choice": 24}
 
 
@@ -36,13 +47,14 @@ class Prompt:
     """One question as it will be asked.
 
     `type` chooses the instruction; `choices` belong to "choice" alone; `passages` are set in the prompt by
-    the modes `rag` and `regrad+icl` and empty in the others.
+    the modes that show them and empty in the others; `engineered` sets the stronger RAG prompt.
     """
 
     question: str
     type: QuestionType = "open"
     choices: tuple[str, ...] = ()
     passages: tuple[str, ...] = ()
+    engineered: bool = False
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -59,13 +71,20 @@ class Prompt:
     def messages(self) -> list[dict[str, str]]:
         """The conversation: the instruction as the system's message, the rest as the user's."""
         instruction = INSTRUCTIONS[self.type]
+        shown: list[dict[str, str]] = []
         parts = []
         if self.passages:
             instruction = f"{CONTEXT_INSTRUCTION} {instruction}"
             parts += [f"Passage {i}: {text}" for i, text in enumerate(self.passages, 1)]
+        if self.engineered:
+            instruction = f"{ENGINEERED_INSTRUCTION} {INSTRUCTIONS[self.type]}"
+            asked, said = EXAMPLES[self.type]
+            shown = [
+                {"role": "user", "content": f"{EXAMPLE_PASSAGE}\n{asked}"}, {"role": "assistant", "content": said}
+            ]  # fmt: skip
         parts.append(self.question)
         parts += [f"{letter}) {choice}" for letter, choice in zip(_letters(self.choices), self.choices, strict=True)]
-        return [{"role": "system", "content": instruction}, {"role": "user", "content": "\n".join(parts)}]
+        return [{"role": "system", "content": instruction}, *shown, {"role": "user", "content": "\n".join(parts)}]
 
     def render(self, tokenizer: ChatTokenizer) -> str:
         """The prompt's text in the model's own chat format, up to where the answer begins."""
@@ -78,7 +97,7 @@ class Prompt:
             if "system" not in str(error).lower():
                 raise
             merged = {"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}
-            return tokenizer.apply_chat_template([merged], tokenize=False, add_generation_prompt=True)
+            return tokenizer.apply_chat_template([merged, *messages[2:]], tokenize=False, add_generation_prompt=True)
 
 
 def _letters(choices: Sequence[str]) -> list[str]:

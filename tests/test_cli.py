@@ -115,7 +115,7 @@ def test_eval_writes_the_contract(run, folder, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     result = json.loads((tmp_path / "out.json").read_text())
-    assert set(result) == {"settings", "results", "recall_at_k"} and 0 <= result["recall_at_k"] <= 1
+    assert set(result) == {"settings", "results", "recall_at_k", "intervals"} and 0 <= result["recall_at_k"] <= 1
     rows = {(row["mode"], row["type"]): row for row in result["results"]}
     assert {mode for mode, _ in rows} == {"direct", "rag", "regrad", "random"}
     for row in rows.values():
@@ -125,6 +125,35 @@ def test_eval_writes_the_contract(run, folder, tmp_path):
     assert len(lines) == 12
     assert set(lines[0]) == {"id", "mode", "question", "answers", "prediction", "f1", "em", "hits"}
     assert not (tmp_path / "regrad_bank").exists()
+
+
+def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path):
+    modes = "rag,pe-rag,regrad,regrad+icl,raw"
+    code, out, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", modes,
+        "--icl-init", folder / "init", "--against", "raw", "--distractors", "2", "--top-k", "1",
+        "--json", "out.json", "--plot", "bars.png", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["mode"] for row in result["intervals"]] == modes.split(",")
+    assert [(row["mode"], row["minus"]) for row in result["differences"]] == [(m, "raw") for m in modes.split(",")[:-1]]
+    for row in result["differences"]:
+        assert row["f1_interval"][0] <= row["f1"] <= row["f1_interval"][1]
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert all(len(line["hits"]) == 3 for line in lines) and "F1 minus raw" in out
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_can_be_given_the_gold_passages(run, folder, tmp_path):
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", "regrad",
+        "--oracle", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    gold = {row["id"]: row["gold_ids"] for row in map(json.loads, (folder / "qa.jsonl").read_text().splitlines())}
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert all(line["hits"] == list(gold[line["id"]]) for line in lines)
 
 
 def test_help_teaches_every_command(run):

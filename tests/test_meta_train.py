@@ -1,11 +1,16 @@
 import json
 import math
+import os
 import random
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+import yaml
 from conftest import tiny_initialization, tiny_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from regrad_loaders.episodes import EpisodeSource, bm25_hits
 from regrad_loaders.facts import generate
@@ -16,8 +21,9 @@ from regrad_loaders.recipe import Recipe, Source
 from regrad_qdrant import Adapter, MetaInitialization
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.errors import DataError, InitializationError, RegradError
-from regrad_qdrant.initialization import BaseModel
+from regrad_qdrant.initialization import BaseModel, adapted_layers
 from regrad_qdrant.record import make_records
+from regrad_qdrant.space import SPACES, LoraModule
 
 RECIPE = Recipe(
     name="tiny",
@@ -197,6 +203,70 @@ def test_resumes_exactly(tokenizer, tmp_path):
     assert second.seen == whole.seen and whole.seen
 
 
+def test_a_step_of_several_episodes_averages_their_gradients(tokenizer, tmp_path):
+    both = trainer(tokenizer, tmp_path / "both", replace(RECIPE, accumulate=2, clip=1e9))
+    both.train_step()
+    parts = []
+    for part in range(2):
+        one = trainer(tokenizer, tmp_path / "one")
+        rng = random.Random(f"{RECIPE.seed}-0-0-{part}")
+        episode, codec = one._draw(rng), rng.choice(RECIPE.codecs)
+        one.learner.objective(episode, codec)[0].mean().backward()
+        parts.append([parameter.grad for parameter in one.learner.parameters()])
+    for parameter, first, second in zip(both.learner.parameters(), *parts, strict=True):
+        torch.testing.assert_close(parameter.grad, (first + second) / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "count"), [("tensor", 6), ("one", 1), ("fixed", 6)])
+def test_step_sizes_may_be_one_for_each_tensor_or_for_all_or_fixed(tokenizer, tmp_path, mode, count):
+    run_of = trainer(tokenizer, tmp_path, replace(RECIPE, step_size_mode=mode))
+    before = run_of.learner.log_step_size.detach().clone()
+    run_of.train_step()
+    assert run_of.learner.log_step_size.numel() == count
+    assert torch.equal(before, run_of.learner.log_step_size.detach()) == (mode == "fixed")
+    assert len(run_of.made().step_sizes) == 6
+
+
+def test_a_run_keeps_the_best_on_dev_questions_and_stops_when_it_gets_no_better(tokenizer, tmp_path, monkeypatch):
+    found = iter([3.0, 1.0, 2.0, 2.5, 0.1])
+    best = []
+
+    def evaluate(self):
+        loss = next(found)
+        if loss == 1.0:
+            best.append(self.made().fingerprint)
+        return {source.name: {"loss": loss, "exact": 0.0, "random_exact": 0.0} for source in self.dev_sources}
+
+    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    recipe = replace(RECIPE, steps=9, evaluate_every=1, dev_questions=8, patience=2)
+    model = tiny_model()
+    made = run(recipe, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [1, 2, 3, 4]
+    assert list(lines[-1]["sources"]) == ["facts-demo"]
+    assert made.fingerprint == best[0] == MetaInitialization.load(tmp_path / "initialization").fingerprint
+    assert made.card["steps"] == 2
+
+
+def test_several_processes_learn_the_same_from_different_episodes(tokenizer, tmp_path):
+    """Two processes on the CPU, by the launcher that `accelerate launch` calls for several GPUs."""
+    tiny_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = asdict(replace(RECIPE, base_model=str(tmp_path / "model"), steps=2))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launch, "-m", "regrad_qdrant", "train", "--recipe", "recipe.yaml", "--out", "both"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    both = MetaInitialization.load(tmp_path / "both" / "initialization")
+    alone = trainer(tokenizer, tmp_path / "alone", replace(RECIPE, steps=2))
+    for _ in range(2):
+        alone.train_step()
+    assert both.card["steps"] == 2 and both.card["questions_seen"] > len(alone.seen)
+    assert both.fingerprint != alone.made().fingerprint
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(tokenizer, tmp_path):
     trainer(tokenizer, tmp_path).save()
     with pytest.raises(DataError, match="learning_rate"):
@@ -291,6 +361,9 @@ def test_recipes_are_checked(tmp_path):
         ("data: [{folder: x, weight: 1.0}]\nlearn: step_sizes\n", "name the initialization"),
         ("data: [{folder: x, weight: 1.0}]\norder: 3\n", "neither 1 nor 2"),
         ("data: [{folder: x, weight: 1.0}]\ncodecs: [int3]\n", "codec 'int3'"),
+        ("data: [{folder: x, weight: 1.0}]\nstep_size_mode: each\n", "tensor, one, fixed"),
+        ("data: [{folder: x, weight: 1.0}]\npatience: 3\n", "needs dev_questions"),
+        ("data: [{folder: x, weight: 1.0}]\naccumulate: 0\n", "at least 1"),
         ("data: [{folder: x, weight: 1.0}]\nsteps: many\n", "steps must be a number"),
         ("data: [{folder: x, weight: 1.0}]\nwarmup: 0.5\n", "warmup must be a whole number"),
     ):
@@ -310,3 +383,33 @@ def test_the_shipped_recipes_are_valid():
     assert recipes
     for path in recipes:
         assert Recipe.load(path).name == path.stem
+
+
+PUBLISHED = {  # hidden and MLP sizes, layers; numbers of an atom
+    "llama-3.2-1b-instruct": (2048, 8192, 16, 3_932_160),
+    "llama-3.2-3b-instruct": (3072, 8192, 28, 3_784_704),
+    "llama-3.1-8b-instruct": (4096, 14336, 32, 3_538_944),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_llama_recipes_fit_their_models(name):
+    """On the meta device: shapes without weights."""
+    from pathlib import Path
+
+    recipe = Recipe.load(Path(__file__).parent.parent / "loaders" / "recipes" / f"{name}.yaml")
+    hidden, mlp, layers, numbers = PUBLISHED[name]
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, vocab_size=128_256)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    chosen = adapted_layers(model, recipe.targets, range(recipe.layers[0], recipe.layers[1] + 1))
+    assert len(chosen) == 3 * (recipe.layers[1] - recipe.layers[0] + 1) and recipe.layers[1] == layers - 1
+    modules = {
+        module: LoraModule(
+            torch.empty(recipe.rank, linear.in_features, device="meta"),
+            torch.empty(linear.out_features, recipe.rank, device="meta"),
+            recipe.lora_alpha / recipe.rank,
+        )
+        for module, linear in chosen.items()
+    }
+    assert SPACES[recipe.space](modules).numel == numbers and recipe.lora_alpha == 2 * recipe.rank

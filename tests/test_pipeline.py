@@ -99,7 +99,7 @@ def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     [hit] = [hit for hit in regrad.bank.search(question, 2) if hit.stale]
     expected = regrad.gradients.atoms([regrad.gradients.encode("Ida Corvand works as a judge.")])[0]
     regrad.codec = "fp32"
-    torch.testing.assert_close(regrad._merged(Query(question), [hit]), expected)
+    torch.testing.assert_close(regrad._sums([(Query(question), [hit])])[0], expected)
 
 
 def test_documents_without_atoms_are_reported(regrad):
@@ -115,9 +115,9 @@ def test_documents_without_atoms_are_reported(regrad):
 def test_another_merge_rule_can_be_given(model, tokenizer, initialization, regrad):
     regrad.merge = MergeRule("top1")
     query = Query("Ida Corvand works as a diver")
-    alone = regrad._merged(query, regrad.bank.search(query.question, 2))
+    [alone] = regrad._sums([(query, regrad.bank.search(query.question, 2))])
     best = regrad.bank.search(query.question, 1)
-    assert (alone == regrad._merged(query, best)).all()
+    assert (alone == regrad._sums([(query, best)])[0]).all()
 
 
 def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
@@ -152,6 +152,17 @@ def test_a_bank_without_atoms_fills_by_use(regrad):
     assert answer.text == expected and regrad.bank.status().atoms == len(answer.hits) > 0
     stored = regrad.bank.fetch([hit.id for hit in answer.hits])
     assert all(hit.record is not None and not hit.stale for hit in stored)
+
+
+def test_a_batch_computes_what_is_missing_once_for_all_its_questions(regrad, monkeypatch):
+    expected = [answer.text for answer in regrad.answer_many(QUESTIONS, top_k=2)]
+    regrad.bank.drop()
+    regrad.codec, regrad.on_missing = "int8", "store"
+    atoms, computed = regrad.gradients.atoms, []
+    monkeypatch.setattr(regrad.gradients, "atoms", lambda documents: (computed.extend(documents), atoms(documents))[1])
+    answers = regrad.answer_many(QUESTIONS, top_k=2)
+    assert [answer.text for answer in answers] == expected
+    assert len(computed) == len({hit.id for answer in answers for hit in answer.hits}) == regrad.bank.status().atoms
 
 
 QUESTIONS = ["What is the job of Ida Corvand?", "Who plays the harp?", "Who likes plum cake, and of what kind?"]

@@ -91,6 +91,7 @@ def ingested(client, tokenizer):
     return {point.id: point.payload for point in store.scroll(None, 100, None, True)[0]}
 
 
+@pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
 @pytest.mark.parametrize("in_process", [True, False])
 def test_an_ingestion_through_faults_ends_as_an_undisturbed_one(tokenizer, monkeypatch, in_process):
     monkeypatch.setattr(ClientStore, "in_process", in_process)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from regrad_loaders.data import Question
-from regrad_loaders.scores import accuracy, chosen, exact_match, f1
+from regrad_loaders.scores import Interval, accuracy, bootstrap, chosen, exact_match, f1
+from regrad_qdrant.bank import GradientBank
+from regrad_qdrant.documents import Hit, point_id
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.pipeline import MODES, Answer, Mode, Query, ReGrad
 
@@ -47,6 +50,7 @@ class Evaluation:
     settings: dict[str, Any]
     predictions: list[Prediction]
     recall_at_k: float | None
+    against: str | None = None  # the mode that the others are paired with
 
     def results(self) -> list[dict[str, Any]]:
         """One row a mode and kind of question, `all` first."""
@@ -68,8 +72,33 @@ class Evaluation:
             for (mode, kind), rows in groups.items()
         ]
 
+    def intervals(self) -> list[dict[str, Any]]:
+        """The 95 % bootstrap interval of each mode's F1."""
+        scores: dict[str, list[float]] = defaultdict(list)
+        for prediction in self.predictions:
+            scores[prediction.mode].append(prediction.f1)
+        return [{"mode": mode, "f1": mean(of), "f1_interval": _ends(bootstrap(of))} for mode, of in scores.items()]
+
+    def differences(self) -> list[dict[str, Any]]:
+        """For every other mode its F1 minus that of `against`, over the same questions, with the paired interval."""
+        scores: dict[str, dict[str, float]] = defaultdict(dict)
+        for prediction in self.predictions:
+            scores[prediction.mode][prediction.id] = prediction.f1
+        rows = []
+        for mode, of_mode in scores.items():
+            if self.against in scores and mode != self.against:
+                found = bootstrap([of_mode[key] - there for key, there in scores[str(self.against)].items()])
+                rows.append({"mode": mode, "minus": self.against, "f1": found.mean, "f1_interval": _ends(found)})
+        return rows
+
     def as_dict(self) -> dict[str, Any]:
-        return {"settings": self.settings, "results": self.results(), "recall_at_k": self.recall_at_k}
+        found = {"settings": self.settings, "results": self.results(), "recall_at_k": self.recall_at_k}
+        found["intervals"] = self.intervals()
+        return found | ({"differences": self.differences()} if self.against else {})
+
+    def with_mode(self, mode: str) -> Evaluation:
+        """The same under another mode's name."""
+        return replace(self, predictions=[replace(prediction, mode=mode) for prediction in self.predictions])
 
     def f1_of(self, mode: str) -> float:
         """Mean F1 of one mode over all its questions, 0 to 1."""
@@ -84,6 +113,8 @@ def evaluate(
     top_k: int = 3,
     using: str | None = None,
     filter_field: str | None = None,
+    oracle: bool = False,
+    distractors: int = 0,
     batch: int = 1,
     settings: dict[str, Any] | None = None,
     on_progress: Callable[[Prediction], None] = lambda _: None,
@@ -92,26 +123,33 @@ def evaluate(
 
     Args:
         filter_field: restricts each question's search to passages with the question's own value of this field.
+        oracle: answer from the gold passages instead of what is retrieved, with equal scores.
+        distractors: random documents added to those of every question, under the lowest of their scores (the paper's
+            noise test).
         batch: questions answered together; the answers do not depend on it, the seconds do.
         settings: recorded with the results.
         on_progress: called with each prediction.
 
     Raises:
-        DataError: for no questions, or a question without the filter field.
+        DataError: for no questions, a question without the filter field, or an oracle without gold passages.
     """
     if not questions:
         raise DataError("no questions to evaluate on: check --split and --limit")
     filters = [field_filter(question, filter_field) for question in questions]
     predictions: list[Prediction] = []
     asked = list(zip(questions, filters, strict=True))
+    given: list[list[Hit] | None] = [None] * len(questions)
+    if oracle or distractors:
+        given = list(_given_hits(regrad.bank, asked, top_k, using, oracle, distractors))
+    most = max([top_k, *(len(hits) for hits in given if hits)])
     for mode in modes:
         for start in range(0, len(asked), batch):
-            part = asked[start : start + batch]
-            queries = [Query(q.question, mode, q.kind, tuple(q.choices), only) for q, only in part]
+            part = list(zip(asked, given, strict=True))[start : start + batch]
+            queries = [Query(q.question, mode, q.kind, tuple(q.choices), only, None, hits) for (q, only), hits in part]
             started = time.perf_counter()
-            answers = regrad.answer_many(queries, top_k=top_k, using=using)
+            answers = regrad.answer_many(queries, top_k=most, using=using)
             seconds = (time.perf_counter() - started) / len(part)
-            for (question, _), answer in zip(part, answers, strict=True):
+            for ((question, _), _), answer in zip(part, answers, strict=True):
                 predictions.append(_scored(question, answer, seconds))
                 on_progress(predictions[-1])
     recalls = []
@@ -123,6 +161,55 @@ def evaluate(
             found = {str(hit.document_id) for hit in hits}
             recalls.append(len(found & set(question.gold_ids)) / len(set(question.gold_ids)))
     return Evaluation(settings or {}, predictions, mean(recalls) if recalls else None)
+
+
+def _given_hits(
+    bank: GradientBank,
+    asked: Sequence[tuple[Question, Any]],
+    top_k: int,
+    using: str | None,
+    oracle: bool,
+    distractors: int,
+) -> Iterator[list[Hit]]:
+    """What each question is answered from, where it is not just what its search returns."""
+    everything = [hit.id for hit in bank.points()] if distractors else []
+    for question, query_filter in asked:
+        if oracle:
+            if not question.gold_ids:
+                raise DataError(f"question {question.id!r} names no gold passages (gold_ids), which --oracle needs")
+            hits = bank.fetch([point_id(key) for key in question.gold_ids], [1.0] * len(question.gold_ids))
+        else:
+            hits = bank.search(question.question, top_k, using=using, query_filter=query_filter)
+        there = {hit.id for hit in hits}
+        others = [key for key in everything if key not in there]
+        drawn = random.Random(question.id).sample(others, min(distractors, len(others)))
+        yield hits + bank.fetch(drawn, [min((hit.score for hit in hits), default=1.0)] * len(drawn))
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def plot(evaluation: Evaluation, path: Path) -> None:
+    """A bar for each mode's F1, with its 95 % interval.
+
+    Raises:
+        DataError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise DataError("a plot needs matplotlib: pip install 'regrad-qdrant[loaders]'") from error
+    rows = evaluation.intervals()
+    count = len(evaluation.predictions) // len(rows)
+    figure = Figure(figsize=(1.2 + 0.9 * len(rows), 3.6), layout="constrained")
+    panel = figure.subplots()
+    values = [100 * row["f1"] for row in rows]
+    spread = [[100 * abs(row["f1"] - row["f1_interval"][end]) for row in rows] for end in (0, 1)]
+    bars = panel.bar([row["mode"] for row in rows], values, yerr=spread, capsize=4, color="#5b7fa6")
+    panel.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+    panel.set(ylabel="F1", title=f"{count} questions, 95 % intervals")
+    figure.savefig(path, dpi=120)
 
 
 def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
@@ -143,18 +230,21 @@ def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
     )
 
 
-def parse_modes(text: str) -> list[Mode]:
+RAW = "raw"  # regrad without meta-training
+EVALUATION_MODES: tuple[str, ...] = (*MODES, RAW)
+
+
+def parse_modes(text: str, known: Sequence[str] = MODES) -> list[Any]:
     """Modes from a comma-separated list.
 
     Raises:
         DataError: for an unknown one.
     """
-    known: dict[str, Mode] = {mode: mode for mode in MODES}
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise DataError(f"unknown modes {unknown}: choose from {', '.join(MODES)}")
-    return [known[name] for name in dict.fromkeys(names)]
+        raise DataError(f"unknown modes {unknown}: choose from {', '.join(known)}")
+    return list(dict.fromkeys(names))
 
 
 def select(questions: Sequence[Question], split: str | None, limit: int | None) -> list[Question]:

@@ -32,7 +32,9 @@ STEP_SIZE_GRID = tuple(10 ** (i / 4) for i in range(-8, 13))  # 0.01 to 1000, fo
 class MetaLearner(nn.Module):
     """The outer parameters φ₀, log α, log τ (and U) over a live model, and the objective of one episode."""
 
-    def __init__(self, model: nn.Module, initialization: MetaInitialization, merge: str) -> None:
+    def __init__(
+        self, model: nn.Module, initialization: MetaInitialization, merge: str, step_size_mode: str = "tensor"
+    ) -> None:
         super().__init__()
         self.initialization = initialization
         self.model = [plug_in(model, initialization)]  # in a list: the base model's weights are no parameters of ours
@@ -45,8 +47,12 @@ class MetaLearner(nn.Module):
         bases = [live.modules[name].basis for name in self.names]
         self.basis = nn.ParameterList(nn.Parameter(basis.clone()) for basis in bases if basis is not None)
         sizes = [initialization.step_sizes[name] for name in live.shapes]
-        self.log_step_size = nn.Parameter(torch.tensor(sizes).log())
-        self.log_temperature = nn.Parameter(torch.tensor(math.log(initialization.merge.temperature)))
+        if min(sizes) <= 0:
+            raise InitializationError("training learns log α: it can't go on from step sizes that are not positive")
+        if step_size_mode == "one":
+            sizes = [math.exp(sum(map(math.log, sizes)) / len(sizes))]
+        self.log_step_size = nn.Parameter(self.lora_a[0].new_tensor(sizes).log(), step_size_mode != "fixed")
+        self.log_temperature = nn.Parameter(self.lora_a[0].new_tensor(math.log(initialization.merge.temperature)))
         self.space = SPACES[initialization.kind](self.plug_in_modules())
 
     def plug_in_modules(self) -> dict[str, LoraModule]:
@@ -58,7 +64,8 @@ class MetaLearner(nn.Module):
         }
 
     def step_sizes(self) -> dict[str, Tensor]:
-        return dict(zip(self.space.shapes, self.log_step_size.exp(), strict=True))
+        sizes = self.log_step_size.exp().expand(len(self.space.shapes))
+        return dict(zip(self.space.shapes, sizes, strict=True))
 
     def atoms(self, passages: Sequence[Sequence[int]], *, create_graph: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The atom of each passage, (passages, *shape) a tensor, and each passage's loss (passages,)."""
@@ -66,7 +73,7 @@ class MetaLearner(nn.Module):
             name: self.lora_a[0].new_zeros(len(passages), *shape).requires_grad_(True)
             for name, shape in self.space.shapes.items()
         }
-        ids, mask = pad(passages, self.pad_id)
+        ids, mask = pad(passages, self.pad_id, self.device)
         with row_updates(self.model[0], self.space, zeros), sdpa_kernel(SDPBackend.MATH):
             losses = document_losses(self.model[0], ids, mask)
         grads = torch.autograd.grad(losses.sum(), list(zeros.values()), create_graph=create_graph)
@@ -90,7 +97,7 @@ class MetaLearner(nn.Module):
         layers = lora_layers(self.model[0])
         handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
         try:
-            losses = document_losses(self.model[0], *pad(passages, self.pad_id))
+            losses = document_losses(self.model[0], *pad(passages, self.pad_id, self.device))
         finally:
             for handle in handles:
                 handle.remove()
@@ -101,13 +108,17 @@ class MetaLearner(nn.Module):
         return atoms
 
     @property
+    def device(self) -> torch.device:
+        return self.lora_a[0].device
+
+    @property
     def pad_id(self) -> int:
         return int(self.model[0].config.pad_token_id or 0)
 
     def answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """For every question, run with its own row of `rows`: the answer's mean negative log-likelihood and
         whether greedy decoding would give it (questions,)."""
-        ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id)
+        ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id, self.device)
         with row_updates(self.model[0], self.space, rows):
             hidden = hidden_states(self.model[0], ids, mask)
         owner, position, target = [], [], []
@@ -115,19 +126,20 @@ class MetaLearner(nn.Module):
             owner += [i] * len(example.answer_ids)
             position += range(len(example.prompt_ids) - 1, len(example.prompt_ids) + len(example.answer_ids) - 1)
             target += example.answer_ids
-        index, goal = torch.tensor(owner), torch.tensor(target)
-        logits = self.model[0].get_output_embeddings()(hidden[index, torch.tensor(position)])
+        index, at, goal = (torch.tensor(numbers, device=self.device) for numbers in (owner, position, target))
+        logits = self.model[0].get_output_embeddings()(hidden[index, at])
         token_losses = nn.functional.cross_entropy(logits, goal, reduction="none")
         lengths = torch.bincount(index, minlength=len(examples))
         losses = token_losses.new_zeros(len(examples)).index_add(0, index, token_losses) / lengths
-        right = torch.zeros(len(examples)).index_add(0, index, (logits.detach().argmax(-1) == goal).float())
+        hits = (logits.detach().argmax(-1) == goal).float()
+        right = hits.new_zeros(len(examples)).index_add(0, index, hits)
         return losses, (right == lengths).float()
 
     def updates(self, examples: Sequence[Example], atoms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """−α ⊙ Σ wᵢ·g(dᵢ) for every question: (questions, *shape) a tensor."""
         count = next(iter(atoms.values())).shape[0]
         scores = self.lora_a[0].new_zeros(len(examples), count)
-        present = torch.zeros(len(examples), count, dtype=torch.bool)
+        present = torch.zeros(len(examples), count, dtype=torch.bool, device=self.device)
         for i, example in enumerate(examples):
             scores[i, example.rows], present[i, example.rows] = scores.new_tensor(example.scores), True
         weights = merge_weights(self.merge, scores, present, self.log_temperature.exp())
@@ -142,10 +154,17 @@ class MetaLearner(nn.Module):
         decoded = coder.dequantize(coder.quantize(exact.float()), self.space.numel).to(flat.dtype)
         return self.space.unflatten(flat + (decoded - exact))
 
-    def objective(self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2) -> tuple[Tensor, Tensor]:
+    def objective(
+        self,
+        episode: Episode,
+        codec: str = "fp32",
+        order: Literal[0, 1, 2] = 2,
+        on_atoms: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, Tensor]:
         """The episode's answer losses and greedy hits, (questions,) each, with its atoms read from this codec.
 
         Args:
+            on_atoms: called when the atoms are there, before any question is run.
             order: what is differentiated of the atoms: 2 all of the inner step; 1 its projections
                 (`projected_atoms`); 0 nothing, so that the losses depend on α and τ alone.
         """
@@ -153,6 +172,7 @@ class MetaLearner(nn.Module):
             atoms = self.projected_atoms(episode.passages)
         else:
             atoms, _ = self.atoms(episode.passages, create_graph=order == 2)
+        on_atoms()
         return self.answer_losses(episode.examples, self.updates(episode.examples, self.coded(atoms, codec)))
 
     def refitted(self, card: Mapping[str, Any]) -> MetaInitialization:
@@ -165,7 +185,7 @@ class MetaLearner(nn.Module):
         """The meta-initialization as learned so far, its tensors rounded to `dtype` as they are saved."""
 
         def rounded(tensor: Tensor) -> Tensor:
-            return tensor.detach().to(dtype).float()
+            return tensor.detach().to(dtype).float().cpu()
 
         start = self.initialization
         modules = {
@@ -193,6 +213,36 @@ class MetaLearner(nn.Module):
         return MergeRule(self.merge, float(self.log_temperature.detach().exp()))
 
 
+def raw_initialization(
+    model: nn.Module, like: MetaInitialization, passages: Sequence[Sequence[int]]
+) -> MetaInitialization:
+    """An initialization of the same layers and ranks without meta-training: fresh tensors, and the step size that
+    `calibrate` finds on some passages (token ids). The control that shows what meta-training does.
+
+    Raises:
+        InitializationError: if no step size lowers the passages' loss.
+    """
+    basis = next(iter(like.modules.values())).basis
+    fresh = MetaInitialization.fresh(
+        model,
+        like.base,
+        kind=like.kind,
+        targets=sorted({name.rsplit(".", 1)[-1] for name in like.modules}),
+        layers=sorted({int(part) for name in like.modules for part in name.split(".") if part.isdigit()}),
+        rank=like.rank,
+        basis_rank=0 if basis is None else int(basis.shape[1]),
+        lora_alpha=like.lora_alpha,
+        step_size=1.0,
+        max_length=like.max_length,
+    )
+    learner = MetaLearner(model, fresh, like.merge.rule)
+    try:
+        size, _ = calibrate(learner, passages)
+    finally:
+        learner.model[0].unload()
+    return fresh.with_step_sizes(dict.fromkeys(fresh.step_sizes, size), like.merge)
+
+
 def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[float, list[dict[str, float]]]:
     """The step size that lowers the documents' own loss most within a trust region.
 
@@ -201,7 +251,7 @@ def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[
     region: `other` may rise by no more than half of what `own` falls. Returns the size and the whole table.
     """
     atoms, before = learner.atoms(passages, create_graph=False)
-    batch = pad(passages, learner.pad_id)
+    batch = pad(passages, learner.pad_id, learner.device)
     half = len(passages) // 2
     table = []
     with torch.no_grad():

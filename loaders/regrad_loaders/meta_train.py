@@ -1,4 +1,8 @@
-"""A meta-training run: a recipe's steps, with metrics, checkpoints and exact resumption."""
+"""A meta-training run: a recipe's steps, with metrics, checkpoints and exact resumption.
+
+Under `accelerate launch` every process draws its own episodes and the gradients are averaged; alone it is one process.
+What a step draws depends on the seed, the process and the number of the step alone.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,22 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from regrad_loaders.data import read_folder
+from regrad_loaders.data import Question, read_folder
 from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
 from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.narrow import narrow
-from regrad_loaders.recipe import Recipe
+from regrad_loaders.recipe import Recipe, Source
 from regrad_qdrant.errors import DataError, InitializationError
 from regrad_qdrant.initialization import BaseModel, MetaInitialization, adapted_layers
 from regrad_qdrant.merge import MergeRule
@@ -39,8 +45,14 @@ class StepMetrics:
     exact: float  # share of questions whose every answer token is the most likely one
     grad_norm: float
     seconds: float
+    seconds_of_atoms: float  # the inner step: drawing, forward, backward with its graph
+    seconds_of_answers: float  # forward of the questions
     questions: int
     passages: int
+
+    @property
+    def tasks_per_second(self) -> float:
+        return self.questions / self.seconds
 
 
 class Trainer:
@@ -48,13 +60,16 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, model: nn.Module, tokenizer: Any, base: BaseModel, out: Path) -> None:
         self.recipe, self.out = recipe, out
-        self.rng = random.Random(recipe.seed)
-        torch.manual_seed(recipe.seed)
+        self.accelerator = Accelerator()
+        model.to(self.accelerator.device)
         self.sources, self.weights = load_sources(recipe, tokenizer)
+        self.dev_sources = load_dev_sources(recipe, tokenizer)
         initialization = self._start(model, base)
-        self.learner = MetaLearner(model, initialization, recipe.merge)
+        self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode)
         self.step = 0
         self.seen: set[str] = set()
+        self.best = math.inf  # the lowest mean dev loss
+        self.waited = 0  # evaluations since
         learned = self.learner
         if recipe.learn == "step_sizes":
             for parameter in (*learned.lora_a, *learned.lora_b, *learned.basis):
@@ -149,42 +164,66 @@ class Trainer:
         return source.episode(rng, self.recipe.passages, self.recipe.questions_per_passage, self.recipe.top_k)
 
     def train_step(self) -> StepMetrics:
-        """One episode: forward, backward, update."""
-        start = time.perf_counter()
-        episode = self._draw(self.rng)
-        codec = self.rng.choice(self.recipe.codecs)
-        order = 0 if self.recipe.learn == "step_sizes" else self.recipe.order
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.autocast):
-            losses, exact = self.learner.objective(episode, codec, order)
-        loss = losses.mean()
+        """Some episodes: forward, backward, and one update."""
+        recipe, start = self.recipe, time.perf_counter()
+        order = 0 if recipe.learn == "step_sizes" else recipe.order
+        losses, exact, passages, marks = [], [], 0, [0.0, 0.0]
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), self.recipe.clip)
+        for part in range(recipe.accumulate):
+            began = time.perf_counter()
+            rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
+            episode, codec = self._draw(rng), rng.choice(recipe.codecs)
+            with torch.autocast(self.learner.device.type, torch.bfloat16, enabled=recipe.autocast):
+                found, right = self.learner.objective(
+                    episode, codec, order, lambda began=began: marks.append(time.perf_counter() - began)
+                )
+            of_atoms = marks.pop()
+            marks[0] += of_atoms
+            marks[1] += time.perf_counter() - began - of_atoms
+            (found.mean() / recipe.accumulate).backward()
+            losses.append(float(found.detach().mean()))
+            exact.append(right)
+            passages += len(episode.passages)
+            self.seen.update(example.question_id for example in episode.examples)
+        self._average_gradients()
+        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
         if math.isfinite(float(norm)):
             self.optimizer.step()
         self.schedule.step()
         self.step += 1
-        self.seen.update(example.question_id for example in episode.examples)
         return StepMetrics(
             step=self.step,
-            loss=float(loss.detach()),
-            exact=float(exact.mean()),
+            loss=sum(losses) / len(losses),
+            exact=float(torch.cat(exact).mean()),
             grad_norm=float(norm),
             seconds=time.perf_counter() - start,
-            questions=len(episode.examples),
-            passages=len(episode.passages),
+            seconds_of_atoms=marks[0],
+            seconds_of_answers=marks[1],
+            questions=sum(map(len, exact)),
+            passages=passages,
         )
+
+    def _average_gradients(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.learner.parameters():
+            if parameter.requires_grad:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
 
     def save(self) -> None:
         """A checkpoint that `resume` continues from exactly; the old one stays until the new one is whole."""
+        seen = self._seen_by_all()
+        if not self.accelerator.is_main_process:
+            return
         state = {
             "learner": self.learner.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "step": self.step,
-            "rng": self.rng.getstate(),
-            "torch_rng": torch.get_rng_state(),
-            "seen": sorted(self.seen),
+            "seen": sorted(seen),
+            "best": self.best,
+            "waited": self.waited,
             "recipe": self.recipe.as_dict(),
         }
         self.out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +236,7 @@ class Trainer:
         path = self.out / "checkpoint.pt"
         if not path.is_file():
             return False
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
         if state["recipe"] != self.recipe.as_dict():
             changed = [name for name, value in self.recipe.as_dict().items() if state["recipe"].get(name) != value]
             raise DataError(f"{path} is of another recipe: {', '.join(changed)} differ; choose another --out folder")
@@ -205,18 +244,22 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.step, self.seen = state["step"], set(state["seen"])
-        version, internal, gauss = state["rng"]
-        self.rng.setstate((version, tuple(internal), gauss))
-        torch.set_rng_state(state["torch_rng"])
+        self.best, self.waited = state["best"], state["waited"]
         return True
 
+    def _seen_by_all(self) -> set[str]:
+        """The questions that any process has trained on."""
+        if self.accelerator.num_processes == 1:
+            return self.seen
+        return set(gather_object(sorted(self.seen)))
+
     def evaluate(self, episodes: int = 2) -> dict[str, dict[str, float]]:
-        """Per source, on episodes drawn with another seed from the same questions: the answer's loss, and how often
-        greedy decoding is exact with the right atoms and with those of other passages. A sign of life, not a score:
-        scores come from `regrad-qdrant eval` on questions that training never saw.
+        """Per source, on episodes of its dev questions (of training questions where the recipe wants none): the
+        answer's loss, and how often greedy decoding is exact with the right atoms and with those of other passages.
+        The gold passages are always there: scores come from `regrad-qdrant eval`, with what retrieval returns.
         """
         results = {}
-        for source in self.sources:
+        for source in self.dev_sources or self.sources:
             rng = random.Random(self.recipe.seed + 2)
             rows = []
             for _ in range(episodes):
@@ -235,6 +278,22 @@ class Trainer:
             results[source.name] = {"loss": loss, "exact": right, "random_exact": wrong}
         return results
 
+    def is_better(self, evaluation: dict[str, dict[str, float]]) -> bool:
+        """Whether this is the lowest dev loss so far, the mean over sources; counts the evaluations that are not."""
+        loss = sum(source["loss"] for source in evaluation.values()) / len(evaluation)
+        better = loss < self.best
+        self.best, self.waited = (loss, 0) if better else (self.best, self.waited + 1)
+        return better
+
+    def card(self) -> dict[str, Any]:
+        """What goes into the initialization's card: the recipe, and what it has seen so far."""
+        return {"recipe": self.recipe.as_dict(), "steps": self.step, "questions_seen": len(self._seen_by_all())}
+
+    def made(self) -> MetaInitialization:
+        """The initialization as learned so far."""
+        card = self.card()
+        return self.learner.trained(card) if self.recipe.learn == "all" else self.learner.refitted(card)
+
 
 def _plan(initialization: MetaInitialization) -> tuple[int, int, set[str]]:
     """Its r, its p (0 without a basis) and its modules."""
@@ -246,17 +305,39 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
     """The recipe's mixture: one episode source a data set, and the weights to draw them with."""
     sources = []
     for source in recipe.data:
-        if source.facts is not None:
-            dataset = generate("train", **source.facts)
-        else:
-            dataset = read_folder(Path(recipe.data_dir) / str(source.folder))
-        questions = dataset.split(source.split)
-        if source.types:
-            questions = [question for question in questions if question.type in source.types]
+        dataset = (
+            generate("train", **source.facts)
+            if source.facts is not None
+            else read_folder(Path(recipe.data_dir) / str(source.folder))
+        )
+        questions = _of_types(dataset.split(source.split), source)
         if not questions:
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
         sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens))
     return sources, [source.weight for source in recipe.data]
+
+
+def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
+    """Sources of dev questions, to evaluate on: of each folder that has any, and invented people that training has
+    not met. None where the recipe wants none."""
+    sources: list[EpisodeSource] = []
+    if not recipe.dev_questions:
+        return sources
+    rng = random.Random(recipe.seed + 4)
+    for source in recipe.data:
+        if source.facts is not None:
+            dataset = generate("demo", 60, recipe.seed)
+        else:
+            dataset = read_folder(Path(recipe.data_dir) / str(source.folder))
+        questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
+        if questions:
+            chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
+            sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens))
+    return sources
+
+
+def _of_types(questions: list[Question], source: Source) -> list[Question]:
+    return [question for question in questions if not source.types or question.type in source.types]
 
 
 def _forget_after(metrics: Path, step: int) -> None:
@@ -287,38 +368,89 @@ def run(
     *,
     resume: bool = False,
     on_step: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> MetaInitialization:
-    """Train as the recipe says, in the folder `out`: metrics.jsonl, checkpoint.pt and the initialization itself.
+    """Train as the recipe says, in the folder `out`: metrics.jsonl (and TensorBoard's events, where it is installed),
+    checkpoint.pt and the initialization itself: the best on dev questions, or the last without any.
 
-    `on_step` is called with the number of steps just done, those before a resume included.
+    `on_step` is called with the number of steps just done, those before a resume included, and `say` with a line now
+    and then.
     """
     keep_freed_memory()
     trainer = Trainer(recipe, model, tokenizer, base, out)
     out.mkdir(parents=True, exist_ok=True)
     resumed = resume and trainer.resume()
-    _forget_after(out / "metrics.jsonl", trainer.step if resumed else -1)
-    with (out / "metrics.jsonl").open("a", encoding="utf-8") as log:
-
-        def record(kind: str, values: Any) -> None:
-            log.write(json.dumps({"kind": kind, **values}) + "\n")
-            log.flush()
-
+    with _Log(out, trainer.step if resumed else -1, trainer.accelerator.is_main_process) as log:
         if not resumed:
-            record(
-                "calibration",
-                {"table": trainer.calibrate(), "step_size": float(trainer.learner.log_step_size.detach().exp()[0])},
-            )
+            size = float(trainer.learner.log_step_size.detach().exp()[0])
+            log.write("calibration", {"table": trainer.calibrate(), "step_size": size})
         on_step(trainer.step)
-        while trainer.step < recipe.steps:
+        while trainer.step < recipe.steps and not (recipe.patience and trainer.waited >= recipe.patience):
             metrics = trainer.train_step()
             on_step(1)
-            record("step", asdict(metrics))
+            log.write("step", asdict(metrics) | {"tasks_per_second": metrics.tasks_per_second})
             last = trainer.step == recipe.steps
+            if last or trainer.step % recipe.evaluate_every == 0:
+                evaluation = trainer.evaluate()
+                log.write("evaluation", {"step": trainer.step, "sources": evaluation})
+                say(f"step {trainer.step}: " + ", ".join(f"{n} {100 * v['exact']:.0f}" for n, v in evaluation.items()))
+                if recipe.dev_questions and trainer.is_better(evaluation):
+                    _save(trainer, out / "initialization")
             if last or trainer.step % recipe.checkpoint_every == 0:
                 trainer.save()
-            if last or trainer.step % recipe.evaluate_every == 0:
-                record("evaluation", {"step": trainer.step, "sources": trainer.evaluate()})
-    card = {"recipe": recipe.as_dict(), "steps": trainer.step, "questions_seen": len(trainer.seen)}
-    initialization = trainer.learner.trained(card) if recipe.learn == "all" else trainer.learner.refitted(card)
-    initialization.save(out / "initialization")
+    if not recipe.dev_questions:
+        return _save(trainer, out / "initialization")
+    trainer.accelerator.wait_for_everyone()
+    return MetaInitialization.load(out / "initialization")
+
+
+def _save(trainer: Trainer, folder: Path) -> MetaInitialization:
+    initialization = trainer.made()
+    if trainer.accelerator.is_main_process:
+        initialization.save(folder)
     return initialization
+
+
+class _Log:
+    """metrics.jsonl, one object a line, and TensorBoard's events beside it."""
+
+    def __init__(self, out: Path, step: int, is_main: bool) -> None:
+        self.is_main = is_main
+        if not is_main:
+            return
+        _forget_after(out / "metrics.jsonl", step)
+        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=max(0, step))  # type: ignore[no-untyped-call] # torch
+        except ImportError:
+            self.board = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_main:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()  # type: ignore[no-untyped-call] # torch
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.file.flush()
+        if self.board is None:
+            return
+        for name, value in _numbers(values.get("sources", values)):
+            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))  # type: ignore[no-untyped-call] # torch
+
+
+def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a nested mapping by their paths."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{before}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            yield f"{before}{name}", float(value)

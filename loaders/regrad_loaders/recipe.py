@@ -50,6 +50,7 @@ class Recipe:
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
+    step_size_mode: str = "tensor"  # α: one for each tensor, or `one` for all, or `fixed` as it starts
     order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
     codecs: tuple[str, ...] = ("fp32",)  # one is drawn for each episode, and its atoms are read through it
     # data
@@ -60,6 +61,7 @@ class Recipe:
     passages: int = 16
     questions_per_passage: int = 2
     top_k: tuple[int, ...] = (1, 2, 3, 5)
+    accumulate: int = 1  # episodes of one step, on each process
     # optimisation
     steps: int = 300
     warmup: int = 20
@@ -71,6 +73,8 @@ class Recipe:
     autocast: bool = False  # bf16; pays where the processor multiplies bf16 faster than fp32
     checkpoint_every: int = 20
     evaluate_every: int = 50
+    dev_questions: int = 0  # of each source's dev split to evaluate on; 0: on training questions, and no best is kept
+    patience: int = 0  # evaluations without a better dev loss before the run stops; 0: it never does
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -87,6 +91,12 @@ class Recipe:
             raise DataError("the recipe names no data")
         if self.learn not in ("all", "step_sizes"):
             raise DataError(f"learn {self.learn!r} is neither 'all' nor 'step_sizes'")
+        if self.step_size_mode not in ("tensor", "one", "fixed"):
+            raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, fixed")
+        if self.accumulate < 1:
+            raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
+        if self.patience and not self.dev_questions:
+            raise DataError("patience needs dev_questions to evaluate on")
         if self.order not in (1, 2):
             raise DataError(f"order {self.order} is neither 1 nor 2")
         if self.learn == "step_sizes" and self.start is None:

@@ -1,0 +1,211 @@
+"""The command `regrad-qdrant eval`: the modes side by side on a question file."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regrad_qdrant.codec import DEFAULT_CODEC
+from regrad_qdrant.console import console, differences_table, print_report, progress, scores_table
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.options import (
+    DEFAULT_INIT,
+    BankPath,
+    Batch,
+    CodecName,
+    Dense,
+    Init,
+    JsonOut,
+    Key,
+    Merge,
+    Model,
+    Sidecar,
+    TextPath,
+    TopK,
+    Url,
+    Using,
+    bank_of,
+    check_outputs,
+    check_vector,
+    existing_store,
+    ingest_corpus,
+    load,
+    regrad_of,
+    store_of,
+    vector_name,
+    write_json,
+)
+from regrad_qdrant.record import DEFAULT_KEY
+
+if TYPE_CHECKING:
+    from regrad_loaders.data import Passage
+    from regrad_qdrant.initialization import MetaInitialization
+    from regrad_qdrant.store import Store
+
+CALIBRATED_ON = 8  # passages that the step size of `raw` is chosen on
+
+
+def evaluation(
+    qa: Annotated[Path, typer.Option("--qa", help="qa.jsonl: one object a line with id, question and answers.")],
+    corpus: Annotated[
+        Path | None,
+        typer.Option("--corpus", help="corpus.jsonl; a temporary bank is made of it, with atoms of what is retrieved."),
+    ] = None,
+    collection: Annotated[
+        str | None, typer.Option("--collection", "-c", help="Use this bank instead of a temporary one.")
+    ] = None,
+    modes: Annotated[
+        str,
+        typer.Option(
+            "--modes",
+            help="Comma-separated: direct, rag, pe-rag (a stronger prompt), regrad, regrad+icl, online (atoms computed "
+            "per query), random (atoms of other documents), init (no atoms), raw (regrad without meta-training).",
+        ),
+    ] = "direct,rag,regrad,regrad+icl,random",
+    split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N questions.")] = None,
+    top_k: TopK = 3,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Answer from the gold passages instead of what is retrieved.")
+    ] = False,
+    distractors: Annotated[
+        int, typer.Option("--distractors", min=0, help="Random documents added to those of every question.")
+    ] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="The mode that the others' F1 is compared with, question by question."),
+    ] = None,
+    batch: Batch = 8,
+    filter_field: Annotated[
+        str | None,
+        typer.Option("--filter-field", help="Search only passages that share the question's value of this field."),
+    ] = None,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    icl_init: Annotated[
+        str | None, typer.Option("--icl-init", help="Another meta-initialization for the mode regrad+icl.")
+    ] = None,
+    model: Model = None,
+    codec: CodecName = DEFAULT_CODEC,
+    using: Using = None,
+    dense: Dense = None,
+    merge: Merge = None,
+    payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
+    text_path: TextPath = None,
+    json_out: JsonOut = None,
+    predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot", help="Write a bar chart to this PNG or SVG file.")] = None,
+) -> None:
+    """Answer a question file in several modes, side by side, and score the answers."""
+    from regrad_loaders.data import read_corpus, read_questions
+    from regrad_loaders.evaluate import (
+        EVALUATION_MODES,
+        RAW,
+        Evaluation,
+        evaluate,
+        field_filter,
+        parse_modes,
+        plot,
+        select,
+        write_predictions,
+    )
+    from regrad_loaders.ingest import add_corpus
+    from regrad_qdrant.initialization import MetaInitialization
+
+    chosen = parse_modes(modes, EVALUATION_MODES)
+    if against is not None and against not in chosen:
+        raise DataError(f"--against {against}: it is not among the modes {', '.join(chosen)}")
+    check_outputs(json_out, predictions, plot_out)
+    questions = select(read_questions(qa), split, limit)
+    for question in questions:
+        field_filter(question, filter_field)
+    passages = read_corpus(corpus) if corpus is not None else None
+    if passages is None and collection is None:
+        raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
+    groups: dict[str, list[Any]] = {}  # the modes of each initialization, by its name
+    for mode in chosen:
+        name = RAW if mode == RAW else icl_init if mode == "regrad+icl" and icl_init else init
+        groups.setdefault(name, []).append(mode)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        def opened() -> Store:
+            if collection is None:
+                return store_of("eval", None, folder)
+            return store_of(collection, url, path) if passages is not None else existing_store(collection, url, path)
+
+        store = opened()
+        if store.exists():
+            check_vector(store, using)
+        elif vector_name(using) != "bm25" and dense is None:
+            raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
+        store.close()
+        initialization, base, tokenizer = load(init, model)
+        settings: dict[str, Any] = {
+            "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
+            "limit": limit, "modes": chosen, "top_k": top_k, "oracle": oracle, "distractors": distractors,
+            "against": against, "using": vector_name(using), "dense": dense, "filter_field": filter_field,
+            "batch": batch, "collection": collection, "url": url, "path": str(path) if path else None,
+            "payload_key": payload_key, "sidecar": sidecar, "init": init, "icl_init": icl_init,
+            "base_model": model or initialization.base.name, "space": initialization.fingerprint,
+        }  # fmt: skip
+        found: list[Evaluation] = []
+        report = None
+        with progress("Answering", len(questions) * len(chosen)) as advance:
+            for name, group in groups.items():
+                if name == RAW:
+                    ours = _raw(base, tokenizer, initialization, passages)
+                else:
+                    ours = initialization if name == init else MetaInitialization.load(name)
+                    ours.check_model(base)
+                main = name == init or (init not in groups and name != RAW)  # whose atoms a named bank is filled with
+                key = payload_key if main else f"{payload_key}_{ours.fingerprint}"
+                on_missing = "store" if collection is None else "skip" if main else "compute"
+                with bank_of(opened(), ours, key, dense, text_path, using, sidecar) as bank:
+                    is_new = collection is None and not bank.store.exists()
+                    if is_new:
+                        bank.create()
+                    regrad = regrad_of(base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=codec)
+                    if is_new and passages is not None:
+                        with console.status("Adding passages"):  # their atoms are computed when they are retrieved
+                            add_corpus(bank, passages, regrad.gradients)
+                    elif passages is not None and collection is not None and main:
+                        report = ingest_corpus(regrad, passages, codec)
+                    result = evaluate(
+                        regrad, questions, ["regrad"] if name == RAW else group, top_k=top_k, using=using,
+                        filter_field=filter_field, oracle=oracle, distractors=distractors, batch=batch,
+                        on_progress=lambda _: advance(1),
+                    )  # fmt: skip
+                    found.append(result.with_mode(RAW) if name == RAW else result)
+                    settings |= {"layout": str(bank.layout)}
+                    if main:
+                        settings |= {"codec": bank.status().codec, "merge": asdict(regrad.merge)}
+                    regrad.adapter.model.unload()
+    ordered = sorted((p for part in found for p in part.predictions), key=lambda p: chosen.index(p.mode))
+    result = Evaluation(settings, ordered, found[0].recall_at_k, against)
+    console.print(scores_table(result))
+    if against:
+        console.print(differences_table(result))
+    if report is not None:
+        print_report(report)
+    if predictions:
+        write_predictions(result, predictions)
+    if plot_out is not None:
+        plot(result, plot_out)
+    write_json(json_out, result.as_dict())
+
+
+def _raw(model: Any, tokenizer: Any, like: MetaInitialization, passages: list[Passage] | None) -> MetaInitialization:
+    from regrad_loaders.meta_learner import raw_initialization
+
+    if passages is None:
+        raise DataError("the mode raw chooses its step size on passages of the corpus: give --corpus")
+    ids = [tokenizer(passage.text).input_ids[: like.max_length] for passage in passages[:CALIBRATED_ON]]
+    return raw_initialization(model, like, ids)
