@@ -4,7 +4,8 @@ For a LoRA module y = W x + s·B A x with A (r, d_in) and B (d_out, r):
 
 - `lora` holds g_A and g_B of every module, as the paper does;
 - `core` holds C = Uᵀ g_B (p, r) with a meta-learned basis U (d_out, p), and moves B by U·ΔC;
-- `tied` is `core` with one C for all modules of a transformer layer: the sum of theirs.
+- `tied` is `core` with one C for all modules of a transformer layer: the sum of theirs;
+- `shared` holds one g_B (d_out, r) for each kind of module, the sum over all layers, and moves every layer's B by it.
 
 A space is one small class; `SPACES` is the registry.
 """
@@ -193,4 +194,35 @@ class TiedSpace(CoreSpace):
         return f"{layer[0] if layer else name}.core"
 
 
-SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace, TiedSpace)}
+class SharedSpace(AtomSpace):
+    """One g_B for all layers' modules of a kind (`down_proj`), the sum of theirs: every layer's B is moved by the same.
+
+    What layers write into the residual stream wants nearly the same change in all of them, so the sum keeps every
+    direction of it, where a basis U keeps p. Each layer's A says how strongly the layer takes part.
+    """
+
+    kind = "shared"
+
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
+        return {self.values_of(name): (module.d_out, module.rank)}
+
+    @staticmethod
+    def values_of(name: str) -> str:
+        """The atom's tensor that belongs to a module: its name without the layer."""
+        return f"{re.sub(r'[.][0-9]+(?=[.])', '', name)}.values"
+
+    def keep(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.modules[name].lora_a.to(x.dtype).mT  # (batch, tokens, r)
+
+    def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
+        return {self.values_of(name): (delta * self.modules[name].scaling).mT @ kept}
+
+    def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {f"{name}.lora_B": atom[self.values_of(name)] for name in self.modules}
+
+    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        module = self.modules[name]
+        return module.scaling * ((x @ module.lora_a.mT) @ rows[self.values_of(name)].mT)
+
+
+SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace, TiedSpace, SharedSpace)}

@@ -35,10 +35,12 @@ def one_at_a_time(gradients, document):
         weight.requires_grad_(False)
     if gradients.space.kind == "lora":
         return grads
-    cores = {}
+    atom = {}
     for name, module in gradients.space.modules.items():
-        gradients.space.accumulate(cores, {gradients.space.core_of(name): module.basis.T @ grads[f"{name}.lora_B"]})
-    return cores
+        [tensor] = gradients.space.tensors(name, module)
+        of_b = grads[f"{name}.lora_B"]
+        gradients.space.accumulate(atom, {tensor: of_b if module.basis is None else module.basis.T @ of_b})
+    return atom
 
 
 def test_batched_atoms_equal_one_document_autograd(model, tokenizer, kind):

@@ -273,6 +273,13 @@ def test_a_checkpoint_of_another_recipe_is_refused(tokenizer, tmp_path):
         trainer(tokenizer, tmp_path, replace(RECIPE, learning_rate=1.0)).resume()
 
 
+def test_a_run_begins_with_the_calibrated_step_size(tokenizer, tmp_path):
+    model = tiny_model()
+    run(replace(RECIPE, step_size=None, steps=1), model, tokenizer, BaseModel.of(model, "tiny"), tmp_path)
+    first = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["step_size"] == pytest.approx(min(first["table"], key=lambda row: row["own"])["step_size"])
+
+
 def test_calibration_lowers_the_documents_loss(source):
     model = tiny_model()
     learner = MetaLearner(model, tiny_initialization(model), "sum")
@@ -292,6 +299,7 @@ def test_a_run_leaves_an_initialization_and_its_metrics(tokenizer, tmp_path):
     assert again.merge.rule == "margin" and sum(steps) == 6
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert kinds.count("step") == 6 and kinds[0] == "calibration" and kinds[-1] == "evaluation"
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_going_on_from_an_initialization_and_learning_step_sizes_alone_keeps_its_fingerprint(tokenizer, tmp_path):

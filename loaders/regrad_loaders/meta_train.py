@@ -382,8 +382,9 @@ def run(
     resumed = resume and trainer.resume()
     with _Log(out, trainer.step if resumed else -1, trainer.accelerator.is_main_process) as log:
         if not resumed:
+            table = trainer.calibrate()
             size = float(trainer.learner.log_step_size.detach().exp()[0])
-            log.write("calibration", {"table": trainer.calibrate(), "step_size": size})
+            log.write("calibration", {"table": table, "step_size": size})
         on_step(trainer.step)
         while trainer.step < recipe.steps and not (recipe.patience and trainer.waited >= recipe.patience):
             metrics = trainer.train_step()
