@@ -267,6 +267,26 @@ def test_several_processes_learn_the_same_from_different_episodes(tokenizer, tmp
     assert both.fingerprint != alone.made().fingerprint
 
 
+def test_questions_may_be_trained_with_their_passages_in_the_prompt(tokenizer, tmp_path):
+    icl = trainer(tokenizer, tmp_path, replace(RECIPE, passages_in_prompt=True))
+    episode = icl._draw(random.Random(0))
+    for example in episode.examples:
+        text = tokenizer.decode(example.prompt_ids)
+        assert text.count("Passage ") == len(example.rows)
+        assert all(tokenizer.decode(episode.passages[row]) in text for row in example.rows)
+    assert math.isfinite(icl.train_step().loss) and icl.made().passages_in_prompt
+
+
+def test_without_atoms_it_is_plain_fine_tuning(tokenizer, tmp_path):
+    """The baseline: the answers are learned by φ₀ alone, and the step sizes stay."""
+    plain = trainer(tokenizer, tmp_path, replace(RECIPE, atoms=False, steps=20, learning_rate=2e-2))
+    before = plain.learner.log_step_size.detach().clone()
+    losses = [plain.train_step().loss for _ in range(20)]
+    assert sum(losses[-5:]) < sum(losses[:5]) and torch.equal(plain.learner.log_step_size.detach(), before)
+    evaluation = plain.evaluate(1)["facts-train"]
+    assert evaluation["exact"] == evaluation["random_exact"]
+
+
 def test_a_checkpoint_of_another_recipe_is_refused(tokenizer, tmp_path):
     trainer(tokenizer, tmp_path).save()
     with pytest.raises(DataError, match="learning_rate"):

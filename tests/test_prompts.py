@@ -48,3 +48,11 @@ def test_nonsense_is_refused():
     ):
         with pytest.raises(ValueError):
             Prompt(**wrong)
+
+
+def test_the_engineered_prompt_shows_an_example_before_the_passages(tokenizer):
+    plain = Prompt("Where?", passages=("Ida is here.",)).render(tokenizer)
+    text = Prompt("Where?", passages=("Ida is here.",), engineered=True).render(tokenizer)
+    assert text.index("5,642 metres<|im_end|>") < text.index("Passage 1: Ida is here.\nWhere?") and len(text) > len(
+        plain
+    )

@@ -55,10 +55,19 @@ class EpisodeSource:
         dataset: passages and the questions to train on (already restricted to their split).
         tokenizer: of the base model.
         passage_tokens: longer passages are cut to a window of this many tokens that holds the answer.
+        passages_in_prompt: set a question's passages into its prompt, as the mode `regrad+icl` does.
     """
 
-    def __init__(self, dataset: Dataset, questions: Sequence[Question], tokenizer: Any, passage_tokens: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        questions: Sequence[Question],
+        tokenizer: Any,
+        passage_tokens: int,
+        passages_in_prompt: bool = False,
+    ) -> None:
         self.name = dataset.name
+        self.passages_in_prompt = passages_in_prompt
         self.tokenizer = tokenizer
         self.passage_tokens = passage_tokens
         self.texts = {passage.id: passage.text for passage in dataset.passages}
@@ -83,8 +92,12 @@ class EpisodeSource:
         lowest = min(hits.values(), default=1.0)
         for gold in question.gold_ids:  # a gold passage that retrieval missed is trained on as its last hit
             hits.setdefault(gold, lowest)
-        prompt = Prompt(question.question, question.kind, question.choices).render(self.tokenizer)
-        return _Entry(question, self.tokenizer(prompt, add_special_tokens=False).input_ids, hits)
+        return _Entry(question, self._prompt(question), hits)
+
+    def _prompt(self, question: Question, passages: tuple[str, ...] = ()) -> list[int]:
+        prompt = Prompt(question.question, question.kind, question.choices, passages).render(self.tokenizer)
+        ids: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
+        return ids
 
     def episode(self, rng: random.Random, passages: int, questions_per_passage: int, top_k: Sequence[int]) -> Episode:
         """An episode of about `passages` passages, every question with k drawn from `top_k`."""
@@ -105,8 +118,7 @@ class EpisodeSource:
             for entry in rng.sample(usable, min(questions_per_passage, len(usable))):
                 seen.add(entry.question.id)
                 asked.append((entry, entry.question))
-        rows = {key: row for row, key in enumerate(chosen)}
-        examples = [self._example(entry, rows, rng.choice(top_k), rng) for entry, _ in asked]
+        examples = [self._example(entry, chosen, rng.choice(top_k), rng) for entry, _ in asked]
         used = sorted({row for example in examples for row in example.rows})
         renumbered = {row: i for i, row in enumerate(used)}
         windows = list(chosen.values())
@@ -118,14 +130,20 @@ class EpisodeSource:
             ],
         )
 
-    def _example(self, entry: _Entry, rows: dict[str, int], top_k: int, rng: random.Random) -> Example:
+    def _example(self, entry: _Entry, chosen: dict[str, list[int]], top_k: int, rng: random.Random) -> Example:
+        rows = {key: row for row, key in enumerate(chosen)}
         ranked = [key for key in entry.hits if key in rows]
         golds = [key for key in entry.question.gold_ids if key in rows]
         kept = list(dict.fromkeys([*golds, *ranked]))[: max(top_k, len(golds))]
+        prompt_ids = entry.kind_prompt
+        if self.passages_in_prompt:
+            best_first = sorted(kept, key=lambda key: -entry.hits[key])
+            shown = tuple(self.tokenizer.decode(chosen[key], skip_special_tokens=True) for key in best_first)
+            prompt_ids = self._prompt(entry.question, shown)
         answer = self.tokenizer(rng.choice(entry.question.answers), add_special_tokens=False).input_ids
         return Example(
             question_id=f"{self.name}/{entry.question.id}",
-            prompt_ids=entry.kind_prompt,
+            prompt_ids=prompt_ids,
             answer_ids=[*answer[:40], self.tokenizer.eos_token_id],
             rows=[rows[key] for key in kept],
             scores=[entry.hits[key] for key in kept],

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -115,11 +116,11 @@ class MetaLearner(nn.Module):
     def pad_id(self) -> int:
         return int(self.model[0].config.pad_token_id or 0)
 
-    def answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """For every question, run with its own row of `rows`: the answer's mean negative log-likelihood and
-        whether greedy decoding would give it (questions,)."""
+    def answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """For every question, run with its own row of `rows`, or with φ₀ alone: the answer's mean negative
+        log-likelihood and whether greedy decoding would give it (questions,)."""
         ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id, self.device)
-        with row_updates(self.model[0], self.space, rows):
+        with nullcontext() if rows is None else row_updates(self.model[0], self.space, rows):
             hidden = hidden_states(self.model[0], ids, mask)
         owner, position, target = [], [], []
         for i, example in enumerate(examples):

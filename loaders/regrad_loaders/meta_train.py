@@ -106,6 +106,7 @@ class Trainer:
                 lora_alpha=recipe.lora_alpha,
                 step_size=recipe.step_size or 1.0,
                 max_length=recipe.max_length,
+                passages_in_prompt=recipe.passages_in_prompt,
             )
             return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
         start = MetaInitialization.load(recipe.start)
@@ -126,7 +127,8 @@ class Trainer:
         differing = [name for name, (there, here) in found.items() if there != here]
         if differing:
             raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
-        return replace(start, merge=MergeRule(recipe.merge, start.merge.temperature))
+        merge = MergeRule(recipe.merge, start.merge.temperature)
+        return replace(start, merge=merge, passages_in_prompt=recipe.passages_in_prompt)
 
     def _sample_atoms(self, model: nn.Module, start: MetaInitialization) -> Tensor:
         """Atoms of passages of every source in the space of `start`, each source's of mean length 1."""
@@ -174,9 +176,13 @@ class Trainer:
             rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
             episode, codec = self._draw(rng), rng.choice(recipe.codecs)
             with torch.autocast(self.learner.device.type, torch.bfloat16, enabled=recipe.autocast):
-                found, right = self.learner.objective(
-                    episode, codec, order, lambda began=began: marks.append(time.perf_counter() - began)
-                )
+                if recipe.atoms:
+                    found, right = self.learner.objective(
+                        episode, codec, order, lambda began=began: marks.append(time.perf_counter() - began)
+                    )
+                else:
+                    marks.append(0.0)
+                    found, right = self.learner.answer_losses(episode.examples, None)
             of_atoms = marks.pop()
             marks[0] += of_atoms
             marks[1] += time.perf_counter() - began - of_atoms
@@ -264,6 +270,11 @@ class Trainer:
             rows = []
             for _ in range(episodes):
                 episode = source.episode(rng, self.recipe.passages, self.recipe.questions_per_passage, [3])
+                if not self.recipe.atoms:
+                    with torch.no_grad():
+                        loss, exact = self.learner.answer_losses(episode.examples, None)
+                    rows.append((float(loss.mean()), float(exact.mean()), float(exact.mean())))
+                    continue
                 atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
                 shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
                 with torch.no_grad():
@@ -313,7 +324,7 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
         questions = _of_types(dataset.split(source.split), source)
         if not questions:
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
-        sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens))
+        sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
     return sources, [source.weight for source in recipe.data]
 
 
@@ -332,7 +343,7 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
         questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
         if questions:
             chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
-            sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens))
+            sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
     return sources
 
 

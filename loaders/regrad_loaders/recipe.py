@@ -50,6 +50,8 @@ class Recipe:
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
+    passages_in_prompt: bool = False  # train for regrad+icl: every question with its passages in the prompt
+    atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
     step_size_mode: str = "tensor"  # α: one for each tensor, or `one` for all, or `fixed` as it starts
     order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
     codecs: tuple[str, ...] = ("fp32",)  # one is drawn for each episode, and its atoms are read through it
@@ -97,6 +99,8 @@ class Recipe:
             raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
         if self.patience and not self.dev_questions:
             raise DataError("patience needs dev_questions to evaluate on")
+        if self.learn == "step_sizes" and not self.atoms:
+            raise DataError("step sizes can't be learned without atoms")
         if self.order not in (1, 2):
             raise DataError(f"order {self.order} is neither 1 nor 2")
         if self.learn == "step_sizes" and self.start is None:
