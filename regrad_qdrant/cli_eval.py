@@ -64,7 +64,9 @@ def evaluation(
         typer.Option(
             "--modes",
             help="Comma-separated: direct, rag, pe-rag (a stronger prompt), regrad, regrad+icl, online (atoms computed "
-            "per query), random (atoms of other documents), init (no atoms), raw (regrad without meta-training).",
+            "per query), random (atoms of other documents), init and init+icl (no atoms), "
+            "raw (regrad without meta-training), "
+            "ft-direct and ft-rag (fine-tuned).",
         ),
     ] = "direct,rag,regrad,regrad+icl,random",
     split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
@@ -91,6 +93,12 @@ def evaluation(
     icl_init: Annotated[
         str | None, typer.Option("--icl-init", help="Another meta-initialization for the mode regrad+icl.")
     ] = None,
+    ft_direct: Annotated[
+        str | None, typer.Option("--ft-direct", help="Fine-tuned baseline of the mode ft-direct: no passages.")
+    ] = None,
+    ft_rag: Annotated[
+        str | None, typer.Option("--ft-rag", help="Fine-tuned baseline of the mode ft-rag: passages in the prompt.")
+    ] = None,
     model: Model = None,
     codec: CodecName = DEFAULT_CODEC,
     using: Using = None,
@@ -107,6 +115,7 @@ def evaluation(
     from regrad_loaders.data import read_corpus, read_questions
     from regrad_loaders.evaluate import (
         EVALUATION_MODES,
+        OTHERS,
         RAW,
         Evaluation,
         evaluate,
@@ -129,10 +138,13 @@ def evaluation(
     passages = read_corpus(corpus) if corpus is not None else None
     if passages is None and collection is None:
         raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
-    groups: dict[str, list[Any]] = {}  # the modes of each initialization, by its name
+    inits = {RAW: RAW, "regrad+icl": icl_init or init, "ft-direct": ft_direct, "ft-rag": ft_rag}
+    groups: dict[str, dict[Any, str]] = {}  # for each initialization what it runs, and under which name
     for mode in chosen:
-        name = RAW if mode == RAW else icl_init if mode == "regrad+icl" and icl_init else init
-        groups.setdefault(name, []).append(mode)
+        name = inits.get(mode, init)
+        if name is None:
+            raise DataError(f"the mode {mode} needs a fine-tuned baseline: --{mode} FOLDER (recipe: atoms: false)")
+        groups.setdefault(name, {})[OTHERS.get(mode, mode)] = mode
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -154,6 +166,7 @@ def evaluation(
             "against": against, "using": vector_name(using), "dense": dense, "filter_field": filter_field,
             "batch": batch, "collection": collection, "url": url, "path": str(path) if path else None,
             "payload_key": payload_key, "sidecar": sidecar, "init": init, "icl_init": icl_init,
+            "ft_direct": ft_direct, "ft_rag": ft_rag,
             "base_model": model or initialization.base.name, "space": initialization.fingerprint,
         }  # fmt: skip
         found: list[Evaluation] = []
@@ -179,11 +192,11 @@ def evaluation(
                     elif passages is not None and collection is not None and main:
                         report = ingest_corpus(regrad, passages, codec)
                     result = evaluate(
-                        regrad, questions, ["regrad"] if name == RAW else group, top_k=top_k, using=using,
+                        regrad, questions, list(group), top_k=top_k, using=using,
                         filter_field=filter_field, oracle=oracle, distractors=distractors, batch=batch,
                         on_progress=lambda _: advance(1),
                     )  # fmt: skip
-                    found.append(result.with_mode(RAW) if name == RAW else result)
+                    found.append(result.named(group))
                     settings |= {"layout": str(bank.layout)}
                     if main:
                         settings |= {"codec": bank.status().codec, "merge": asdict(regrad.merge)}

@@ -3,7 +3,8 @@
 direct      the bare model                         rag         the bare model, passages in the prompt
 regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
 online      atoms computed now, none stored        random      atoms of other documents (a control)
-init        φ₀ with no atoms (a control)                pe-rag      as rag, with a stronger prompt
+init        φ₀ with no atoms (a control)      init+icl    … and the passages in the prompt
+pe-rag      as rag, with a stronger prompt
 """
 
 from __future__ import annotations
@@ -36,10 +37,11 @@ if TYPE_CHECKING:
     from regrad_qdrant.merge import MergeRule
     from regrad_qdrant.store import PointId, Vector
 
-Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "random", "init"]
+Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "random", "init", "init+icl"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
-WITHOUT_ATOMS = (*BARE, "init")
+WITHOUT_ATOMS = (*BARE, "init", "init+icl")
+WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
 BATCH_TOKENS = 2048  # of one batch of atoms that are computed at query time
 OnStale = Literal["skip", "recompute", "refuse"]
 OnMissing = Literal["skip", "compute", "store"]
@@ -63,7 +65,7 @@ class Query:
 
     def prompt(self, hits: Sequence[Hit]) -> Prompt:
         """What the model is asked, with the passages in the modes that show them."""
-        passages = tuple(hit.text for hit in hits) if self.mode in ("rag", "pe-rag", "regrad+icl") else ()
+        passages = tuple(hit.text for hit in hits) if self.mode in WITH_PASSAGES else ()
         return Prompt(self.question, self.type, self.choices, passages, engineered=self.mode == "pe-rag")
 
 
@@ -191,7 +193,7 @@ class ReGrad:
         with contextlib.ExitStack() as stack:
             if mode in BARE:
                 stack.enter_context(self.adapter.disabled())
-            elif mode == "init":
+            elif mode in WITHOUT_ATOMS:
                 stack.enter_context(self.adapter.initial())
             else:
                 [atom_sum] = self._sums([(asked, found)])

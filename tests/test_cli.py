@@ -128,10 +128,11 @@ def test_eval_writes_the_contract(run, folder, tmp_path):
 
 
 def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path):
-    modes = "rag,pe-rag,regrad,regrad+icl,raw"
+    modes = "rag,pe-rag,regrad,regrad+icl,ft-direct,ft-rag,raw"
     code, out, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", modes,
-        "--icl-init", folder / "init", "--against", "raw", "--distractors", "2", "--top-k", "1",
+        "--icl-init", folder / "init", "--ft-direct", folder / "init", "--ft-rag", folder / "init", "--against", "raw",
+        "--distractors", "2", "--top-k", "1",
         "--json", "out.json", "--plot", "bars.png", "--predictions", "lines.jsonl",
     )  # fmt: skip
     assert code == 0, err
@@ -141,7 +142,9 @@ def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path)
     for row in result["differences"]:
         assert row["f1_interval"][0] <= row["f1"] <= row["f1_interval"][1]
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
-    assert all(len(line["hits"]) == 3 for line in lines) and "F1 minus raw" in out
+    assert (
+        all(len(line["hits"]) == (0 if line["mode"] == "ft-direct" else 3) for line in lines) and "F1 minus raw" in out
+    )
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -236,6 +239,7 @@ def test_a_long_text_is_truncated_and_counted(run, tmp_path):
         (["ingest", "--corpus", "none.jsonl", "--collection", "docs"], "no such file"),
         (["ingest", "--from-collection", "none", "--path", "bank"], "no collection 'none'"),
         (["eval", "--qa", "none.jsonl", "--collection", "docs"], "no such file"),
+        (["eval", "--qa", "qa.jsonl", "--modes", "regrad", "--against", "rag"], "not among the modes"),
         (["train", "--recipe", "none.yaml"], "can't read the recipe"),
         (["ask", "x", "--collection", "docs", "--path", "bank", "--payload-key", "text"], "payload key 'text'"),
         (["status", "--collection", "..", "--path", "bank"], "must not contain a path"),

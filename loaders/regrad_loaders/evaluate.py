@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -96,9 +96,9 @@ class Evaluation:
         found["intervals"] = self.intervals()
         return found | ({"differences": self.differences()} if self.against else {})
 
-    def with_mode(self, mode: str) -> Evaluation:
-        """The same under another mode's name."""
-        return replace(self, predictions=[replace(prediction, mode=mode) for prediction in self.predictions])
+    def named(self, names: Mapping[str, str]) -> Evaluation:
+        """The same with its modes under other names."""
+        return replace(self, predictions=[replace(p, mode=names[p.mode]) for p in self.predictions])
 
     def f1_of(self, mode: str) -> float:
         """Mean F1 of one mode over all its questions, 0 to 1."""
@@ -231,7 +231,9 @@ def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
 
 
 RAW = "raw"  # regrad without meta-training
-EVALUATION_MODES: tuple[str, ...] = (*MODES, RAW)
+# Modes of an evaluation alone, and what they run with another initialization than --init.
+OTHERS: dict[str, Mode] = {RAW: "regrad", "ft-direct": "init", "ft-rag": "init+icl"}
+EVALUATION_MODES: tuple[str, ...] = (*MODES, *OTHERS)
 
 
 def parse_modes(text: str, known: Sequence[str] = MODES) -> list[Any]:
