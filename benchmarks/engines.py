@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=20_000)
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--fill", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--fill", type=Path, metavar="FOLDER", help="measure ingestion into this new folder alone")
     arguments = parser.parse_args()
     if arguments.fill:
         with peak_of_memory() as peak:

@@ -111,7 +111,6 @@ def attach_atoms(
     started = time.perf_counter()
     for page in pages(bank.missing(), PAGE):
         ingestion.attach(page)
-        give_back_memory()
     for ids in pages(stale, PAGE):
         sent = ingestion.attach(bank.fetch(ids))
         left_stale += sum(hit.stale for hit in bank.fetch(sent))
@@ -169,6 +168,7 @@ class _Ingestion:
                 if opened.windows == 0:
                     whole.append(opened)
             sent += self._put(whole)
+            give_back_memory()
         return sent
 
     def _windows(self, hit: Hit) -> list[EncodedDocument]:
