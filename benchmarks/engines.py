@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrad_loaders.facts import generate
-from regrad_loaders.ingest import attach_atoms, give_back_memory
+from regrad_loaders.ingest import attach_atoms
+from regrad_loaders.memory import give_back_memory
 from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer, MetaInitialization
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import DEFAULT_CODEC

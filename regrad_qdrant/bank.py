@@ -263,17 +263,17 @@ class GradientBank:
             RecordTooLargeError: if one record is larger than a request may be; what came before it is written.
         """
         written = 0
-        vacant = {} if replace else {self._space_path: None}
+        vacant: dict[str, str | None] = {} if replace else {self._space_path: None}
         writes = (self._write(target, record, vacant) for target, record in records)
         for batch in bounded(self.max_request_bytes, writes, lambda write: write.id):
             if self.in_sidecar:
-                batch = self._made_room(batch)
+                batch = self._made_room(batch, vacant)
             if batch:
                 self.atoms.set_payload(batch)
             written += len(batch)
         return written
 
-    def _made_room(self, writes: Sequence[PayloadWrite]) -> list[PayloadWrite]:
+    def _made_room(self, writes: Sequence[PayloadWrite], vacant: Mapping[str, str | None]) -> list[PayloadWrite]:
         """Those of the writes whose documents are there as they were read, with a point in the sidecar for each.
 
         The check and the write are two requests: an atom whose text changes between them is stale by its own sha.
@@ -282,20 +282,13 @@ class GradientBank:
         states = {
             point.id: self.layout.state_of(point.payload) for point in self.store.retrieve(ids, self.layout.fields())
         }
-        vacant = {write.id: self._vacancy(write) for write in writes}
         valid = [
-            w
-            for w in writes
-            if w.id in states and w.unless_changed.items() - vacant[w.id].items() <= states[w.id].items()
+            w for w in writes if w.id in states and w.unless_changed.items() - vacant.items() <= states[w.id].items()
         ]
         there = {point.id for point in self.atoms.retrieve([write.id for write in valid], False)}
         if new := [Point(write.id, {}, {}) for write in valid if write.id not in there]:
             self.atoms.upsert(new)
-        return [PayloadWrite(write.id, write.payload, vacant[write.id]) for write in valid]
-
-    def _vacancy(self, write: PayloadWrite) -> dict[str, str | None]:
-        """What of a write's condition is about the bank's own key, and not about the document."""
-        return {path: value for path, value in write.unless_changed.items() if path == self._space_path}
+        return [PayloadWrite(write.id, write.payload, vacant) for write in valid]
 
     def _write(
         self, target: PointId | Hit, record: Record, vacant: Mapping[str, str | None]

@@ -29,6 +29,7 @@ from regrad_qdrant.options import (
     TopK,
     Url,
     Using,
+    add_passages,
     bank_of,
     check_outputs,
     check_vector,
@@ -125,7 +126,6 @@ def evaluation(
         select,
         write_predictions,
     )
-    from regrad_loaders.ingest import add_corpus
     from regrad_qdrant.initialization import MetaInitialization
 
     chosen = parse_modes(modes, EVALUATION_MODES)
@@ -187,8 +187,7 @@ def evaluation(
                         bank.create()
                     regrad = regrad_of(base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=codec)
                     if is_new and passages is not None:
-                        with console.status("Adding passages"):  # their atoms are computed when they are retrieved
-                            add_corpus(bank, passages, regrad.gradients)
+                        add_passages(regrad, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and main:
                         report = ingest_corpus(regrad, passages, codec)
                     result = evaluate(

@@ -80,21 +80,13 @@ def import_checkpoint(
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens of a document at ingestion.")] = 2048,
 ) -> None:
     """Convert a checkpoint of the ReGrad authors' released code into an initialization."""
-    import json
-
-    from regrad_loaders.released_checkpoint import read
+    from regrad_loaders.released_checkpoint import base_model_of, read
     from regrad_qdrant.base_model import load_base_model
     from regrad_qdrant.initialization import BaseModel
 
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: choose another --out")
-    try:
-        named = json.loads((checkpoint / "learner_config.json").read_text(encoding="utf-8"))
-        name = model or str(named["base_model_name_or_path"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{checkpoint / 'learner_config.json'} names no base model ({error!r}): give --model"
-        ) from error
+    name = model or base_model_of(checkpoint)
     with console.status(f"Loading {name}"):
         base, _ = load_base_model(name)
     initialization = read(checkpoint, BaseModel.of(base, name), max_length=max_length)

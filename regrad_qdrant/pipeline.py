@@ -1,10 +1,10 @@
 """The way of a question: search, decode and merge, apply, generate, restore.
 
 direct      the bare model                         rag         the bare model, passages in the prompt
+pe-rag      as rag, with a stronger prompt
 regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
 online      atoms computed now, none stored        random      atoms of other documents (a control)
-init        φ₀ with no atoms (a control)      init+icl    … and the passages in the prompt
-pe-rag      as rag, with a stronger prompt
+init        φ₀ with no atoms (a control)           init+icl    φ₀ with no atoms, passages in the prompt
 """
 
 from __future__ import annotations
@@ -189,16 +189,14 @@ class ReGrad:
         found = self._retrieve(asked, top_k, using, seed)
         searched = time.perf_counter()
         prompt = asked.prompt(found)
-        decoded_at = applied_at = searched
         with contextlib.ExitStack() as stack:
+            [atom_sum] = self._sums([(asked, found)])
+            decoded_at = searched if atom_sum is None else time.perf_counter()
             if mode in BARE:
                 stack.enter_context(self.adapter.disabled())
-            elif mode in WITHOUT_ATOMS:
+            elif atom_sum is None:
                 stack.enter_context(self.adapter.initial())
             else:
-                [atom_sum] = self._sums([(asked, found)])
-                assert atom_sum is not None  # the mode has atoms
-                decoded_at = time.perf_counter()
                 stack.enter_context(self.adapter.applied_sum(atom_sum))
             applied_at = time.perf_counter()
             [said] = generate(self.adapter.model, self.tokenizer, [prompt])

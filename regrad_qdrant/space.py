@@ -148,7 +148,14 @@ class LoraSpace(AtomSpace):
         return module.scaling * ((kept + moved) @ delta_b.mT + moved @ module.lora_b.mT)
 
 
-class CoreSpace(AtomSpace):
+class _KeySpace(AtomSpace):
+    """A space that moves B alone: of a module's input it needs the keys A x."""
+
+    def keep(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.modules[name].lora_a.to(x.dtype).mT  # (batch, tokens, r)
+
+
+class CoreSpace(_KeySpace):
     """C = Uᵀ g_B: p × r numbers a module, in the basis U that meta-training learns."""
 
     kind = "core"
@@ -160,9 +167,6 @@ class CoreSpace(AtomSpace):
     def core_of(self, name: str) -> str:
         """The atom's tensor that belongs to a module."""
         return f"{name}.core"
-
-    def keep(self, name: str, x: Tensor) -> Tensor:
-        return x @ self.modules[name].lora_a.to(x.dtype).mT  # (batch, tokens, r)
 
     def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
         module = self.modules[name]
@@ -194,7 +198,7 @@ class TiedSpace(CoreSpace):
         return f"{layer[0] if layer else name}.core"
 
 
-class SharedSpace(AtomSpace):
+class SharedSpace(_KeySpace):
     """One g_B for all layers' modules of a kind (`down_proj`), the sum of theirs: every layer's B is moved by the same.
 
     What layers write into the residual stream wants nearly the same change in all of them, so the sum keeps every
@@ -210,9 +214,6 @@ class SharedSpace(AtomSpace):
     def values_of(name: str) -> str:
         """The atom's tensor that belongs to a module: its name without the layer."""
         return f"{re.sub(r'[.][0-9]+(?=[.])', '', name)}.values"
-
-    def keep(self, name: str, x: Tensor) -> Tensor:
-        return x @ self.modules[name].lora_a.to(x.dtype).mT  # (batch, tokens, r)
 
     def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
         return {self.values_of(name): (delta * self.modules[name].scaling).mT @ kept}

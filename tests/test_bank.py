@@ -409,16 +409,6 @@ def test_a_sidecar_sees_changed_and_deleted_documents(beside):
 @pytest.fixture
 def hybrid(store):
     """BM25 and a dense vector whose embedder counts letters."""
-
-    class Letters:
-        size = 4
-
-        def documents(self, texts):
-            return [self.query(text) for text in texts]
-
-        def query(self, text):
-            return [float(text.lower().count(letter)) + 0.1 for letter in "aeio"]
-
     bank = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "letters": Letters()})
     bank.create()
     bank.add(documents())

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from regrad_loaders.data import Dataset, Question
 from regrad_loaders.episodes import bm25_hits
+from regrad_loaders.plots import new_figure
 from regrad_loaders.scores import Interval, bootstrap, f1
 from regrad_qdrant.adapter import Adapter
 from regrad_qdrant.codec import get_codec
-from regrad_qdrant.errors import DataError
 from regrad_qdrant.generation import generate
 from regrad_qdrant.gradients import GradientComputer
 from regrad_qdrant.initialization import MetaInitialization
@@ -290,12 +290,8 @@ def plot(cells: Sequence[Cell], top_k: int, path: Path) -> None:
     Raises:
         DataError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("a plot needs matplotlib: pip install 'regrad-qdrant[loaders]'") from error
     tasks = list(dict.fromkeys(cell.task for cell in cells))
-    figure = Figure(figsize=(11, 3.6 * len(tasks)), layout="constrained")
+    figure = new_figure(11, 3.6 * len(tasks))
     panels = figure.subplots(len(tasks), 2, squeeze=False)
     for (rate, depth), task in zip(panels, tasks, strict=True):
         for init in dict.fromkeys(cell.init for cell in cells):

@@ -6,13 +6,14 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from regrad_loaders.data import Question
+from regrad_loaders.plots import new_figure
 from regrad_loaders.scores import Interval, accuracy, bootstrap, chosen, exact_match, f1
 from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.documents import Hit, point_id
@@ -84,11 +85,11 @@ class Evaluation:
         scores: dict[str, dict[str, float]] = defaultdict(dict)
         for prediction in self.predictions:
             scores[prediction.mode][prediction.id] = prediction.f1
+        reference = scores.pop(str(self.against), {})
         rows = []
-        for mode, of_mode in scores.items():
-            if self.against in scores and mode != self.against:
-                found = bootstrap([of_mode[key] - there for key, there in scores[str(self.against)].items()])
-                rows.append({"mode": mode, "minus": self.against, "f1": found.mean, "f1_interval": _ends(found)})
+        for mode, of_mode in scores.items() if reference else ():
+            found = bootstrap([of_mode[key] - there for key, there in reference.items()])
+            rows.append({"mode": mode, "minus": self.against, "f1": found.mean, "f1_interval": _ends(found)})
         return rows
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,23 +138,24 @@ def evaluate(
         raise DataError("no questions to evaluate on: check --split and --limit")
     filters = [field_filter(question, filter_field) for question in questions]
     predictions: list[Prediction] = []
-    asked = list(zip(questions, filters, strict=True))
     given: list[list[Hit] | None] = [None] * len(questions)
     if oracle or distractors:
-        given = list(_given_hits(regrad.bank, asked, top_k, using, oracle, distractors))
+        pairs = zip(questions, filters, strict=True)
+        given = list(_given_hits(regrad.bank, pairs, top_k, using, oracle, distractors))
     most = max([top_k, *(len(hits) for hits in given if hits)])
+    asked = list(zip(questions, filters, given, strict=True))
     for mode in modes:
         for start in range(0, len(asked), batch):
-            part = list(zip(asked, given, strict=True))[start : start + batch]
-            queries = [Query(q.question, mode, q.kind, tuple(q.choices), only, None, hits) for (q, only), hits in part]
+            part = asked[start : start + batch]
+            queries = [Query(q.question, mode, q.kind, tuple(q.choices), only, hits=hits) for q, only, hits in part]
             started = time.perf_counter()
             answers = regrad.answer_many(queries, top_k=most, using=using)
             seconds = (time.perf_counter() - started) / len(part)
-            for ((question, _), _), answer in zip(part, answers, strict=True):
+            for (question, *_), answer in zip(part, answers, strict=True):
                 predictions.append(_scored(question, answer, seconds))
                 on_progress(predictions[-1])
     recalls = []
-    for question, query_filter in asked:
+    for question, query_filter, _ in asked:
         if question.gold_ids:
             hits = regrad.bank.search(
                 question.question, top_k, using=using, query_filter=query_filter, with_records=False
@@ -165,7 +167,7 @@ def evaluate(
 
 def _given_hits(
     bank: GradientBank,
-    asked: Sequence[tuple[Question, Any]],
+    asked: Iterable[tuple[Question, Any]],
     top_k: int,
     using: str | None,
     oracle: bool,
@@ -196,18 +198,14 @@ def plot(evaluation: Evaluation, path: Path) -> None:
     Raises:
         DataError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise DataError("a plot needs matplotlib: pip install 'regrad-qdrant[loaders]'") from error
     rows = evaluation.intervals()
     count = len(evaluation.predictions) // len(rows)
-    figure = Figure(figsize=(1.2 + 0.9 * len(rows), 3.6), layout="constrained")
+    figure = new_figure(1.2 + 0.9 * len(rows), 3.6)
     panel = figure.subplots()
     values = [100 * row["f1"] for row in rows]
     spread = [[100 * abs(row["f1"] - row["f1_interval"][end]) for row in rows] for end in (0, 1)]
-    bars = panel.bar([row["mode"] for row in rows], values, yerr=spread, capsize=4, color="#5b7fa6")
-    panel.bar_label(bars, fmt="%.1f", label_type="center", color="white")
+    names = [f"{row['mode']}\n{value:.1f}" for row, value in zip(rows, values, strict=True)]
+    panel.bar(names, values, yerr=spread, capsize=4, color="#5b7fa6")
     panel.set(ylabel="F1", title=f"{count} questions, 95 % intervals")
     figure.savefig(path, dpi=120)
 

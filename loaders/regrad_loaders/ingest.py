@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_loaders.data import Passage
+from regrad_loaders.memory import give_back_memory
 from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.documents import Document, Hit
@@ -119,14 +118,6 @@ def attach_atoms(
     report.atoms_written -= report.passed_over
     bank.optimize()
     return report
-
-
-def give_back_memory() -> None:
-    """Ask glibc to give freed memory back: batches of ever other sizes leave it in pieces that add up."""
-    if sys.platform.startswith("linux"):
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)
 
 
 @dataclass

@@ -155,17 +155,14 @@ class MetaLearner(nn.Module):
         decoded = coder.dequantize(coder.quantize(exact.float()), self.space.numel).to(flat.dtype)
         return self.space.unflatten(flat + (decoded - exact))
 
-    def objective(
-        self,
-        episode: Episode,
-        codec: str = "fp32",
-        order: Literal[0, 1, 2] = 2,
-        on_atoms: Callable[[], None] = lambda: None,
-    ) -> tuple[Tensor, Tensor]:
-        """The episode's answer losses and greedy hits, (questions,) each, with its atoms read from this codec.
+    def objective(self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2) -> tuple[Tensor, Tensor]:
+        """The episode's answer losses and greedy hits, (questions,) each; arguments as `episode_updates`."""
+        return self.answer_losses(episode.examples, self.episode_updates(episode, codec, order))
+
+    def episode_updates(self, episode: Episode, codec: str, order: Literal[0, 1, 2]) -> dict[str, Tensor]:
+        """The update of every question of the episode, its passages' atoms read from this codec.
 
         Args:
-            on_atoms: called when the atoms are there, before any question is run.
             order: what is differentiated of the atoms: 2 all of the inner step; 1 its projections
                 (`projected_atoms`); 0 nothing, so that the losses depend on α and τ alone.
         """
@@ -173,8 +170,7 @@ class MetaLearner(nn.Module):
             atoms = self.projected_atoms(episode.passages)
         else:
             atoms, _ = self.atoms(episode.passages, create_graph=order == 2)
-        on_atoms()
-        return self.answer_losses(episode.examples, self.updates(episode.examples, self.coded(atoms, codec)))
+        return self.updates(episode.examples, self.coded(atoms, codec))
 
     def refitted(self, card: Mapping[str, Any]) -> MetaInitialization:
         """The initialization that it started from with the learned α and τ: its fingerprint stays."""

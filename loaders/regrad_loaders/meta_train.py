@@ -6,11 +6,9 @@ What a step draws depends on the seed, the process and the number of the step al
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,9 +20,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from regrad_loaders.data import Question, read_folder
+from regrad_loaders.data import Dataset, Question, read_folder
 from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
+from regrad_loaders.memory import keep_freed_memory
 from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.narrow import narrow
 from regrad_loaders.recipe import Recipe, Source
@@ -169,24 +168,20 @@ class Trainer:
         """Some episodes: forward, backward, and one update."""
         recipe, start = self.recipe, time.perf_counter()
         order = 0 if recipe.learn == "step_sizes" else recipe.order
-        losses, exact, passages, marks = [], [], 0, [0.0, 0.0]
+        losses, exact, passages, of_atoms, of_answers = [], [], 0, 0.0, 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(recipe.accumulate):
-            began = time.perf_counter()
+            times = [time.perf_counter()]
             rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
             episode, codec = self._draw(rng), rng.choice(recipe.codecs)
             with torch.autocast(self.learner.device.type, torch.bfloat16, enabled=recipe.autocast):
-                if recipe.atoms:
-                    found, right = self.learner.objective(
-                        episode, codec, order, lambda began=began: marks.append(time.perf_counter() - began)
-                    )
-                else:
-                    marks.append(0.0)
-                    found, right = self.learner.answer_losses(episode.examples, None)
-            of_atoms = marks.pop()
-            marks[0] += of_atoms
-            marks[1] += time.perf_counter() - began - of_atoms
+                rows = self.learner.episode_updates(episode, codec, order) if recipe.atoms else None
+                times.append(time.perf_counter())
+                found, right = self.learner.answer_losses(episode.examples, rows)
+                times.append(time.perf_counter())
             (found.mean() / recipe.accumulate).backward()
+            of_atoms += times[1] - times[0]
+            of_answers += times[2] - times[1]
             losses.append(float(found.detach().mean()))
             exact.append(right)
             passages += len(episode.passages)
@@ -203,8 +198,8 @@ class Trainer:
             exact=float(torch.cat(exact).mean()),
             grad_norm=float(norm),
             seconds=time.perf_counter() - start,
-            seconds_of_atoms=marks[0],
-            seconds_of_answers=marks[1],
+            seconds_of_atoms=of_atoms,
+            seconds_of_answers=of_answers,
             questions=sum(map(len, exact)),
             passages=passages,
         )
@@ -270,19 +265,15 @@ class Trainer:
             rows = []
             for _ in range(episodes):
                 episode = source.episode(rng, self.recipe.passages, self.recipe.questions_per_passage, [3])
-                if not self.recipe.atoms:
+                updates: list[dict[str, Tensor] | None] = [None, None]  # right and wrong ones
+                if self.recipe.atoms:
+                    atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
+                    shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
                     with torch.no_grad():
-                        loss, exact = self.learner.answer_losses(episode.examples, None)
-                    rows.append((float(loss.mean()), float(exact.mean()), float(exact.mean())))
-                    continue
-                atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
-                shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
+                        updates = [self.learner.updates(episode.examples, either) for either in (atoms, shifted)]
                 with torch.no_grad():
-                    loss, exact = self.learner.answer_losses(
-                        episode.examples, self.learner.updates(episode.examples, atoms)
-                    )
-                    _, random_exact = self.learner.answer_losses(
-                        episode.examples, self.learner.updates(episode.examples, shifted)
+                    (loss, exact), (_, random_exact) = (
+                        self.learner.answer_losses(episode.examples, either) for either in updates
                     )
                 rows.append((float(loss.mean()), float(exact.mean()), float(random_exact.mean())))
             loss, right, wrong = (sum(values) / len(values) for values in zip(*rows, strict=True))
@@ -316,11 +307,7 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
     """The recipe's mixture: one episode source a data set, and the weights to draw them with."""
     sources = []
     for source in recipe.data:
-        dataset = (
-            generate("train", **source.facts)
-            if source.facts is not None
-            else read_folder(Path(recipe.data_dir) / str(source.folder))
-        )
+        dataset = _dataset(recipe, source)
         questions = _of_types(dataset.split(source.split), source)
         if not questions:
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
@@ -336,15 +323,18 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
         return sources
     rng = random.Random(recipe.seed + 4)
     for source in recipe.data:
-        if source.facts is not None:
-            dataset = generate("demo", 60, recipe.seed)
-        else:
-            dataset = read_folder(Path(recipe.data_dir) / str(source.folder))
+        dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
         questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
         if questions:
             chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
             sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
     return sources
+
+
+def _dataset(recipe: Recipe, source: Source) -> Dataset:
+    if source.facts is not None:
+        return generate("train", **source.facts)
+    return read_folder(Path(recipe.data_dir) / str(source.folder))
 
 
 def _of_types(questions: list[Question], source: Source) -> list[Question]:
@@ -356,18 +346,6 @@ def _forget_after(metrics: Path, step: int) -> None:
     if metrics.is_file():
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
         metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep the memory that tensors free: giving it back costs page faults in every step."""
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        libc.mallopt(m_top_pad, 2**28)
 
 
 def run(
@@ -435,7 +413,7 @@ class _Log:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=max(0, step))  # type: ignore[no-untyped-call] # torch
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=max(0, step))
         except ImportError:
             self.board = None
 
@@ -446,7 +424,7 @@ class _Log:
         if self.is_main:
             self.file.close()
             if self.board is not None:
-                self.board.close()  # type: ignore[no-untyped-call] # torch
+                self.board.close()
 
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
         if not self.is_main:
@@ -456,7 +434,7 @@ class _Log:
         if self.board is None:
             return
         for name, value in _numbers(values.get("sources", values)):
-            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))  # type: ignore[no-untyped-call] # torch
+            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
 
 
 def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:

@@ -82,6 +82,18 @@ def read(folder: Path, base: BaseModel, *, max_length: int = MAX_LENGTH) -> Meta
     )
 
 
+def base_model_of(folder: Path) -> str:
+    """The base model that the checkpoint in `folder` names.
+
+    Raises:
+        InitializationError: if learner_config.json can't be read, or names none.
+    """
+    name = _json(folder / "learner_config.json").get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise InitializationError(f"{folder / 'learner_config.json'} names no base model: give --model")
+    return name
+
+
 def _step_size(state: Mapping[str, Tensor], learner: Mapping[str, Any], parameter: str) -> float:
     """α of one tensor."""
     mode = learner.get("alpha_mode", "tie")
