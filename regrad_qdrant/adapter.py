@@ -78,7 +78,7 @@ class Adapter:
             weights = [1.0] * len(records)
         if len(weights) != len(records):
             raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
-        return decode_sum(records, weights, self.initialization.fingerprint, self.space.numel, self.model.device)
+        return decode_sum(records, weights, self.initialization.fingerprint, self.space.layout, self.model.device)
 
     @contextlib.contextmanager
     def applied(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Iterator[None]:

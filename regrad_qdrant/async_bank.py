@@ -22,6 +22,7 @@ from regrad_qdrant.store import pages
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
 
+    from regrad_qdrant.codec import AtomLayout
     from regrad_qdrant.layouts import Layout
     from regrad_qdrant.record import Record
     from regrad_qdrant.store import PointId
@@ -138,8 +139,8 @@ class AsyncGradientBank:
     async def status(self) -> BankStatus:
         return await self._run(self.blocking.status)
 
-    async def recode(self, codec: str, numel: int) -> RecodeReport:
-        return await self._run(self.blocking.recode, codec, numel)
+    async def recode(self, codec: str, layout: AtomLayout) -> RecodeReport:
+        return await self._run(self.blocking.recode, codec, layout)
 
     async def drop(self) -> int:
         return await self._run(self.blocking.drop)

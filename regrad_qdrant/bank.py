@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.client_store import ClientStore
-from regrad_qdrant.codec import CODECS, get_codec
+from regrad_qdrant.codec import CODECS, AtomLayout, get_codec
 from regrad_qdrant.documents import Document, Hit, canonical_id, point_id
 from regrad_qdrant.embed import Bm25, Embedder
 from regrad_qdrant.errors import BankError, RecordError, StoreUnavailableError
@@ -485,26 +485,28 @@ class GradientBank:
             bytes_max=max(sizes) if sizes else None,
         )
 
-    def recode(self, codec: str, numel: int, on_progress: Callable[[int], None] = lambda _: None) -> RecodeReport:
+    def recode(
+        self, codec: str, layout: AtomLayout, on_progress: Callable[[int], None] = lambda _: None
+    ) -> RecodeReport:
         """Bring this space's atoms to a coarser codec, in place and without the model.
 
         Resumable: atoms that are in the codec already, or in one as coarse, are not read. A damaged atom stays as
         it is and is named in the report.
 
         Args:
-            numel: numbers of an atom of this space.
+            layout: of the space's atoms.
             on_progress: called with the number of atoms just dealt with.
         """
         wanted = get_codec(codec)
         report = RecodeReport()
-        condition = self.finer_than(codec, numel)
-        page = max(1, min(PAGE, self.max_request_bytes // (8 * numel)))  # an atom is at most fp32 in base64
+        condition = self.finer_than(codec, layout)
+        page = max(1, min(PAGE, self.max_request_bytes // (8 * layout.numel)))  # an atom is at most fp32 in base64
         for points in pages(self._scroll(condition, [self.payload_key], page, self.atoms), page):
             writes: list[tuple[PayloadWrite, int]] = []
             for point in points:
                 try:
                     old = Record.from_payload(point.payload[self.payload_key])
-                    value = {self.payload_key: old.recoded(wanted.name, self.space, numel).to_payload()}
+                    value = {self.payload_key: old.recoded(wanted.name, self.space, layout).to_payload()}
                     same = {
                         f"{self.payload_key}.{name}": part for name, part in (("sha", old.sha), ("codec", old.codec))
                     }
@@ -517,12 +519,12 @@ class GradientBank:
             on_progress(len(points))
         return report
 
-    def finer_than(self, codec: str, numel: int) -> Filter:
+    def finer_than(self, codec: str, layout: AtomLayout) -> Filter:
         """The filter on points whose atom of this space takes more bytes than it would in `codec`."""
         from qdrant_client import models
 
-        size = get_codec(codec).size(numel)
-        finer = [name for name, other in CODECS.items() if other.size(numel) > size]
+        size = get_codec(codec).size(layout)
+        finer = [name for name, other in CODECS.items() if other.size(layout) > size]
         of_codec = models.FieldCondition(key=f"{self.payload_key}.codec", match=models.MatchAny(any=finer))
         return models.Filter(must=[self._in_space(), of_codec])
 

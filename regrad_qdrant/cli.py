@@ -311,12 +311,12 @@ def recode(
     get_codec(codec)
     check_outputs(json_out)
     initialization = MetaInitialization.load(init)
-    numel = initialization.space.numel
+    layout = initialization.space.layout
     store = existing_store(collection, url, path)
     with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
         before = bank.status()
-        with progress("Recoding", bank.atoms.count(bank.finer_than(codec, numel))) as advance:
-            report = bank.recode(codec, numel, advance)
+        with progress("Recoding", bank.atoms.count(bank.finer_than(codec, layout))) as advance:
+            report = bank.recode(codec, layout, advance)
         after = bank.status()
     console.print(
         f"{report.recoded} atoms recoded, {before.atoms - report.recoded - len(report.failed)} were as coarse already, "

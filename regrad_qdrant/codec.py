@@ -8,6 +8,7 @@ one small class, or one line where a class has parameters.
     int2, ternary, sign         rotated blocks of 256: 2, 1.6 and 1 bit a number
     sparse                      the sign and place of the 16 largest of 256: 0.6 bits a number
     nf4                         4-bit NormalFloat, by bitsandbytes
+    sign-rank4, 8, 16, 32       the leading singular vectors of the atom's matrices, in the codec sign
 
 Below four bits, what counts is the sum of the retrieved atoms. A seeded Hadamard rotation spreads each block's
 energy evenly, so that a few levels fit all its numbers; the block's scale s comes from the least-squares fit of
@@ -22,6 +23,7 @@ import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,34 +37,55 @@ ROTATED_BLOCK = 256  # below
 STEPS_PER_OCTAVE = 16  # of a stored scale: within 2.2 %
 ZERO = 255  # the scale of a block of zeros
 ROTATION_SEED = 20260615
+SPARE, ITERATIONS = 8, 3  # of the subspace iteration: dimensions beyond the rank, and rounds
+
+
+@dataclass(frozen=True)
+class AtomLayout:
+    """How a flat atom divides into matrices (rows, columns), one after the other, each row by row."""
+
+    matrices: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def flat(cls, numel: int) -> AtomLayout:
+        """Of numbers without further structure."""
+        return cls(((1, numel),))
+
+    @property
+    def numel(self) -> int:
+        return sum(rows * columns for rows, columns in self.matrices)
 
 
 class Codec(ABC):
-    """Quantizes flat atoms. Parts are named byte strings whose sizes follow from the atom's length alone."""
+    """Codes flat atoms. Parts are named byte strings whose sizes follow from the atom's layout alone."""
 
     name: ClassVar[str]
 
     @abstractmethod
-    def sizes(self, numel: int) -> dict[str, int]:
-        """The size in bytes of each part of an atom of `numel` numbers."""
+    def sizes(self, layout: AtomLayout) -> dict[str, int]:
+        """The size in bytes of each part of an atom of this layout."""
 
-    def size(self, numel: int) -> int:
+    def size(self, layout: AtomLayout) -> int:
         """The size in bytes of a coded atom, before it is compressed and packed."""
-        return sum(self.sizes(numel).values())
+        return sum(self.sizes(layout).values())
+
+    def truncated(self, flat: Tensor, layout: AtomLayout) -> Tensor:
+        """What of the atoms (batch, numel) this codec codes before it rounds, differentiable in them."""
+        return flat
 
     @abstractmethod
-    def quantize(self, flat: Tensor) -> dict[str, Tensor]:
+    def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
         """Code a batch: (batch, numel) float to one (batch, bytes) uint8 tensor a part."""
 
     @abstractmethod
-    def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
+    def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
         """Decode a batch: the parts that `quantize` made to (batch, numel) float32."""
 
-    def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, numel: int) -> Tensor:
+    def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, layout: AtomLayout) -> Tensor:
         """Σ wᵢ·gᵢ of a batch, (numel,) float32; `weights` is (batch,) float32."""
-        return weights @ self.dequantize(parts, numel)
+        return weights @ self.dequantize(parts, layout)
 
-    def encode(self, flat: Tensor) -> list[dict[str, bytes]]:
+    def encode(self, flat: Tensor, layout: AtomLayout) -> list[dict[str, bytes]]:
         """The parts of every atom of a batch (batch, numel).
 
         Raises:
@@ -72,19 +95,19 @@ class Codec(ABC):
 
         if not bool(torch.isfinite(flat).all()):
             raise ValueError("an atom with numbers that are not finite can't be coded")
-        parts = {name: part.cpu().numpy() for name, part in self.quantize(flat.detach().float()).items()}
+        parts = {name: part.cpu().numpy() for name, part in self.quantize(flat.detach().float(), layout).items()}
         return [{name: part[row].tobytes() for name, part in parts.items()} for row in range(len(flat))]
 
-    def decode(self, parts: Mapping[str, bytes], numel: int) -> Tensor:
+    def decode(self, parts: Mapping[str, bytes], layout: AtomLayout) -> Tensor:
         """One atom (numel,) float32.
 
         Raises:
-            WrongShapeError: if a part is missing, unknown or of another size than `numel` numbers need.
+            WrongShapeError: if a part is missing, unknown or of another size than the layout needs.
         """
-        return self.dequantize(self._stacked([parts], numel), numel)[0]
+        return self.dequantize(self._stacked([parts], layout), layout)[0]
 
     def decode_sum(
-        self, atoms: Sequence[Mapping[str, bytes]], weights: Sequence[float], numel: int, device: Any = None
+        self, atoms: Sequence[Mapping[str, bytes]], weights: Sequence[float], layout: AtomLayout, device: Any = None
     ) -> Tensor:
         """Σ wᵢ·gᵢ of the parts of several atoms, (numel,) float32 on `device`.
 
@@ -93,18 +116,20 @@ class Codec(ABC):
         """
         import torch
 
-        parts = {name: part.to(device) for name, part in self._stacked(atoms, numel).items()}
-        return self.weighted_sum(parts, torch.tensor(weights, dtype=torch.float32, device=device), numel)
+        parts = {name: part.to(device) for name, part in self._stacked(atoms, layout).items()}
+        return self.weighted_sum(parts, torch.tensor(weights, dtype=torch.float32, device=device), layout)
 
-    def _stacked(self, atoms: Sequence[Mapping[str, bytes]], numel: int) -> dict[str, Tensor]:
+    def _stacked(self, atoms: Sequence[Mapping[str, bytes]], layout: AtomLayout) -> dict[str, Tensor]:
         """The parts of several atoms, one (atoms, bytes) uint8 tensor a part."""
         import torch
 
-        expected = self.sizes(numel)
+        expected = self.sizes(layout)
         for parts in atoms:
             found = {name: len(part) for name, part in parts.items()}
             if found != expected:
-                raise WrongShapeError(f"{self.name}: parts of {found} bytes, expected {expected} for {numel} numbers")
+                raise WrongShapeError(
+                    f"{self.name}: parts of {found} bytes, expected {expected} for {layout.numel} numbers"
+                )
         joined = {name: bytearray(b"".join(parts[name] for parts in atoms)) for name in expected}
         return {name: torch.frombuffer(data, dtype=torch.uint8).view(len(atoms), -1) for name, data in joined.items()}
 
@@ -114,13 +139,13 @@ class Float32(Codec):
 
     name = "fp32"
 
-    def sizes(self, numel: int) -> dict[str, int]:
-        return {"values": 4 * numel}
+    def sizes(self, layout: AtomLayout) -> dict[str, int]:
+        return {"values": 4 * layout.numel}
 
-    def quantize(self, flat: Tensor) -> dict[str, Tensor]:
+    def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
         return {"values": _bytes_of(flat)}
 
-    def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
+    def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
         import torch
 
         return parts["values"].view(torch.float32)
@@ -131,17 +156,17 @@ class Float16(Codec):
 
     name = "fp16"
 
-    def sizes(self, numel: int) -> dict[str, int]:
-        return {"values": 2 * numel, "norm": 4}
+    def sizes(self, layout: AtomLayout) -> dict[str, int]:
+        return {"values": 2 * layout.numel, "norm": 4}
 
-    def quantize(self, flat: Tensor) -> dict[str, Tensor]:
+    def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
         import torch
 
         norm = flat.abs().amax(dim=1, keepdim=True)
         norm = norm.masked_fill(norm == 0, 1.0)
         return {"values": _bytes_of((flat / norm).to(torch.float16)), "norm": _bytes_of(norm)}
 
-    def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
+    def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
         import torch
 
         return parts["values"].view(torch.float16).float() * parts["norm"].view(torch.float32)
@@ -155,8 +180,8 @@ class _Scaled(Codec):
 
     block: int
 
-    def sizes(self, numel: int) -> dict[str, int]:
-        blocks = math.ceil(numel / self.block)
+    def sizes(self, layout: AtomLayout) -> dict[str, int]:
+        blocks = math.ceil(layout.numel / self.block)
         return self.code_sizes(blocks) | {"scales": blocks, "top": 2}
 
     @abstractmethod
@@ -206,7 +231,7 @@ class Levels(_Scaled):
     def code_sizes(self, blocks: int) -> dict[str, int]:
         return {"codes": blocks * self.block_bytes}
 
-    def quantize(self, flat: Tensor) -> dict[str, Tensor]:
+    def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
         import torch
 
         blocks = _blocks(flat, self.block)
@@ -225,13 +250,13 @@ class Levels(_Scaled):
             )
         return {"codes": self._pack(digits)} | self._pack_scales(steps)
 
-    def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
+    def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
         scales = self._scales(parts)
         values = _table(self.levels, self.per_byte, scales.device)[parts["codes"].int()]  # (batch, bytes, per byte)
         blocks = values.view(*scales.shape, -1)[..., : self.block] * scales.unsqueeze(2)
-        return self._unrotated(blocks).flatten(1)[:, :numel]
+        return self._unrotated(blocks).flatten(1)[:, : layout.numel]
 
-    def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, numel: int) -> Tensor:
+    def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, layout: AtomLayout) -> Tensor:
         """Sums table rows, byte by byte, and rotates back once: no atom is unpacked on its own."""
         from torch.nn.functional import embedding_bag
 
@@ -240,7 +265,7 @@ class Levels(_Scaled):
         of_bytes = scales.T.repeat_interleave(self.block_bytes, dim=0)
         table = _table(self.levels, self.per_byte, scales.device)
         values = embedding_bag(bags, table, mode="sum", per_sample_weights=of_bytes)
-        return self._unrotated(values.view(scales.shape[1], -1)[:, : self.block]).flatten()[:numel]
+        return self._unrotated(values.view(scales.shape[1], -1)[:, : self.block]).flatten()[: layout.numel]
 
     def _unrotated(self, blocks: Tensor) -> Tensor:
         return _rotate_back(blocks) if self.rotated else blocks
@@ -265,7 +290,7 @@ class SparseSign(_Scaled):
     def code_sizes(self, blocks: int) -> dict[str, int]:
         return {"places": blocks * self.kept, "signs": blocks * self.kept // 8}
 
-    def quantize(self, flat: Tensor) -> dict[str, Tensor]:
+    def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
         import torch
 
         blocks = _blocks(flat, self.block)
@@ -277,14 +302,14 @@ class SparseSign(_Scaled):
         signs = bits.sum(dim=2).to(torch.uint8)
         return {"places": places.flatten(1).to(torch.uint8), "signs": signs} | self._pack_scales(steps)
 
-    def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
+    def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
         import torch
 
         places, values = self._entries(parts)
         blocks = torch.zeros(*values.shape[:2], self.block, device=values.device)
-        return blocks.scatter(2, places, values).flatten(1)[:, :numel]
+        return blocks.scatter(2, places, values).flatten(1)[:, : layout.numel]
 
-    def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, numel: int) -> Tensor:
+    def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, layout: AtomLayout) -> Tensor:
         import torch
 
         places, values = self._entries(parts)
@@ -292,7 +317,7 @@ class SparseSign(_Scaled):
         starts = self.block * torch.arange(blocks, device=values.device).unsqueeze(1)
         total = torch.zeros(blocks * self.block, device=values.device)
         weighted = weights.view(-1, 1, 1) * values
-        return total.index_add_(0, (places + starts).flatten(), weighted.flatten())[:numel]
+        return total.index_add_(0, (places + starts).flatten(), weighted.flatten())[: layout.numel]
 
     def _entries(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The places within their blocks and the values of what is not zero, (batch, blocks, kept) each."""
@@ -309,11 +334,11 @@ class NF4(Codec):
 
     name = "nf4"
 
-    def sizes(self, numel: int) -> dict[str, int]:
-        blocks = math.ceil(numel / BLOCK)
+    def sizes(self, layout: AtomLayout) -> dict[str, int]:
+        blocks = math.ceil(layout.numel / BLOCK)
         return {"codes": blocks * BLOCK // 2, "scales": 4 * blocks}
 
-    def quantize(self, flat: Tensor) -> dict[str, Tensor]:
+    def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
         import torch
         from bitsandbytes.functional import quantize_4bit
 
@@ -324,7 +349,7 @@ class NF4(Codec):
             scales.append(state.absmax.float())
         return {"codes": torch.stack(codes), "scales": _bytes_of(torch.stack(scales))}
 
-    def dequantize(self, parts: Mapping[str, Tensor], numel: int) -> Tensor:
+    def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
         import torch
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -332,10 +357,115 @@ class NF4(Codec):
         for codes, scales in zip(parts["codes"], parts["scales"].view(torch.float32), strict=True):
             shape = torch.Size([2 * len(codes)])
             state = QuantState(scales, shape, blocksize=BLOCK, quant_type="nf4", dtype=torch.float32)
-            rows.append(dequantize_4bit(codes.unsqueeze(1), state).flatten()[:numel])
+            rows.append(dequantize_4bit(codes.unsqueeze(1), state).flatten()[: layout.numel])
         return torch.stack(rows)
 
 
+class LowRank(Codec):
+    """Each matrix of the atom as the product of two of `rank` rows, its leading singular vectors, in another codec.
+
+    M ≈ Σ σᵢ uᵢvᵢᵀ takes rank × (rows + columns) numbers, √σᵢ uᵢ and √σᵢ vᵢ. A matrix that has no more numbers than
+    that is coded whole.
+    """
+
+    def __init__(self, factors: Codec, rank: int) -> None:
+        self.name = f"{factors.name}-rank{rank}"  # type: ignore[misc] # one class, several codecs
+        self.factors, self.rank = factors, rank
+
+    def sizes(self, layout: AtomLayout) -> dict[str, int]:
+        return self.factors.sizes(self._coded(layout))
+
+    def truncated(self, flat: Tensor, layout: AtomLayout) -> Tensor:
+        """The truncated product; its gradient is that along the matrices of this rank, singular vectors turning."""
+        import torch
+        from torch.nn.functional import normalize
+
+        parts = []
+        for matrix, factored in self._split(flat, layout):
+            if factored:
+                left, right = (normalize(factor, dim=2, eps=1e-30) for factor in self._of(matrix))
+                along = left.mT @ (left @ matrix)  # U Uᵀ M
+                matrix = along + (matrix - along) @ right.mT @ right  # + (M − U Uᵀ M) V Vᵀ, which is zero
+            parts.append(matrix.flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
+        import torch
+
+        numbers = []
+        for matrix, factored in self._split(flat, layout):
+            numbers += [factor.flatten(1) for factor in self._of(matrix)] if factored else [matrix.flatten(1)]
+        return self.factors.quantize(torch.cat(numbers, dim=1), self._coded(layout))
+
+    def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
+        import torch
+
+        matrices = [right if left is None else left.mT @ right for left, right in self._factors(parts, layout)]
+        return torch.cat([matrix.flatten(1) for matrix in matrices], dim=1)
+
+    def weighted_sum(self, parts: Mapping[str, Tensor], weights: Tensor, layout: AtomLayout) -> Tensor:
+        """All atoms' factors side by side, one product a matrix: no atom is unpacked on its own."""
+        import torch
+
+        sums = []
+        for left, right in self._factors(parts, layout):
+            weighted = weights.view(-1, 1, 1) * right
+            sums.append(weighted.sum(0) if left is None else left.flatten(0, 1).mT @ weighted.flatten(0, 1))
+        return torch.cat([matrix.flatten() for matrix in sums])
+
+    def _smaller(self, rows: int, columns: int) -> bool:
+        """Whether the factors are smaller than the matrix."""
+        return self.rank * (rows + columns) < rows * columns
+
+    def _coded(self, layout: AtomLayout) -> AtomLayout:
+        """The layout of what the other codec sees."""
+        coded: list[tuple[int, int]] = []
+        for rows, columns in layout.matrices:
+            factored = self._smaller(rows, columns)
+            coded += [(self.rank, rows), (self.rank, columns)] if factored else [(rows, columns)]
+        return AtomLayout(tuple(coded))
+
+    def _split(self, flat: Tensor, layout: AtomLayout) -> list[tuple[Tensor, bool]]:
+        """The matrices (batch, rows, columns), and whether each is factored."""
+        parts = flat.split([rows * columns for rows, columns in layout.matrices], dim=1)
+        return [
+            (part.unflatten(1, shape), self._smaller(*shape))
+            for part, shape in zip(parts, layout.matrices, strict=True)
+        ]
+
+    def _factors(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> list[tuple[Tensor | None, Tensor]]:
+        """The decoded factors (batch, rank, rows) and (batch, rank, columns); None and the matrix where coded whole."""
+        coded = self._coded(layout)
+        numbers = self.factors.dequantize(parts, coded).split([math.prod(shape) for shape in coded.matrices], dim=1)
+        tensors = iter([part.unflatten(1, shape) for part, shape in zip(numbers, coded.matrices, strict=True)])
+        return [(next(tensors) if self._smaller(*shape) else None, next(tensors)) for shape in layout.matrices]
+
+    def _of(self, matrices: Tensor) -> tuple[Tensor, Tensor]:
+        """√σᵢ uᵢ (batch, rank, rows) and √σᵢ vᵢ (batch, rank, columns), by subspace iteration from a fixed start."""
+        import torch
+
+        with torch.no_grad():
+            if matrices.shape[1] > matrices.shape[2]:
+                right, left = self._of(matrices.mT)
+                return left, right
+            scale = matrices.flatten(1).norm(dim=1).clamp(min=1e-30).view(-1, 1, 1)
+            matrices = matrices / scale
+            gram = matrices @ matrices.mT
+            size = min(self.rank + SPARE, gram.shape[1])
+            start = torch.stack([_signs(gram.shape[1], gram.device).roll(i) for i in range(size)], dim=1)
+            found = gram @ start
+            for _ in range(ITERATIONS):
+                found = gram @ torch.linalg.qr(found).Q
+            left = torch.linalg.qr(found).Q  # (batch, rows, size)
+            right = left.mT @ matrices
+            energies, turned = torch.linalg.eigh(right @ right.mT)  # rising
+            roots = energies[:, -self.rank :].flip(1).clamp(min=0).pow(0.25).unsqueeze(2)  # √σ
+            turned = turned[:, :, -self.rank :].flip(2).mT
+            left, right = turned @ left.mT, turned @ right
+            return left * (roots * scale.sqrt()), right * (scale.sqrt() / roots.clamp(min=1e-6))
+
+
+_SIGN = Levels("sign", (-1.0, 1.0), ROTATED_BLOCK, rotated=True)
 _REGISTERED: tuple[Codec, ...] = (
     Float32(),
     Float16(),
@@ -345,8 +475,9 @@ _REGISTERED: tuple[Codec, ...] = (
     # the levels of least squared error for normal numbers of variance 1 (Max, 1960), which rotation makes of them
     Levels("int2", (-1.510, -0.4528, 0.4528, 1.510), ROTATED_BLOCK, rotated=True),
     Levels("ternary", (-1.224, 0.0, 1.224), ROTATED_BLOCK, rotated=True),
-    Levels("sign", (-1.0, 1.0), ROTATED_BLOCK, rotated=True),
+    _SIGN,
     SparseSign(),
+    *(LowRank(_SIGN, rank) for rank in (4, 8, 16, 32)),
 )
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _REGISTERED}
 DEFAULT_CODEC = "ternary"  # chosen by the curve: docs/atoms.md

@@ -339,7 +339,9 @@ class ReGrad:
             flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
         finite = flat.isfinite().all(dim=1)
         kept = [hit for (hit, _), good in zip(encoded, finite.tolist(), strict=True) if good]
-        records = make_records(flat[finite], [hit.text for hit in kept], self.bank.space, self.codec)
+        records = make_records(
+            flat[finite], [hit.text for hit in kept], self.bank.space, self.codec, self.adapter.space.layout
+        )
         return list(zip(kept, records, strict=True))
 
     def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import zstandard
 
-from regrad_qdrant.codec import Codec, get_codec
+from regrad_qdrant.codec import AtomLayout, Codec, get_codec
 from regrad_qdrant.errors import (
     CorruptRecordError,
     OversizedRecordError,
@@ -79,8 +79,8 @@ class Record:
             raise RecordError(f"the record's fields {', '.join(wrong)} are missing or no text")
         return cls(**{name: str(text) for name, text in fields.items()})
 
-    def parts(self, fingerprint: str, numel: int) -> dict[str, bytes]:
-        """Unpack the codec's parts of an atom of `numel` numbers, within the memory that these can take.
+    def parts(self, fingerprint: str, layout: AtomLayout) -> dict[str, bytes]:
+        """Unpack the codec's parts of an atom of this layout, within the memory that these can take.
 
         Raises:
             WrongSpaceError: if the atom was computed in another space than `fingerprint`.
@@ -91,30 +91,30 @@ class Record:
                 f"the atom belongs to space {self.space}, the initialization in use to {fingerprint}: ingest the "
                 "collection with this initialization, or load the one that made the atom"
             )
-        limit = get_codec(self.codec).size(numel) + ENVELOPE_BYTES
+        limit = get_codec(self.codec).size(layout) + ENVELOPE_BYTES
         return _unpack(_decompress(_from_base64(self.atom, limit), limit), limit)
 
-    def decode(self, fingerprint: str, numel: int) -> Tensor:
+    def decode(self, fingerprint: str, layout: AtomLayout) -> Tensor:
         """The atom's numbers (numel,) float32.
 
         Raises:
             WrongSpaceError: if the atom was computed in another space than `fingerprint`.
             RecordError: one of its kinds, if the record is damaged.
         """
-        return _finite(get_codec(self.codec).decode(self.parts(fingerprint, numel), numel))
+        return _finite(get_codec(self.codec).decode(self.parts(fingerprint, layout), layout))
 
-    def recoded(self, codec: str, fingerprint: str, numel: int) -> Record:
+    def recoded(self, codec: str, fingerprint: str, layout: AtomLayout) -> Record:
         """The same atom in another codec.
 
         Raises:
             RecordError: as `decode`.
         """
-        [parts] = get_codec(codec).encode(self.decode(fingerprint, numel).unsqueeze(0))
+        [parts] = get_codec(codec).encode(self.decode(fingerprint, layout).unsqueeze(0), layout)
         return replace(self, codec=codec, atom=_pack(parts))
 
 
 def decode_sum(
-    records: Sequence[Record], weights: Sequence[float], fingerprint: str, numel: int, device: Any = None
+    records: Sequence[Record], weights: Sequence[float], fingerprint: str, layout: AtomLayout, device: Any = None
 ) -> Tensor:
     """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on `device`; zeros for no records.
 
@@ -127,11 +127,11 @@ def decode_sum(
 
     by_codec: dict[str, list[tuple[dict[str, bytes], float]]] = {}
     for record, weight in zip(records, weights, strict=True):
-        by_codec.setdefault(record.codec, []).append((record.parts(fingerprint, numel), weight))
-    total = torch.zeros(numel, device=device)
+        by_codec.setdefault(record.codec, []).append((record.parts(fingerprint, layout), weight))
+    total = torch.zeros(layout.numel, device=device)
     for name, atoms in by_codec.items():
         parts, of_parts = zip(*atoms, strict=True)
-        total += get_codec(name).decode_sum(parts, of_parts, numel, device)
+        total += get_codec(name).decode_sum(parts, of_parts, layout, device)
     return _finite(total)
 
 
@@ -141,12 +141,19 @@ def _finite(atom: Tensor) -> Tensor:
     return atom
 
 
-def make_records(flat: Tensor, texts: list[str], fingerprint: str, codec: str) -> list[Record]:
-    """Records of a batch of atoms (batch, numel) and the texts that they were computed from."""
+def make_records(
+    flat: Tensor, texts: Sequence[str], fingerprint: str, codec: str, layout: AtomLayout | None = None
+) -> list[Record]:
+    """Records of a batch of atoms (batch, numel) and the texts that they were computed from.
+
+    Args:
+        layout: of the atoms' space; without one, the numbers have no structure that a codec could use.
+    """
+    layout = layout or AtomLayout.flat(flat.shape[1])
     coder: Codec = get_codec(codec)
     return [
         Record(fingerprint, text_sha(text), codec, _pack(parts))
-        for parts, text in zip(coder.encode(flat), texts, strict=True)
+        for parts, text in zip(coder.encode(flat, layout), texts, strict=True)
     ]
 
 

@@ -5,7 +5,7 @@ For a LoRA module y = W x + s·B A x with A (r, d_in) and B (d_out, r):
 - `lora` holds g_A and g_B of every module, as the paper does;
 - `core` holds C = Uᵀ g_B (p, r) with a meta-learned basis U (d_out, p), and moves B by U·ΔC;
 - `tied` is `core` with one C for all modules of a transformer layer: the sum of theirs;
-- `shared` holds one g_B (d_out, r) for each kind of module, the sum over all layers, and moves every layer's B by it.
+- `values` holds g_B alone, so that what is left of a document's gradient has few directions and codes well.
 
 A space is one small class; `SPACES` is the registry.
 """
@@ -17,8 +17,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
+from regrad_qdrant.codec import AtomLayout
 from regrad_qdrant.errors import InitializationError
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class AtomSpace(ABC):
 
     def __init__(self, modules: Mapping[str, LoraModule]) -> None:
         self.modules = dict(modules)
-        self.shapes: dict[str, tuple[int, ...]] = {
+        self.shapes: dict[str, tuple[int, int]] = {
             tensor: shape
             for name, module in self.modules.items()
             for tensor, shape in self.tensors(name, module).items()
@@ -70,6 +72,16 @@ class AtomSpace(ABC):
     def numel(self) -> int:
         """How many numbers one atom holds."""
         return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @cached_property
+    def layout(self) -> AtomLayout:
+        """The flat atom as matrices: neighbouring tensors of equal width are one, row below row."""
+        matrices: list[tuple[int, int]] = []
+        for rows, columns in self.shapes.values():
+            if matrices and matrices[-1][1] == columns:
+                rows += matrices.pop()[0]
+            matrices.append((rows, columns))
+        return AtomLayout(tuple(matrices))
 
     def flatten(self, atoms: Mapping[str, Tensor]) -> Tensor:
         """A batch of atoms, (batch, *shape) a tensor, as (batch, numel) in the order of `shapes`."""
@@ -90,7 +102,7 @@ class AtomSpace(ABC):
             atoms[name] = atoms[name] + part if name in atoms else part
 
     @abstractmethod
-    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, int]]:
         """The names and shapes of an atom's tensors that one module takes part in; modules may share one."""
 
     @abstractmethod
@@ -123,7 +135,7 @@ class LoraSpace(AtomSpace):
 
     kind = "lora"
 
-    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, int]]:
         return {f"{name}.lora_A": (module.rank, module.d_in), f"{name}.lora_B": (module.d_out, module.rank)}
 
     def keep(self, name: str, x: Tensor) -> Tensor:
@@ -161,7 +173,7 @@ class CoreSpace(_KeySpace):
     kind = "core"
     uses_basis = True
 
-    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, int]]:
         return {self.core_of(name): (int(self._basis(module, module.lora_b).shape[1]), module.rank)}
 
     def core_of(self, name: str) -> str:
@@ -198,32 +210,31 @@ class TiedSpace(CoreSpace):
         return f"{layer[0] if layer else name}.core"
 
 
-class SharedSpace(_KeySpace):
-    """One g_B for all layers' modules of a kind (`down_proj`), the sum of theirs: every layer's B is moved by the same.
+class ValueSpace(_KeySpace):
+    """Every module's g_Bᵀ (r, d_out): the values that B writes for the keys A x.
 
-    What layers write into the residual stream wants nearly the same change in all of them, so the sum keeps every
-    direction of it, where a basis U keeps p. Each layer's A says how strongly the layer takes part.
+    Values of one width stand together, so that they are one matrix: a document's gradients of all layers have few
+    directions in common, which is what codecs of low rank code.
     """
 
-    kind = "shared"
+    kind = "values"
 
-    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, ...]]:
-        return {self.values_of(name): (module.d_out, module.rank)}
+    def __init__(self, modules: Mapping[str, LoraModule]) -> None:
+        super().__init__(modules)
+        self.shapes = dict(sorted(self.shapes.items(), key=lambda item: item[1][1]))  # one matrix a width
 
-    @staticmethod
-    def values_of(name: str) -> str:
-        """The atom's tensor that belongs to a module: its name without the layer."""
-        return f"{re.sub(r'[.][0-9]+(?=[.])', '', name)}.values"
+    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, int]]:
+        return {f"{name}.values": (module.rank, module.d_out)}
 
     def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return {self.values_of(name): (delta * self.modules[name].scaling).mT @ kept}
+        return {f"{name}.values": kept.mT @ (delta * self.modules[name].scaling)}
 
     def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"{name}.lora_B": atom[self.values_of(name)] for name in self.modules}
+        return {f"{name}.lora_B": atom[f"{name}.values"].mT for name in self.modules}
 
     def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         module = self.modules[name]
-        return module.scaling * ((x @ module.lora_a.mT) @ rows[self.values_of(name)].mT)
+        return module.scaling * ((x @ module.lora_a.mT) @ rows[f"{name}.values"])
 
 
-SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace, TiedSpace, SharedSpace)}
+SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace, TiedSpace, ValueSpace)}

@@ -8,6 +8,7 @@ from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
 from regrad_loaders.ingest import attach_atoms
 from regrad_qdrant import AsyncGradientBank, Document, GradientBank, ReGrad
+from regrad_qdrant.codec import AtomLayout
 from regrad_qdrant.documents import point_id
 from regrad_qdrant.errors import BankError
 from regrad_qdrant.record import make_records
@@ -45,7 +46,7 @@ async def life(bank):
         lambda: bank.sync([Document("d0", {"id": "d0", "text": "Ida Corvand works as a judge."})]),
         lambda: bank.stale(),
         lambda: bank.status(),
-        lambda: bank.recode("sign", 300),
+        lambda: bank.recode("sign", AtomLayout.flat(300)),
         lambda: bank.drop(),
         lambda: bank.status(),
     ]

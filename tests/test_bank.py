@@ -10,6 +10,7 @@ from conftest import Letters
 from qdrant_client import models
 
 from regrad_qdrant import Bm25, Document, GradientBank
+from regrad_qdrant.codec import AtomLayout
 from regrad_qdrant.documents import point_id
 from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
@@ -26,6 +27,9 @@ def documents():
         Document(f"d{i}", {"id": f"d{i}", "text": text, "state": "odd" if i % 2 else "even", "nested": {"n": i}})
         for i, text in enumerate(PEOPLE)
     ]
+
+
+NUMBERS = AtomLayout.flat(128)
 
 
 def records(texts, space=SPACE, numel=128):
@@ -388,7 +392,7 @@ def test_a_sidecar_holds_the_atoms_and_the_documents_stay_as_they_were(beside):
     assert beside.fetch([point_id("d2")])[0].record == records(PEOPLE)[2]
     status = beside.status()
     assert (status.points, status.atoms, status.missing, status.stale, status.codec) == (4, 3, 1, 0, "int8")
-    assert beside.recode("sign", 128).recoded == 3 and beside.status().codec == "sign"
+    assert beside.recode("sign", NUMBERS).recoded == 3 and beside.status().codec == "sign"
     assert beside.drop() == 3 and beside.status().atoms == 0 and payloads(beside) == before
 
 
@@ -450,24 +454,24 @@ def test_recoding_makes_atoms_coarser_in_place_and_touches_nothing_else(bank):
     coarse = make_records(torch.ones(1, 128), [PEOPLE[3]], SPACE, "sparse")[0]
     bank.put([(ids[3], coarse)])
     done = []
-    report = bank.recode("sign", 128, done.append)
+    report = bank.recode("sign", NUMBERS, done.append)
     assert (report.recoded, report.failed, sum(done)) == (3, {}, 3)
     after = payloads(bank)
     for key in ids[:3]:
         old, new = before[key].pop("regrad"), after[key].pop("regrad")
         assert new["codec"] == "sign" and (new["sha"], new["space"]) == (old["sha"], old["space"])
-        atoms = [Record.from_payload(value).decode(SPACE, 128) for value in (old, new)]
+        atoms = [Record.from_payload(value).decode(SPACE, NUMBERS) for value in (old, new)]
         assert torch.cosine_similarity(*atoms, dim=0) > 0.7
         assert after[key] == before[key]
     assert after[ids[3]]["regrad"]["codec"] == "sparse"  # coarser already: left as it is
-    assert bank.recode("sign", 128).recoded == bank.recode("int8", 128).recoded == 0
+    assert bank.recode("sign", NUMBERS).recoded == bank.recode("int8", NUMBERS).recoded == 0
 
 
 def test_recoding_leaves_what_it_can_not_read_and_names_it(bank):
     ids = fill(bank)
     broken = bank.fetch(ids[:1])[0].record
     bank.put([(ids[0], replace(broken, atom=broken.atom[:-8]))])
-    report = bank.recode("int4", 128)
+    report = bank.recode("int4", NUMBERS)
     assert report.recoded == 3 and list(report.failed) == [str(ids[0])]
     assert payloads(bank)[ids[0]]["regrad"]["codec"] == "int8"
 
@@ -480,9 +484,9 @@ def test_recoding_that_was_stopped_goes_on_where_it_was(bank):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bank.recode("sign", 128, stop)
-    assert 0 < bank.store.count(bank.finer_than("sign", 128)) < 4
-    assert 0 < bank.recode("sign", 128).recoded < 4
+        bank.recode("sign", NUMBERS, stop)
+    assert 0 < bank.store.count(bank.finer_than("sign", NUMBERS)) < 4
+    assert 0 < bank.recode("sign", NUMBERS).recoded < 4
     assert bank.status().codec == "sign"
 
 
@@ -510,5 +514,5 @@ def test_a_recoded_atom_does_not_replace_one_that_was_written_meanwhile(bank, mo
         return recoded(self, *arguments)
 
     monkeypatch.setattr(Record, "recoded", meanwhile)
-    bank.recode("sign", 128)
+    bank.recode("sign", NUMBERS)
     assert bank.fetch([ids[0]])[0].record == newer

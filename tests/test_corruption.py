@@ -12,6 +12,7 @@ import zstandard
 from conftest import tiny_initialization
 
 from regrad_qdrant import Adapter
+from regrad_qdrant.codec import AtomLayout
 from regrad_qdrant.errors import RecordError
 from regrad_qdrant.record import Record, make_records
 
@@ -114,5 +115,5 @@ def test_the_error_says_what_is_wrong(model, damage):
     [record] = make_records(torch.randn(1, 72), ["text"], initialization.fingerprint, "sign")
     value = damage(record.to_payload(), random.Random(3))
     with pytest.raises(RecordError) as refused:
-        Record.from_payload(value).decode(initialization.fingerprint, 72)
+        Record.from_payload(value).decode(initialization.fingerprint, AtomLayout.flat(72))
     assert len(str(refused.value)) > 20

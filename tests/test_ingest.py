@@ -44,7 +44,7 @@ def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
     for passage in PASSAGES[:5]:
         [hit] = bank.fetch([point_id(passage.id)])
         expected = gradients.atoms([gradients.encode(passage.text)])[0]
-        found = hit.record.decode(bank.space, gradients.space.numel)
+        found = hit.record.decode(bank.space, gradients.space.layout)
         assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
@@ -184,7 +184,7 @@ def test_long_texts_are_truncated_summed_over_windows_or_skipped(bank, gradients
     assert max(len(w.ids) for w in windows) - min(len(w.ids) for w in windows) < len(windows)
     [hit] = bank.fetch([point_id("long")])
     expected = gradients.atoms(windows).sum(0)
-    torch.testing.assert_close(hit.record.decode(bank.space, len(expected)), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(hit.record.decode(bank.space, gradients.space.layout), expected, rtol=1e-3, atol=1e-5)
     with pytest.raises(DataError, match="'fold' is not one of truncate, window, skip"):
         attach_atoms(bank, gradients, "fp32", long_texts="fold")
 

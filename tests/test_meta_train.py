@@ -16,7 +16,7 @@ from regrad_loaders.episodes import EpisodeSource, bm25_hits
 from regrad_loaders.facts import generate
 from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.meta_train import Trainer, run
-from regrad_loaders.narrow import narrow
+from regrad_loaders.narrow import narrow, values_of
 from regrad_loaders.recipe import Recipe, Source
 from regrad_qdrant import Adapter, MetaInitialization
 from regrad_qdrant.codec import get_codec
@@ -150,7 +150,7 @@ def test_atoms_are_read_through_the_codec_and_gradients_pass_straight_through(so
     coded = learner.space.flatten(learner.coded(exact, "sign"))
     flat = learner.space.flatten(exact)
     codec = get_codec("sign")
-    expected = codec.dequantize(codec.quantize(flat.detach()), learner.space.numel)
+    expected = codec.dequantize(codec.quantize(flat.detach(), learner.space.layout), learner.space.layout)
     torch.testing.assert_close(coded, expected)
     probe = torch.randn_like(flat)
     found, straight = (
@@ -370,6 +370,36 @@ def test_going_on_narrower_than_the_start(tokenizer, tmp_path):
     narrowed = trainer(tokenizer, tmp_path / "run", recipe)
     assert narrowed.learner.space.numel == 3 * 4 * 4
     assert math.isfinite(narrowed.train_step().loss)
+
+
+def test_values_alone_move_b_as_the_whole_space_did():
+    lora = tiny_initialization(tiny_model(), "lora")
+    sizes = {name: 0.5 + 0.1 * i for i, name in enumerate(lora.step_sizes)}
+    lora = lora.with_step_sizes(sizes)
+    values = values_of(lora, lora.modules)
+    assert len(set(values.step_sizes.values())) == 1
+    torch.manual_seed(3)
+    for name, old in lora.modules.items():
+        new = values.modules[name]
+        torch.testing.assert_close(new.lora_b @ new.lora_a, old.lora_b @ old.lora_a)
+        x, delta = torch.randn(1, 5, old.d_in), torch.randn(1, 5, old.d_out)
+        whole = lora.space.from_gradients(name, lora.space.keep(name, x), delta)[f"{name}.lora_B"][0]
+        part = values.space.from_gradients(name, values.space.keep(name, x), delta)[f"{name}.values"][0]
+        moved = values.step_sizes[f"{name}.values"] * part.mT @ new.lora_a
+        torch.testing.assert_close(moved, sizes[f"{name}.lora_B"] * whole @ old.lora_a)
+    with pytest.raises(InitializationError, match="only the space lora"):
+        values_of(values, values.modules)
+
+
+def test_going_on_in_values_with_atoms_of_low_rank(tokenizer, tmp_path):
+    tiny_initialization(tiny_model(), "lora", rank=4).save(tmp_path / "start")
+    recipe = replace(
+        RECIPE, space="values", start=str(tmp_path / "start"), layers=(1, 2), max_length=64, codecs=("sign-rank4",)
+    )
+    values = trainer(tokenizer, tmp_path / "run", recipe)
+    before = values.learner.lora_a[0].detach().clone()
+    assert math.isfinite(values.train_step().loss)
+    assert not torch.equal(values.learner.lora_a[0], before)
 
 
 def test_recipes_are_checked(tmp_path):

@@ -59,20 +59,19 @@ def test_a_tied_core_belongs_to_a_layer_and_is_the_sum_of_its_modules_cores(mode
         torch.testing.assert_close(found, expected)
 
 
-def test_shared_values_belong_to_all_layers_and_are_the_sum_of_their_gradients(model):
-    lora, shared = (tiny_initialization(model, kind, rank=4).space for kind in ("lora", "shared"))
-    sizes = {"gate_proj": 48, "up_proj": 48, "down_proj": 32}
-    assert shared.shapes == {f"model.layers.mlp.{part}.values": (size, 4) for part, size in sizes.items()}
+def test_values_are_the_gradient_of_b_alone(model):
+    lora, values = (tiny_initialization(model, kind, rank=4).space for kind in ("lora", "values"))
     torch.manual_seed(2)
-    inputs = {name: torch.randn(2, 5, module.d_in) for name, module in lora.modules.items()}
-    deltas = {name: torch.randn(2, 5, module.d_out) for name, module in lora.modules.items()}
-    whole, summed = {}, {}
-    for space, atoms in ((lora, whole), (shared, summed)):
-        for name in space.modules:
-            space.accumulate(atoms, space.from_gradients(name, space.keep(name, inputs[name]), deltas[name]))
-    for name, found in summed.items():
-        part = name.split(".")[-2]
-        torch.testing.assert_close(found, sum(whole[f"model.layers.{layer}.mlp.{part}.lora_B"] for layer in (1, 2)))
+    for name, module in lora.modules.items():
+        x, delta = torch.randn(2, 5, module.d_in), torch.randn(2, 5, module.d_out)
+        whole = lora.from_gradients(name, lora.keep(name, x), delta)
+        [found] = values.from_gradients(name, values.keep(name, x), delta).values()
+        torch.testing.assert_close(found.mT, whole[f"{name}.lora_B"])
+
+
+def test_values_of_one_width_are_one_matrix(model):
+    layout = tiny_initialization(model, "values", rank=4).space.layout
+    assert layout.matrices == ((2 * 4, 32), (2 * 2 * 4, 48))  # down of two layers; gate and up of two layers
 
 
 def test_flatten_and_unflatten_are_inverse(model, kind):

@@ -23,7 +23,7 @@ from regrad_loaders.episodes import bm25_hits
 from regrad_loaders.plots import new_figure
 from regrad_loaders.scores import Interval, bootstrap, f1
 from regrad_qdrant.adapter import Adapter
-from regrad_qdrant.codec import get_codec
+from regrad_qdrant.codec import AtomLayout, get_codec
 from regrad_qdrant.generation import generate
 from regrad_qdrant.gradients import GradientComputer
 from regrad_qdrant.initialization import MetaInitialization
@@ -161,7 +161,7 @@ class AtomBench:
         cells, times = [], []
         for name in dict.fromkeys([BASELINE, *codecs]):
             codec = get_codec(name)
-            decoded = codec.dequantize(codec.quantize(exact), self.space.numel)
+            decoded = codec.dequantize(codec.quantize(exact, self.space.layout), self.space.layout)
             records, timed = self._timed(name, exact[:TIMED], gradient_ms)
             size = int(median(record.payload_bytes for record in records))
             for top_k in ks:
@@ -182,15 +182,15 @@ class AtomBench:
         return cells, times
 
     def _timed(self, codec: str, exact: Tensor, gradient_ms: float) -> tuple[list[Record], Times]:
-        fingerprint, numel = self.initialization.fingerprint, self.space.numel
+        fingerprint, layout = self.initialization.fingerprint, self.space.layout
         encode, decode, records = [], [], []
         for atom in exact:
             started = time.perf_counter()
-            records += make_records(atom.unsqueeze(0), ["text"], fingerprint, codec)
+            records += make_records(atom.unsqueeze(0), ["text"], fingerprint, codec, layout)
             encode.append(time.perf_counter() - started)
         for i in range(max(1, len(records) - 2)):
             started = time.perf_counter()
-            decode_sum(records[i : i + 3], [1.0, 0.5, 0.25][: len(records)], fingerprint, numel)
+            decode_sum(records[i : i + 3], [1.0, 0.5, 0.25][: len(records)], fingerprint, layout)
             decode.append(time.perf_counter() - started)
         prompt = Prompt("Where was the first of them born, and in which year was that?")
         answers = []
@@ -211,7 +211,7 @@ def extrapolation(codecs: Sequence[str], sizes: Sequence[tuple[int, int]]) -> li
             numel = modules * p * r
             numbers = torch.randn(1, numel, generator=torch.Generator().manual_seed(0))
             for codec in codecs:
-                size = make_records(numbers, [""], "0" * 16, codec)[0].payload_bytes
+                size = make_records(numbers, [""], "0" * 16, codec, AtomLayout.flat(numel))[0].payload_bytes
                 row = {"model": model, "p": p, "r": r, "numbers": numel, "codec": codec}
                 rows.append(row | {"bytes_per_atom": size, "gb_per_million": size / 1000})
     return rows

@@ -193,7 +193,9 @@ class _Ingestion:
 
             hits = [hit for hit, _ in finite]
             flat = torch.stack([atom for _, atom in finite])
-            records = make_records(flat, [hit.text for hit in hits], self.bank.space, self.codec)
+            records = make_records(
+                flat, [hit.text for hit in hits], self.bank.space, self.codec, self.gradients.space.layout
+            )
             self.bank.put(zip(hits, records, strict=True))
             self.report.atoms_written += len(hits)  # those that the bank passed over are taken off at the end
             size = sum(json_bytes(record.to_payload()) for record in records)

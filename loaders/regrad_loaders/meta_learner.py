@@ -148,12 +148,12 @@ class MetaLearner(nn.Module):
         return {name: -sizes[name] * torch.einsum("qn,n...->q...", weights, atom) for name, atom in atoms.items()}
 
     def coded(self, atoms: Mapping[str, Tensor], codec: str) -> dict[str, Tensor]:
-        """The atoms as a bank gives them back from this codec; gradients pass straight through to the exact ones."""
+        """The atoms as a bank gives them back from this codec; gradients pass straight through its rounding."""
+        coder, layout = get_codec(codec), self.space.layout
         flat = self.space.flatten(atoms)
-        exact = flat.detach()
-        coder = get_codec(codec)
-        decoded = coder.dequantize(coder.quantize(exact.float()), self.space.numel).to(flat.dtype)
-        return self.space.unflatten(flat + (decoded - exact))
+        decoded = coder.dequantize(coder.quantize(flat.detach().float(), layout), layout).to(flat.dtype)
+        kept = coder.truncated(flat, layout)
+        return self.space.unflatten(kept + (decoded - kept.detach()))
 
     def objective(self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2) -> tuple[Tensor, Tensor]:
         """The episode's answer losses and greedy hits, (questions,) each; arguments as `episode_updates`."""

@@ -25,7 +25,7 @@ from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
 from regrad_loaders.memory import keep_freed_memory
 from regrad_loaders.meta_learner import MetaLearner, calibrate
-from regrad_loaders.narrow import narrow
+from regrad_loaders.narrow import narrow, values_of
 from regrad_loaders.recipe import Recipe, Source
 from regrad_qdrant.errors import DataError, InitializationError
 from regrad_qdrant.initialization import BaseModel, MetaInitialization, adapted_layers
@@ -114,6 +114,8 @@ class Trainer:
         if start.kind == recipe.space == "core" and _plan(start) != (recipe.rank, recipe.basis_rank, set(modules)):
             atoms = self._sample_atoms(model, start)
             start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=modules)
+        if (start.kind, recipe.space) == ("lora", "values"):
+            start = values_of(start, modules)
         found: dict[str, tuple[Any, Any]] = {
             "kind": (start.kind, recipe.space),
             "lora_alpha": (start.lora_alpha, recipe.lora_alpha),

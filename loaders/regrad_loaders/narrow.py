@@ -11,6 +11,7 @@ atoms of sample passages, span the narrower bases: with L (p, p') and R (r, r') 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from dataclasses import replace
 
@@ -55,6 +56,31 @@ def narrow(
     if lora_alpha != int(lora_alpha):
         raise InitializationError(f"rank {rank} would need lora_alpha {lora_alpha}: choose another rank")
     return replace(initialization, modules=kept, step_sizes=sizes, lora_alpha=int(lora_alpha), card={})
+
+
+def values_of(initialization: MetaInitialization, modules: Collection[str]) -> MetaInitialization:
+    """An initialization in the space `lora` as one in the space `values`, on `modules` alone.
+
+    What moved A is left out. The step sizes become one, each module's own going into its A (and φ₀'s B the other
+    way), so that the numbers of an atom are comparable from module to module: a codec's rounding then falls where it
+    changes the model least.
+
+    Raises:
+        InitializationError: for another space than lora, or modules that it does not adapt.
+    """
+    if initialization.kind != "lora":
+        raise InitializationError(f"only the space lora holds values to begin with, not {initialization.kind!r}")
+    unknown = [name for name in modules if name not in initialization.modules]
+    if unknown:
+        raise InitializationError(f"the initialization does not adapt {unknown[0]}")
+    sizes = {name: initialization.step_sizes[f"{name}.lora_B"] for name in modules}
+    common = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
+    kept = {}
+    for name, size in sizes.items():
+        module, factor = initialization.modules[name], math.sqrt(size / common)
+        kept[name] = replace(module, lora_a=factor * module.lora_a, lora_b=module.lora_b / factor)
+    step_sizes = {f"{name}.values": common for name in modules}
+    return replace(initialization, kind="values", modules=kept, step_sizes=step_sizes, card={})
 
 
 def _leading(products: Tensor, count: int) -> Tensor:
