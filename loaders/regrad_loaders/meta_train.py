@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from regrad_loaders.data import Dataset, Question, read_folder
 from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
+from regrad_loaders.hub import read_hub
 from regrad_loaders.memory import keep_freed_memory
 from regrad_loaders.meta_learner import MetaLearner, calibrate
 from regrad_loaders.narrow import narrow, values_of
@@ -336,6 +337,8 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
 def _dataset(recipe: Recipe, source: Source) -> Dataset:
     if source.facts is not None:
         return generate("train", **source.facts)
+    if source.hub is not None:
+        return read_hub(source.hub, source.split, source.fields, source.config)
     return read_folder(Path(recipe.data_dir) / str(source.folder))
 
 

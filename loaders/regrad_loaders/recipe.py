@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,25 @@ from regrad_qdrant.space import SPACES
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of the mixture: a folder, or a world of invented facts."""
+    """One data set of the mixture: a folder, a dataset of the Hugging Face Hub, or a world of invented facts."""
 
     weight: float
     folder: str | None = None  # below the recipe's data_dir
+    hub: str | None = None  # as `datasets.load_dataset` takes it
+    config: str | None = None  # of a dataset that has several
+    fields: dict[str, str] = field(default_factory=dict)  # where its rows hold what a question needs (hub.FIELDS)
     split: str = "train"
     types: tuple[str, ...] = ()  # only questions of these types; empty: all
     facts: dict[str, int] | None = None  # {"people": …, "seed": …}
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "types", tuple(self.types))
-        if (self.folder is None) == (self.facts is None):
-            raise DataError("a source of data is either a `folder` or a world of `facts`")
-        if self.split in ("dev", "test"):
-            raise DataError(f"{self.folder}: the split {self.split!r} is for evaluation, never for training")
+        if [self.folder, self.hub, self.facts].count(None) != 2:
+            raise DataError("a source of data is either a `folder`, a dataset of the `hub` or a world of `facts`")
+        if self.split in ("dev", "test", "validation"):
+            raise DataError(
+                f"{self.folder or self.hub}: the split {self.split!r} is for evaluation, never for training"
+            )
 
 
 @dataclass(frozen=True)
