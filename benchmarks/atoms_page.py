@@ -31,8 +31,8 @@ PAGE = """# What an atom costs, and what its answers are worth
 
 ## Larger models, computed
 
-Core atoms of p × r numbers a module on the layers that the paper adapts. Not run: the number of modules and the codec
-decide. A record is the atom with its fingerprint, hash and base64, as it stands in the payload.
+On the layers that the paper adapts, at its LoRA ranks. Not run: the shapes and the codec decide. A record is the atom
+with its fingerprint, hash and base64, as it stands in the payload.
 
 {extrapolation}
 
@@ -49,7 +49,8 @@ decide. A record is the atom with its fingerprint, hash and base64, as it stands
 
 The codecs: `fp32`, `fp16`; `int8`, `int4` (blocks of 64, scaled by their largest number); `int2`, `ternary`, `sign` (2,
 1.6 and 1 bit, after a seeded Hadamard rotation of blocks of 256, scales by least squares); `sparse` (the signs and
-places of the 16 largest of 256 numbers, 0.6 bits); `nf4` with bitsandbytes.
+places of the 16 largest of 256 numbers, 0.6 bits); `nf4` with bitsandbytes; `sign-rank2` to `sign-rank32` (the leading
+singular vectors of the atom's matrices, in signs).
 """
 
 
@@ -103,9 +104,9 @@ def times(run: dict[str, Any]) -> str:
 def extrapolation(run: dict[str, Any]) -> str:
     rows = []
     for row in run["extrapolation"]:
-        shape = [row["model"], f"{row['p']} × {row['r']}", f"{row['numbers']:,}", row["codec"]]
+        shape = [row["model"], row["space"], f"{row['numbers']:,}", row["codec"]]
         rows.append([*shape, f"{row['bytes_per_atom']:,}", f"{row['gb_per_million']:.1f}"])
-    return table(["model", "p × r", "numbers", "codec", "bytes an atom", "GB a million documents"], rows)
+    return table(["model", "space", "numbers", "codec", "bytes an atom", "GB a million documents"], rows)
 
 
 def main() -> None:

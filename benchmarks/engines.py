@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrad_loaders.facts import generate
 from regrad_loaders.ingest import attach_atoms
-from regrad_loaders.memory import give_back_memory
+from regrad_loaders.memory import anonymous_megabytes, give_back_memory
 from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer, MetaInitialization
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.codec import DEFAULT_CODEC
@@ -75,11 +75,6 @@ def filled(store: Store, count: int) -> GradientBank:
     if report.atoms_written != count:
         raise SystemExit(f"{report.atoms_written} atoms of {count}")
     return bank
-
-
-def anonymous_megabytes() -> float:
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from regrad_qdrant.cli_speed import COMMANDS
 from regrad_qdrant.codec import CODECS
 from regrad_qdrant.console import console, progress
 from regrad_qdrant.errors import DataError
@@ -19,11 +20,6 @@ if TYPE_CHECKING:
 FACTS_PEOPLE = 120
 
 bench = typer.Typer(help="Measure: each command prints a table and writes a JSON and a plot.", no_args_is_help=True)
-
-
-@bench.callback()
-def _group() -> None:
-    """Keeps `atoms` a command of its own while it is the only one."""
 
 
 @bench.command()
@@ -92,6 +88,10 @@ def atoms(
     write_json(json_out, result)
     if plot_out is not None:
         plot(cells, 3 if 3 in ks else ks[0], plot_out)
+
+
+for command in COMMANDS:
+    bench.command()(command)
 
 
 def _task(name: str, split: str, limit: int, depth: int) -> Task:

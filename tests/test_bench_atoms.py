@@ -52,11 +52,14 @@ def test_every_codec_meets_every_k_and_is_paired_with_exact_atoms(measured, task
     assert all(time.gradient > 0 and time.encode > 0 and time.decode_sum > 0 and time.generate > 0 for time in times)
 
 
-def test_the_extrapolation_counts_modules_times_p_times_r():
-    rows = {(row["model"], row["p"], row["codec"]): row for row in extrapolation(["sign", "fp32"], [(16, 16)])}
-    llama = rows["Llama-3.2-1B, layers 8–15", 16, "sign"]
-    assert llama["numbers"] == 24 * 256 and 768 * 4 / 3 < llama["bytes_per_atom"] < 4096
-    assert llama["gb_per_million"] == llama["bytes_per_atom"] / 1000
+def test_the_extrapolation_follows_from_the_shapes():
+    rows = {(row["model"], row["space"], row["codec"]): row for row in extrapolation()}
+    core = rows["Llama-3.2-1B, layers 8–15", "core 16 × 16", "sign"]
+    assert core["numbers"] == 24 * 256 and 768 * 4 / 3 < core["bytes_per_atom"] < 4096
+    assert core["gb_per_million"] == core["bytes_per_atom"] / 1000
+    values = rows["Llama-3.2-1B, layers 8–15", "values", "sign-rank2"]
+    assert values["numbers"] == 8 * 16 * (2048 + 2 * 8192)
+    assert 2 * (128 + 2048 + 256 + 8192) / 8 * 4 / 3 < values["bytes_per_atom"] < 4096
 
 
 def cell(task, codec, size, loss, half):

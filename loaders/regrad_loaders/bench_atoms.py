@@ -36,12 +36,32 @@ QUESTIONS_A_BATCH = 24
 TIMED = 24  # atoms and answers that the times are taken over
 BASELINE = "fp32"
 
+
+@dataclass(frozen=True)
+class Adapted:
+    """The sizes that decide what an atom takes: adapted layers, their width and MLP's width, and the LoRA rank."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    rank: int
+
+    def core(self, p: int) -> AtomLayout:
+        """Of the space core at p × p, on the gate, up and down projections."""
+        return AtomLayout.flat(self.layers * 3 * p * p)
+
+    def values(self) -> AtomLayout:
+        """Of the space values, on the same projections."""
+        rows = self.layers * self.rank
+        return AtomLayout(((rows, self.hidden), (2 * rows, self.intermediate)))
+
+
 # Ours, and the published adapters (arXiv 2606.15734): gate, up and down projections of these layers.
 MODELS = {
-    "SmolLM2-135M, layers 16–29": 14 * 3,
-    "Llama-3.2-1B, layers 8–15": 8 * 3,
-    "Llama-3.2-3B, layers 14–27": 14 * 3,
-    "Llama-3.1-8B, layers 16–31": 16 * 3,
+    "SmolLM2-135M, layers 15–29": Adapted(15, 576, 1536, 16),
+    "Llama-3.2-1B, layers 8–15": Adapted(8, 2048, 8192, 16),
+    "Llama-3.2-3B, layers 14–27": Adapted(14, 3072, 8192, 8),
+    "Llama-3.1-8B, layers 16–31": Adapted(16, 4096, 14336, 4),
 }
 
 
@@ -203,17 +223,17 @@ class AtomBench:
         return records, Times(self.name, codec, gradient_ms, *(1000 * median(values) for values in seconds))
 
 
-def extrapolation(codecs: Sequence[str], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """What core atoms take on larger models: computed, not run. An atom has modules × p × r numbers."""
+def extrapolation() -> list[dict[str, Any]]:
+    """What atoms take on larger models: computed, not run."""
     rows = []
-    for model, modules in MODELS.items():
-        for p, r in sizes:
-            numel = modules * p * r
-            numbers = torch.randn(1, numel, generator=torch.Generator().manual_seed(0))
-            for codec in codecs:
-                size = make_records(numbers, [""], "0" * 16, codec, AtomLayout.flat(numel))[0].payload_bytes
-                row = {"model": model, "p": p, "r": r, "numbers": numel, "codec": codec}
-                rows.append(row | {"bytes_per_atom": size, "gb_per_million": size / 1000})
+    for model, sizes in MODELS.items():
+        of_values = [("values", sizes.values(), codec) for codec in ("fp32", *(f"sign-rank{q}" for q in (2, 4, 8, 16)))]
+        of_cores = [(f"core {p} × {p}", sizes.core(p), codec) for p in (16, 32) for codec in ("ternary", "sign")]
+        for space, layout, codec in of_values + of_cores:
+            numbers = torch.randn(1, layout.numel, generator=torch.Generator().manual_seed(0))
+            size = make_records(numbers, [""], "0" * 16, codec, layout)[0].payload_bytes
+            row = {"model": model, "space": space, "numbers": layout.numel, "codec": codec}
+            rows.append(row | {"bytes_per_atom": size, "gb_per_million": size / 1000})
     return rows
 
 
@@ -280,7 +300,7 @@ def report(cells: Sequence[Cell], times: Sequence[Times], settings: dict[str, An
         "times": [asdict(t) | {"encode_share": t.encode_share, "decode_share": t.decode_share} for t in times],
         "smallest": smallest(pooled),
         "behind_the_first": behind(cells),
-        "extrapolation": extrapolation(("fp32", "int4", "ternary", "sign"), ((16, 16), (32, 32))),
+        "extrapolation": extrapolation(),
     }
 
 

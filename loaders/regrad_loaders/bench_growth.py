@@ -1,0 +1,126 @@
+"""How a bank on the embedded engine grows: search, disk, memory and the rate of filling, from small to large."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from regrad_loaders.bench_figures import Figure, percentile
+from regrad_loaders.facts import generate
+from regrad_loaders.memory import anonymous_megabytes, give_back_memory
+from regrad_qdrant.bank import GradientBank
+from regrad_qdrant.codec import AtomLayout
+from regrad_qdrant.documents import Document
+from regrad_qdrant.record import make_records, text_sha
+from regrad_qdrant.store import open_store, pages
+
+QUERIES = 200
+PAGE = 500
+TOP_K = 3
+
+
+def bench_growth(
+    layout: AtomLayout,
+    codec: str,
+    sizes: Sequence[int],
+    fingerprint: str = "0" * 16,
+    on_points: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """Banks of these sizes, searched in turns.
+
+    Points hold a biography, its BM25 vector and an atom of random numbers in the layout, coded as any other: what the
+    engine holds and moves is the same, and no model is needed.
+    """
+    place = Path(tempfile.mkdtemp(prefix="regrad-growth-"))
+    banks: dict[int, GradientBank] = {}
+    details: dict[str, Any] = {}
+    try:
+        for size in sizes:
+            before = anonymous_megabytes()
+            started = time.perf_counter()
+            banks[size] = bank = GradientBank(open_store("docs", path=place / str(size)), "docs", fingerprint)
+            bank.create()
+            _fill(bank, size, layout, codec, on_points)
+            bank.optimize()
+            seconds = time.perf_counter() - started
+            give_back_memory()
+            on_disk = sum(file.stat().st_blocks * 512 for file in (place / str(size)).rglob("*") if file.is_file())
+            details[str(size)] = {
+                "points_per_second": size / seconds,
+                "disk_bytes_per_point": on_disk / size,
+                "memory_mb": anonymous_megabytes() - before,
+            }
+        seconds_of = _search_in_turns(banks)
+    finally:
+        for bank in banks.values():
+            bank.close()
+        shutil.rmtree(place, ignore_errors=True)
+    for size, values in seconds_of.items():
+        details[str(size)] |= {f"p{p}_ms": 1000 * percentile(values, p / 100) for p in (50, 99)}
+    small, large = min(sizes), max(sizes)
+    both = zip(pages(seconds_of[large], 20), pages(seconds_of[small], 20), strict=True)
+    ratios = [median(of_large) / median(of_small) for of_large, of_small in both]
+    name = f"growth.p50_{_short(large)}_over_{_short(small)}"
+    first, last = details[str(small)], details[str(large)]
+    figures = {
+        name: Figure.of(ratios, "times", 1.0, "a search that does not see how large the bank is"),
+        f"growth.rate_{_short(large)}_over_{_short(small)}": _plain(
+            last["points_per_second"] / first["points_per_second"]
+        ),
+        f"growth.disk_{_short(large)}_over_{_short(small)}": _plain(
+            last["disk_bytes_per_point"] / first["disk_bytes_per_point"]
+        ),
+    }
+    return figures, details
+
+
+def _plain(value: float) -> Figure:
+    return Figure(value, value, value, "times", 1.0, "as much for every point")
+
+
+def _fill(bank: GradientBank, size: int, layout: AtomLayout, codec: str, on_points: Callable[[int], None]) -> None:
+    torch.manual_seed(0)
+    atoms = make_records(torch.randn(8, layout.numel), [""] * 8, bank.space, codec, layout)
+    for page in pages(_documents(size), PAGE):
+        bank.add(page)
+        hits = bank.fetch([document.id for document in page])
+        texts = [hit.text for hit in hits]
+        records = [replace(atoms[i % len(atoms)], sha=text_sha(text)) for i, text in enumerate(texts)]
+        bank.put(zip(hits, records, strict=True))
+        on_points(len(page))
+
+
+def _documents(count: int) -> Iterator[Document]:
+    """Biographies; people come again under other ids and another number."""
+    passages = generate("train", min(count, 2000), 1).passages
+    return (Document(i, {"text": f"{passages[i % len(passages)].text} No. {i}."}) for i in range(count))
+
+
+def _search_in_turns(banks: dict[int, GradientBank]) -> dict[int, list[float]]:
+    rng = random.Random(0)
+    texts = [document.payload["text"] for document in _documents(min(banks))]
+    questions = [f"What does {' '.join(rng.choice(texts).split()[:2])} do?" for _ in range(QUERIES)]
+    seconds: dict[int, list[float]] = {size: [] for size in banks}
+    for turn, question in enumerate(questions[:5] + questions):  # the first ones warm up
+        for size, bank in banks.items():
+            started = time.perf_counter()
+            hits = bank.search(question, TOP_K)
+            taken = time.perf_counter() - started
+            if not hits or any(hit.record is None for hit in hits):
+                raise RuntimeError(f"{size} points: expected hits with their atoms")
+            if turn >= 5:
+                seconds[size].append(taken)
+    return seconds
+
+
+def _short(count: int) -> str:
+    return f"{count // 1000}k" if count % 1000 == 0 else str(count)
