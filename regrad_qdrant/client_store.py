@@ -48,6 +48,10 @@ class ClientStore:
 
         return isinstance(self.client._client, QdrantLocal | AsyncQdrantLocal)
 
+    @property
+    def one_thread(self) -> bool:
+        return self.in_process  # whose files SQLite keeps
+
     def sibling(self, name: str) -> ClientStore:
         return ClientStore(self.client, name)
 

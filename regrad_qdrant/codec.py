@@ -8,7 +8,7 @@ one small class, or one line where a class has parameters.
     int2, ternary, sign         rotated blocks of 256: 2, 1.6 and 1 bit a number
     sparse                      the sign and place of the 16 largest of 256: 0.6 bits a number
     nf4                         4-bit NormalFloat, by bitsandbytes
-    sign-rank4, 8, 16, 32       the leading singular vectors of the atom's matrices, in the codec sign
+    sign-rank2, 4, 8, 16, 32    the leading singular vectors of the atom's matrices, in the codec sign
 
 Below four bits, what counts is the sum of the retrieved atoms. A seeded Hadamard rotation spreads each block's
 energy evenly, so that a few levels fit all its numbers; the block's scale s comes from the least-squares fit of
@@ -477,7 +477,7 @@ _REGISTERED: tuple[Codec, ...] = (
     Levels("ternary", (-1.224, 0.0, 1.224), ROTATED_BLOCK, rotated=True),
     _SIGN,
     SparseSign(),
-    *(LowRank(_SIGN, rank) for rank in (4, 8, 16, 32)),
+    *(LowRank(_SIGN, rank) for rank in (2, 4, 8, 16, 32)),
 )
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _REGISTERED}
 DEFAULT_CODEC = "ternary"  # chosen by the curve: docs/atoms.md

@@ -37,6 +37,8 @@ METADATA_FILE = "regrad_metadata.json"
 class EdgeStore:
     """A collection as an embedded Qdrant Edge shard in a folder of its own. One process opens it at a time."""
 
+    one_thread = False
+
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.name = folder.name

@@ -43,6 +43,7 @@ BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its pl
 WITHOUT_ATOMS = (*BARE, "init", "init+icl")
 WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
 BATCH_TOKENS = 2048  # of one batch of atoms that are computed at query time
+COUNTED = 100_000  # points without an atom whose retrievals are counted
 OnStale = Literal["skip", "recompute", "refuse"]
 OnMissing = Literal["skip", "compute", "store"]
 
@@ -109,6 +110,8 @@ class ReGrad:
         on_missing: what to do with a retrieved point that has no atom: `skip` it with a warning, `compute` its atom for
             this query, or also `store` it, so that a bank fills by use and needs no ingestion; where an atom of another
             space stands under the bank's key, it stays.
+        store_after: with on_missing="store", how often a point must be retrieved before its atom is stored, so that
+            the bank holds what is asked for often. Counted by this object, for the points met last.
         codec: of atoms that are computed at query time.
         check_model: compare the model's weights with those that the initialization was trained for.
 
@@ -127,6 +130,7 @@ class ReGrad:
         merge: MergeRule | None = None,
         on_stale: OnStale = "skip",
         on_missing: OnMissing = "skip",
+        store_after: int = 1,
         codec: str = DEFAULT_CODEC,
         check_model: bool = True,
     ) -> None:
@@ -138,6 +142,8 @@ class ReGrad:
             raise RegradError(f"on_stale {on_stale!r} is not one of {', '.join(get_args(OnStale))}")
         if on_missing not in get_args(OnMissing):
             raise RegradError(f"on_missing {on_missing!r} is not one of {', '.join(get_args(OnMissing))}")
+        if store_after < 1:
+            raise RegradError(f"store_after must be at least 1, not {store_after}")
         get_codec(codec)
         self.adapter = Adapter(model, initialization, check_model=check_model)
         self.tokenizer = tokenizer
@@ -147,7 +153,9 @@ class ReGrad:
         self.merge = merge or initialization.merge
         self.on_stale = on_stale
         self.on_missing = on_missing
+        self.store_after = store_after
         self.codec = codec
+        self._retrieved: dict[PointId, int] = {}  # of points without an atom, how often; the latest last
         if on_missing == "store" and self._async_bank is None:
             self.bank.index()
         # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
@@ -296,7 +304,7 @@ class ReGrad:
         computed = self._computed(list((online | lacking).values()))
         if self.on_missing == "store":
             new = [(hit, record) for hit, record in computed if hit.id in lacking and hit.record is None]
-            self.bank.put(new, replace=False)
+            self.bank.put([(hit, record) for hit, record in new if self._is_due(hit.id)], replace=False)
         fresh = {hit.id: record for hit, record in computed}
         found = []
         for query, hits in pairs:
@@ -324,6 +332,16 @@ class ReGrad:
                 f"the text of point {hit.id!r} has changed since its atom was computed: skipped", stacklevel=5
             )
         return hit.stale and self.on_stale == "recompute"
+
+    def _is_due(self, key: PointId) -> bool:
+        """Counts one more retrieval of a point without an atom; whether it is time to store one."""
+        count = self._retrieved.pop(key, 0) + 1
+        if count >= self.store_after:
+            return True
+        self._retrieved[key] = count
+        if len(self._retrieved) > COUNTED:
+            del self._retrieved[next(iter(self._retrieved))]
+        return False
 
     def _computed(self, hits: Sequence[Hit]) -> list[tuple[Hit, Record]]:
         """The atoms of the hits' texts, coded as ingestion codes them."""

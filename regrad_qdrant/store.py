@@ -114,6 +114,10 @@ class Store(Protocol):
 
     name: str
 
+    @property
+    def one_thread(self) -> bool:
+        """Whether it may be used in the thread that made it alone."""
+
     def sibling(self, name: str) -> Store:
         """The collection of another name in the same place."""
 

@@ -154,6 +154,17 @@ def test_a_bank_without_atoms_fills_by_use(regrad):
     assert all(hit.record is not None and not hit.stale for hit in stored)
 
 
+def test_only_what_is_asked_for_often_is_stored(regrad):
+    regrad.bank.drop()
+    regrad.codec, regrad.on_missing, regrad.store_after = "int8", "store", 3
+    for asked in (1, 2):
+        regrad.answer(QUESTIONS[0], top_k=1)
+        assert regrad.bank.status().atoms == 0, f"asked {asked} times"
+    regrad.answer(QUESTIONS[1], top_k=1)
+    regrad.answer(QUESTIONS[0], top_k=1)
+    assert regrad.bank.status().atoms == 1
+
+
 def test_a_batch_computes_what_is_missing_once_for_all_its_questions(regrad, monkeypatch):
     expected = [answer.text for answer in regrad.answer_many(QUESTIONS, top_k=2)]
     regrad.bank.drop()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 LongTexts = Literal["truncate", "window", "skip"]
 
 PAGE = 256  # points looked up at a time; within a page, documents are sorted by length
+WAITING = 2  # batches that may wait to be coded and written while the next one's gradients are computed
 BATCH_TOKENS = 2048  # of one gradient batch, with padding; lower it where memory is short
 
 
@@ -140,7 +143,11 @@ class _Ingestion:
     report: IngestReport
 
     def attach(self, page: Sequence[Hit]) -> list[PointId]:
-        """The atoms of one page of points, batch by batch of windows of like length; returns whose were sent."""
+        """The atoms of one page of points, batch by batch of windows of like length; returns whose were sent.
+
+        Where the store allows it, a thread codes and writes a batch while the next one's gradients are computed; it is
+        idle when the page is done, so that nothing else meets it in the bank.
+        """
         sent: list[PointId] = []
         windows: list[tuple[_Open, EncodedDocument]] = []
         for hit in page:
@@ -149,17 +156,26 @@ class _Ingestion:
             windows += [(opened, window) for window in found]
             if not found:
                 self.on_progress(1, 0)
-        for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
-            atoms = self.gradients.atoms([windows[i][1] for i in batch])
-            whole = []
-            for atom, i in zip(atoms, batch, strict=True):
-                opened = windows[i][0]
-                opened.total = atom if opened.total is None else opened.total + atom
-                opened.windows -= 1
-                if opened.windows == 0:
-                    whole.append(opened)
-            sent += self._put(whole)
-            give_back_memory()
+        with ThreadPoolExecutor(1, "regrad-write") as writer:
+            waiting: deque[Future[list[PointId]]] = deque()
+            for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
+                atoms = self.gradients.atoms([windows[i][1] for i in batch])
+                whole = []
+                for atom, i in zip(atoms, batch, strict=True):
+                    opened = windows[i][0]
+                    opened.total = atom if opened.total is None else opened.total + atom
+                    opened.windows -= 1
+                    if opened.windows == 0:
+                        whole.append(opened)
+                if self.bank.atoms.one_thread:
+                    sent += self._put(whole)
+                else:
+                    waiting.append(writer.submit(self._put, whole))
+                    while len(waiting) > WAITING:
+                        sent += waiting.popleft().result()
+                give_back_memory()
+            while waiting:
+                sent += waiting.popleft().result()
         return sent
 
     def _windows(self, hit: Hit) -> list[EncodedDocument]:
