@@ -17,9 +17,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from regrad_qdrant.atom_cache import AtomCache
 from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
 from regrad_qdrant.initialization import PEFT_PREFIX
-from regrad_qdrant.plugin import ADAPTER, live_space, lora_layers, lora_weight, plug_in, row_updates
+from regrad_qdrant.plugin import ADAPTER, lean_forward, live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.record import decode_sum
 
 if TYPE_CHECKING:
@@ -38,13 +39,17 @@ class Adapter:
         model: the plain base model; it gets LoRA layers, its own weights stay as they are.
         initialization: φ₀, α and the atom space.
         check_model: compare the model's weights with those that the initialization was trained for.
+        cache_bytes: of decoded atoms to keep for the next query (`AtomCache`); by default none, and a query's atoms are
+            summed packed.
 
     Raises:
         WrongModelError: if they differ.
         AdapterError: if the model carries adapters already.
     """
 
-    def __init__(self, model: nn.Module, initialization: MetaInitialization, *, check_model: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, initialization: MetaInitialization, *, check_model: bool = True, cache_bytes: int = 0
+    ) -> None:
         import torch
 
         if check_model:
@@ -58,7 +63,9 @@ class Adapter:
             for name, layer in layers.items()
             for part in ("lora_A", "lora_B")
         }
+        self._lean = {layer: lean_forward(layer) for layer in layers.values()}
         self._buffers: dict[str, Tensor] = {}
+        self.cache = AtomCache(cache_bytes)
         self.step_sizes = torch.cat(  # α, one number for each of the atom's
             [
                 torch.full((math.prod(shape),), initialization.step_sizes[name])
@@ -78,7 +85,18 @@ class Adapter:
             weights = [1.0] * len(records)
         if len(weights) != len(records):
             raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
-        return decode_sum(records, weights, self.initialization.fingerprint, self.space.layout, self.model.device)
+        fingerprint, layout, device = self.initialization.fingerprint, self.space.layout, self.model.device
+        if not self.cache.limit:
+            return decode_sum(records, weights, fingerprint, layout, device)
+
+        def decoded(record: Record) -> Tensor:
+            return record.decode(fingerprint, layout).to(device)
+
+        total = decode_sum([], [], fingerprint, layout, device)
+        atoms = [self.cache.get(record, decoded) for record in records]
+        for atom, weight in zip(atoms, weights, strict=True):
+            total.add_(atom, alpha=weight)
+        return total
 
     @contextlib.contextmanager
     def applied(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Iterator[None]:
@@ -102,8 +120,12 @@ class Adapter:
                     parameter = self._parameters[name]
                     before.append((parameter, parameter.data))
                     parameter.data = self._written(name, parameter.data, update)
+                for layer, forward in self._lean.items():
+                    layer.forward = forward
                 yield
             finally:
+                for layer in self._lean:
+                    layer.__dict__.pop("forward", None)
                 for parameter, initial in before:
                     parameter.data = initial
 

@@ -450,14 +450,14 @@ class LowRank(Codec):
                 return left, right
             scale = matrices.flatten(1).norm(dim=1).clamp(min=1e-30).view(-1, 1, 1)
             matrices = matrices / scale
-            gram = matrices @ matrices.mT
-            size = min(self.rank + SPARE, gram.shape[1])
-            start = torch.stack([_signs(gram.shape[1], gram.device).roll(i) for i in range(size)], dim=1)
-            found = gram @ start
+            rows = matrices.shape[1]
+            size = min(self.rank + SPARE, rows)
+            start = torch.stack([_signs(rows, matrices.device).roll(i) for i in range(size)])
+            right = (start @ matrices).mT  # (batch, columns, size)
             for _ in range(ITERATIONS):
-                found = gram @ torch.linalg.qr(found).Q
-            left = torch.linalg.qr(found).Q  # (batch, rows, size)
-            right = left.mT @ matrices
+                left = torch.linalg.qr(matrices @ right).Q  # (batch, rows, size)
+                right = matrices.mT @ left
+            right = right.mT
             energies, turned = torch.linalg.eigh(right @ right.mT)  # rising
             roots = energies[:, -self.rank :].flip(1).clamp(min=0).pow(0.25).unsqueeze(2)  # √σ
             turned = turned[:, :, -self.rank :].flip(2).mT

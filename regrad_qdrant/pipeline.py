@@ -114,6 +114,7 @@ class ReGrad:
             the bank holds what is asked for often. Counted by this object, for the points met last.
         codec: of atoms that are computed at query time.
         check_model: compare the model's weights with those that the initialization was trained for.
+        cache_bytes: of decoded atoms to keep from query to query, where a few documents are retrieved again and again.
 
     Raises:
         WrongModelError: if the initialization was trained for another model.
@@ -133,6 +134,7 @@ class ReGrad:
         store_after: int = 1,
         codec: str = DEFAULT_CODEC,
         check_model: bool = True,
+        cache_bytes: int = 0,
     ) -> None:
         if bank.space != initialization.fingerprint:
             raise WrongSpaceError(
@@ -145,7 +147,7 @@ class ReGrad:
         if store_after < 1:
             raise RegradError(f"store_after must be at least 1, not {store_after}")
         get_codec(codec)
-        self.adapter = Adapter(model, initialization, check_model=check_model)
+        self.adapter = Adapter(model, initialization, check_model=check_model, cache_bytes=cache_bytes)
         self.tokenizer = tokenizer
         self._async_bank = None if isinstance(bank, GradientBank) else bank
         self.bank = bank if isinstance(bank, GradientBank) else bank.blocking

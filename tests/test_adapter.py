@@ -6,7 +6,9 @@ import torch
 from conftest import tiny_initialization, tiny_model
 
 from regrad_qdrant import Adapter
+from regrad_qdrant.atom_cache import AtomCache
 from regrad_qdrant.errors import AdapterInUseError, CorruptRecordError, WrongShapeError, WrongSpaceError
+from regrad_qdrant.plugin import lora_layers
 from regrad_qdrant.record import Record, make_records
 
 IDS = torch.arange(3, 30).unsqueeze(0)
@@ -114,6 +116,42 @@ def test_threads_take_turns(adapter):
     assert not errors
     assert all(len(states) == 1 for states in seen.values()) and len(set.union(*seen.values())) == 3
     assert digest(adapter) == before
+
+
+def test_inside_the_block_the_model_computes_what_peft_would(adapter):
+    _, stored = records(adapter)
+    ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
+    layers = lora_layers(adapter.model)
+    with adapter.applied(stored):
+        with torch.inference_mode():
+            lean = adapter.model(input_ids=ids).logits
+        assert all("forward" in layer.__dict__ for layer in layers.values())
+        with torch.enable_grad():
+            whole = adapter.model(input_ids=ids).logits
+        with torch.inference_mode(), adapter.model.disable_adapter():
+            bare = adapter.model(input_ids=ids).logits
+    assert not any("forward" in layer.__dict__ for layer in layers.values())
+    torch.testing.assert_close(lean, whole.detach(), rtol=1e-4, atol=1e-5)
+    with adapter.disabled(), torch.inference_mode():
+        torch.testing.assert_close(bare, adapter.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+    assert (lean - bare).abs().max() > 1e-3
+
+
+def test_decoded_atoms_are_kept_within_their_bytes(model, initialization):
+    adapter = Adapter(model, initialization)
+    _, stored = records(adapter, 3)
+    expected = adapter.decode(stored, [1.0, 0.5, -2.0])
+    size = len(stored[0].atom) + 4 * adapter.space.numel
+    adapter.cache = AtomCache(int(2.5 * size))
+    for _ in range(2):
+        torch.testing.assert_close(adapter.decode(stored, [1.0, 0.5, -2.0]), expected)
+        assert len(adapter.cache) == 2 and adapter.cache.bytes <= adapter.cache.limit
+    asked = []
+    for record in (stored[2], stored[1], stored[0], stored[1]):
+        adapter.cache.get(record, lambda r: asked.append(r) or adapter.decode([r]))
+    assert asked == [stored[0]]  # the two used last were at hand
+    with pytest.raises(WrongSpaceError):
+        adapter.decode([Record("f" * 16, stored[0].sha, stored[0].codec, stored[0].atom)])
 
 
 def test_the_order_of_the_atoms_does_not_matter(adapter):
