@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,7 +49,6 @@ class Adapter:
     def __init__(
         self, model: nn.Module, initialization: MetaInitialization, *, check_model: bool = True, cache_bytes: int = 0
     ) -> None:
-        import torch
 
         if check_model:
             initialization.check_model(model)
@@ -66,12 +64,7 @@ class Adapter:
         self._lean = {layer: lean_forward(layer) for layer in layers.values()}
         self._buffers: dict[str, Tensor] = {}
         self.cache = AtomCache(cache_bytes)
-        self.step_sizes = torch.cat(  # α, one number for each of the atom's
-            [
-                torch.full((math.prod(shape),), initialization.step_sizes[name])
-                for name, shape in self.space.shapes.items()
-            ]
-        )
+        self.step_sizes = initialization.flat_step_sizes()
         self._lock = threading.Lock()
         self._owner: int | None = None
 

@@ -4,7 +4,7 @@ On disk it is an ordinary PEFT adapter folder with two files more:
 
     adapter_config.json, adapter_model.safetensors   φ₀: `PeftModel.from_pretrained` reads them by itself
     regrad.json                                      space, base model, loss, merge rule, card
-    regrad.safetensors                               α (one scalar a tensor of the space) and the basis U
+    regrad.safetensors                               α (one a tensor of the space, or one a number) and the basis U
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ class BaseModel:
 class MetaInitialization:
     """φ₀, α and U with the settings they were trained for.
 
-    `modules` holds the LoRA tensors of each adapted layer, by its name in the base model; `step_sizes` one
-    positive scalar for each tensor of the atom space (DESIGN: α).
+    `modules` holds the LoRA tensors of each adapted layer, by its name in the base model; `step_sizes` one number for
+    each tensor of the atom space (DESIGN: α), or a tensor of its shape.
     """
 
     base: BaseModel
     kind: str  # of the atom space: a key of SPACES
     lora_alpha: int
     modules: dict[str, LoraModule]
-    step_sizes: dict[str, float]
+    step_sizes: dict[str, float | Tensor]
     max_length: int  # tokens of a document that its gradient sees
     merge: MergeRule = MergeRule()
     passages_in_prompt: bool = False  # trained for ReGrad + ICL
@@ -71,9 +71,14 @@ class MetaInitialization:
                 f"need one step size for each of the {len(expected)} tensors of the space; missing "
                 f"{sorted(expected - found)[:3]}, unknown {sorted(found - expected)[:3]}"
             )
-        bad = [name for name, size in self.step_sizes.items() if not math.isfinite(size)]
-        if bad:
-            raise InitializationError(f"step sizes must be finite; {bad[0]} is {self.step_sizes[bad[0]]}")
+        for name, size in self.step_sizes.items():
+            if isinstance(size, float | int):
+                good, has = math.isfinite(size), str(size)
+            else:
+                good = size.shape == self.space.shapes[name] and bool(size.isfinite().all())
+                has = f"a tensor of {tuple(size.shape)} for one of {self.space.shapes[name]}, or not finite in part"
+            if not good:
+                raise InitializationError(f"step sizes must be finite, one a tensor or one a number; {name} is {has}")
 
     @property
     def rank(self) -> int:
@@ -114,7 +119,21 @@ class MetaInitialization:
                 f"has weights {found}. Load that base model, or train an initialization for yours: regrad-qdrant train"
             )
 
-    def with_step_sizes(self, step_sizes: Mapping[str, float], merge: MergeRule | None = None) -> MetaInitialization:
+    @property
+    def has_full_step_sizes(self) -> bool:
+        """Whether some tensor has a step size for every number."""
+        return not all(isinstance(size, float | int) for size in self.step_sizes.values())
+
+    def flat_step_sizes(self) -> Tensor:
+        """α, one for each number of an atom: (numel,) float32."""
+        import torch
+
+        sizes = {name: torch.as_tensor(size).float().cpu() for name, size in self.step_sizes.items()}
+        return torch.cat([sizes[name].expand(shape).flatten() for name, shape in self.space.shapes.items()])
+
+    def with_step_sizes(
+        self, step_sizes: Mapping[str, float | Tensor], merge: MergeRule | None = None
+    ) -> MetaInitialization:
         """The same initialization with other step sizes; its fingerprint, so every stored atom, stays valid."""
         return replace(self, step_sizes=dict(step_sizes), merge=merge or self.merge)
 
@@ -127,7 +146,9 @@ class MetaInitialization:
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        adapter, own = {}, {"step_sizes": torch.tensor([self.step_sizes[name] for name in self.space.shapes])}
+        adapter, own = {}, {"step_sizes": self.flat_step_sizes()}
+        if not self.has_full_step_sizes:
+            own["step_sizes"] = torch.tensor([self.step_sizes[name] for name in self.space.shapes])
         for name, module in self.modules.items():
             adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _compact(module.lora_a)
             adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _compact(module.lora_b)
@@ -208,13 +229,14 @@ class MetaInitialization:
             )
             for name in adapter_config["target_modules"]
         }
-        shapes = SPACES[regrad["space"]](modules).shapes
+        space, sizes = SPACES[regrad["space"]](modules), own["step_sizes"]
+        step_sizes: dict[str, float | Tensor] = dict(space.unflatten(sizes)) if len(sizes) == space.numel else {}
         return cls(
             base=BaseModel(**regrad["base"]),
             kind=regrad["space"],
             lora_alpha=adapter_config["lora_alpha"],
             modules=modules,
-            step_sizes=dict(zip(shapes, own["step_sizes"].tolist(), strict=True)),
+            step_sizes=step_sizes or dict(zip(space.shapes, sizes.tolist(), strict=True)),
             max_length=regrad["max_length"],
             merge=MergeRule(**regrad["merge"]),
             passages_in_prompt=regrad["passages_in_prompt"],
@@ -266,7 +288,7 @@ class MetaInitialization:
                 scaling=lora_alpha / rank,
                 basis=left[:, :basis_rank].contiguous() if SPACES[kind].uses_basis else None,
             )
-        step_sizes = dict.fromkeys(SPACES[kind](modules).shapes, step_size)
+        step_sizes: dict[str, float | Tensor] = dict.fromkeys(SPACES[kind](modules).shapes, step_size)
         return cls(base, kind, lora_alpha, modules, step_sizes, max_length, passages_in_prompt=passages_in_prompt)
 
 

@@ -217,14 +217,21 @@ def test_a_step_of_several_episodes_averages_their_gradients(tokenizer, tmp_path
         torch.testing.assert_close(parameter.grad, (first + second) / 2, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize(("mode", "count"), [("tensor", 6), ("one", 1), ("fixed", 6)])
+@pytest.mark.parametrize(("mode", "count"), [("tensor", 6), ("one", 1), ("full", 96), ("fixed", 6)])
 def test_step_sizes_may_be_one_for_each_tensor_or_for_all_or_fixed(tokenizer, tmp_path, mode, count):
     run_of = trainer(tokenizer, tmp_path, replace(RECIPE, step_size_mode=mode))
     before = run_of.learner.log_step_size.detach().clone()
     run_of.train_step()
     assert run_of.learner.log_step_size.numel() == count
     assert torch.equal(before, run_of.learner.log_step_size.detach()) == (mode == "fixed")
-    assert len(run_of.made().step_sizes) == 6
+    made = run_of.made()
+    assert len(made.step_sizes) == 6 and made.has_full_step_sizes == (mode == "full")
+    made.save(tmp_path / "made")
+    torch.testing.assert_close(MetaInitialization.load(tmp_path / "made").flat_step_sizes(), made.flat_step_sizes())
+    if mode == "full":
+        MetaLearner(tiny_model(), made, "sum", "full")
+        with pytest.raises(InitializationError, match="mode full"):
+            MetaLearner(tiny_model(), made, "sum", "tensor")
 
 
 def test_a_run_keeps_the_best_on_dev_questions_and_stops_when_it_gets_no_better(tokenizer, tmp_path, monkeypatch):
@@ -419,7 +426,7 @@ def test_recipes_are_checked(tmp_path):
         ("data: [{folder: x, weight: 1.0}]\nlearn: step_sizes\n", "name the initialization"),
         ("data: [{folder: x, weight: 1.0}]\norder: 3\n", "neither 1 nor 2"),
         ("data: [{folder: x, weight: 1.0}]\ncodecs: [int3]\n", "codec 'int3'"),
-        ("data: [{folder: x, weight: 1.0}]\nstep_size_mode: each\n", "tensor, one, fixed"),
+        ("data: [{folder: x, weight: 1.0}]\nstep_size_mode: each\n", "tensor, one, full, fixed"),
         ("data: [{folder: x, weight: 1.0}]\npatience: 3\n", "needs dev_questions"),
         ("data: [{folder: x, weight: 1.0}]\naccumulate: 0\n", "at least 1"),
         ("data: [{folder: x, weight: 1.0}]\nsteps: many\n", "steps must be a number"),

@@ -47,12 +47,7 @@ class MetaLearner(nn.Module):
         self.lora_b = nn.ParameterList(lora_weight(layers[name], "lora_B").requires_grad_(True) for name in self.names)
         bases = [live.modules[name].basis for name in self.names]
         self.basis = nn.ParameterList(nn.Parameter(basis.clone()) for basis in bases if basis is not None)
-        sizes = [initialization.step_sizes[name] for name in live.shapes]
-        if min(sizes) <= 0:
-            raise InitializationError("training learns log α: it can't go on from step sizes that are not positive")
-        if step_size_mode == "one":
-            sizes = [math.exp(sum(map(math.log, sizes)) / len(sizes))]
-        self.log_step_size = nn.Parameter(self.lora_a[0].new_tensor(sizes).log(), step_size_mode != "fixed")
+        self.log_step_size = nn.Parameter(self._log_step_sizes(step_size_mode), step_size_mode != "fixed")
         self.log_temperature = nn.Parameter(self.lora_a[0].new_tensor(math.log(initialization.merge.temperature)))
         self.space = SPACES[initialization.kind](self.plug_in_modules())
 
@@ -64,9 +59,25 @@ class MetaLearner(nn.Module):
             for name, a, b, u in zip(self.names, self.lora_a, self.lora_b, bases, strict=True)
         }
 
+    def _log_step_sizes(self, mode: str) -> Tensor:
+        """Where log α starts: one for all tensors, one for each, or one for each number."""
+        start = self.initialization
+        sizes = start.flat_step_sizes().to(self.lora_a[0])
+        if bool((sizes <= 0).any()):
+            raise InitializationError("training learns log α: it can't go on from step sizes that are not positive")
+        if mode == "full" or (mode == "fixed" and start.has_full_step_sizes):
+            return sizes.log()
+        if start.has_full_step_sizes:
+            raise InitializationError("the initialization has a step size for every number: go on in the mode full")
+        of_tensors = sizes.new_tensor([start.step_sizes[name] for name in start.space.shapes]).log()
+        return of_tensors.mean().unsqueeze(0) if mode == "one" else of_tensors
+
     def step_sizes(self) -> dict[str, Tensor]:
-        sizes = self.log_step_size.exp().expand(len(self.space.shapes))
-        return dict(zip(self.space.shapes, sizes, strict=True))
+        """α of each tensor of the space: one number, or its shape in the mode `full`."""
+        sizes = self.log_step_size.exp()
+        if len(sizes) == self.space.numel:
+            return self.space.unflatten(sizes)
+        return dict(zip(self.space.shapes, sizes.expand(len(self.space.shapes)), strict=True))
 
     def atoms(self, passages: Sequence[Sequence[int]], *, create_graph: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The atom of each passage, (passages, *shape) a tensor, and each passage's loss (passages,)."""
@@ -203,8 +214,9 @@ class MetaLearner(nn.Module):
             card=dict(card),
         )
 
-    def _learned_step_sizes(self) -> dict[str, float]:
-        return {name: float(size.detach()) for name, size in self.step_sizes().items()}
+    def _learned_step_sizes(self) -> dict[str, float | Tensor]:
+        sizes = {name: size.detach() for name, size in self.step_sizes().items()}
+        return {name: size.cpu().clone() if size.dim() else float(size) for name, size in sizes.items()}
 
     def _learned_merge(self) -> MergeRule:
         return MergeRule(self.merge, float(self.log_temperature.detach().exp()))

@@ -73,13 +73,15 @@ def values_of(initialization: MetaInitialization, modules: Collection[str]) -> M
     unknown = [name for name in modules if name not in initialization.modules]
     if unknown:
         raise InitializationError(f"the initialization does not adapt {unknown[0]}")
-    sizes = {name: initialization.step_sizes[f"{name}.lora_B"] for name in modules}
+    if initialization.has_full_step_sizes:
+        raise InitializationError("with a step size for every number a module's own can't go into its A")
+    sizes = {name: float(initialization.step_sizes[f"{name}.lora_B"]) for name in modules}
     common = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
     kept = {}
     for name, size in sizes.items():
         module, factor = initialization.modules[name], math.sqrt(size / common)
         kept[name] = replace(module, lora_a=factor * module.lora_a, lora_b=module.lora_b / factor)
-    step_sizes = {f"{name}.values": common for name in modules}
+    step_sizes: dict[str, float | Tensor] = {f"{name}.values": common for name in modules}
     return replace(initialization, kind="values", modules=kept, step_sizes=step_sizes, card={})
 
 

@@ -57,7 +57,7 @@ class Recipe:
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
     passages_in_prompt: bool = False  # train for regrad+icl: every question with its passages in the prompt
     atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
-    step_size_mode: str = "tensor"  # α: one for each tensor, or `one` for all, or `fixed` as it starts
+    step_size_mode: str = "tensor"  # α: one for each tensor, `one` for all, `full`: one for each number; `fixed`
     order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
     codecs: tuple[str, ...] = ("fp32",)  # one is drawn for each episode, and its atoms are read through it
     # data
@@ -98,8 +98,8 @@ class Recipe:
             raise DataError("the recipe names no data")
         if self.learn not in ("all", "step_sizes"):
             raise DataError(f"learn {self.learn!r} is neither 'all' nor 'step_sizes'")
-        if self.step_size_mode not in ("tensor", "one", "fixed"):
-            raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, fixed")
+        if self.step_size_mode not in ("tensor", "one", "full", "fixed"):
+            raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, full, fixed")
         if self.accumulate < 1:
             raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
         if self.patience and not self.dev_questions:

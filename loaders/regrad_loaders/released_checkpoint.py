@@ -41,8 +41,8 @@ def read(folder: Path, base: BaseModel, *, max_length: int = MAX_LENGTH) -> Meta
         max_length: tokens of a document at ingestion.
 
     Raises:
-        InitializationError: if a file is missing or damaged, or holds what our format can't: DoRA, ranks that differ,
-            or a step size for every number (`alpha_mode` "full").
+        InitializationError: if a file is missing or damaged, or holds what our format can't: DoRA, or ranks that
+            differ.
     """
     peft, learner = _json(folder / "peft_config.json"), _json(folder / "learner_config.json")
     state = _state(folder / "meta_state_dict.pth")
@@ -94,20 +94,16 @@ def base_model_of(folder: Path) -> str:
     return name
 
 
-def _step_size(state: Mapping[str, Tensor], learner: Mapping[str, Any], parameter: str) -> float:
-    """α of one tensor."""
+def _step_size(state: Mapping[str, Tensor], learner: Mapping[str, Any], parameter: str) -> float | Tensor:
+    """α of one tensor, or in the mode "full" of each of its numbers."""
     mode = learner.get("alpha_mode", "tie")
     if mode == "fix":
         return float(learner.get("init_alpha", 1e-2))
     key = "alpha" if mode == "same" else f"alpha_{parameter.replace('.', '-')}"
     if key not in state:
         raise InitializationError(f"meta_state_dict.pth lacks the step size {key!r} of alpha_mode {mode!r}")
-    if state[key].numel() != 1:
-        raise InitializationError(
-            f"alpha_mode {mode!r} has a step size for every number ({key}: {tuple(state[key].shape)}); one for each "
-            "tensor can be imported (tie, same or fix)"
-        )
-    return float(state[key].detach())
+    size = state[key].detach().float()
+    return float(size) if size.numel() == 1 else size
 
 
 def _order(item: tuple[str, Any]) -> list[Any]:
