@@ -11,8 +11,7 @@ from rich.table import Table
 from regrad_qdrant.cli_speed import COMMANDS
 from regrad_qdrant.codec import CODECS
 from regrad_qdrant.console import console, progress
-from regrad_qdrant.errors import DataError
-from regrad_qdrant.options import DEFAULT_INIT, JsonOut, check_outputs, write_json
+from regrad_qdrant.options import DEFAULT_INIT, JsonOut, check_outputs, whole_numbers, write_json
 
 if TYPE_CHECKING:
     from regrad_loaders.bench_atoms import Cell, Task, Times
@@ -53,10 +52,7 @@ def atoms(
     names, chosen = [name.strip() for name in codecs.split(",")], inits or [DEFAULT_INIT]
     for name in names:
         get_codec(name)
-    try:
-        ks = sorted({int(k) for k in top_k.split(",")})
-    except ValueError as error:
-        raise DataError(f"--top-k wants whole numbers with commas between, found {top_k!r}") from error
+    ks = whole_numbers(top_k, "--top-k")
     check_outputs(json_out, plot_out)
     tasks = [_task(name, split, limit, max(ks)) for name in sets or ["facts"]]
     cells: list[Cell] = []

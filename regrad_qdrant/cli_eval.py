@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regrad_qdrant.codec import DEFAULT_CODEC
-from regrad_qdrant.console import console, differences_table, print_report, progress, scores_table
+from regrad_qdrant.console import console, differences_table, print_report, progress, scores_table, sweep_table
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.options import (
     DEFAULT_INIT,
@@ -39,13 +39,16 @@ from regrad_qdrant.options import (
     regrad_of,
     store_of,
     vector_name,
+    whole_numbers,
     write_json,
 )
 from regrad_qdrant.record import DEFAULT_KEY
 
 if TYPE_CHECKING:
     from regrad_loaders.data import Passage
+    from regrad_loaders.evaluate import Prediction
     from regrad_qdrant.initialization import MetaInitialization
+    from regrad_qdrant.pipeline import ReGrad
     from regrad_qdrant.store import Store
 
 CALIBRATED_ON = 8  # passages that the step size of `raw` is chosen on
@@ -73,6 +76,9 @@ def evaluation(
     split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N questions.")] = None,
     top_k: TopK = 3,
+    sweep: Annotated[
+        str, typer.Option("--sweep", help="Further k, comma-separated: the modes that retrieve are asked with each.")
+    ] = "",
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Answer from the gold passages instead of what is retrieved.")
     ] = False,
@@ -127,8 +133,12 @@ def evaluation(
         write_predictions,
     )
     from regrad_qdrant.initialization import MetaInitialization
+    from regrad_qdrant.pipeline import WITHOUT_DOCUMENTS
 
     chosen = parse_modes(modes, EVALUATION_MODES)
+    further = whole_numbers(sweep, "--sweep")
+    if further and oracle:
+        raise DataError("--oracle answers from the gold passages, however many there are: leave --sweep out")
     if against is not None and against not in chosen:
         raise DataError(f"--against {against}: it is not among the modes {', '.join(chosen)}")
     check_outputs(json_out, predictions, plot_out)
@@ -166,12 +176,15 @@ def evaluation(
             "against": against, "using": vector_name(using), "dense": dense, "filter_field": filter_field,
             "batch": batch, "collection": collection, "url": url, "path": str(path) if path else None,
             "payload_key": payload_key, "sidecar": sidecar, "init": init, "icl_init": icl_init,
-            "ft_direct": ft_direct, "ft_rag": ft_rag,
+            "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
             "base_model": model or initialization.base.name, "space": initialization.fingerprint,
         }  # fmt: skip
         found: list[Evaluation] = []
         report = None
-        with progress("Answering", len(questions) * len(chosen)) as advance:
+        swept: dict[int, list[Evaluation]] = {k: [] for k in further}
+        retrieving = [mode for mode in chosen if OTHERS.get(mode, mode) not in WITHOUT_DOCUMENTS]
+        asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
+        with progress("Answering", asked) as advance:
             for name, group in groups.items():
                 if name == RAW:
                     ours = _raw(base, tokenizer, initialization, passages)
@@ -190,19 +203,30 @@ def evaluation(
                         add_passages(regrad, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and main:
                         report = ingest_corpus(regrad, passages, codec)
-                    result = evaluate(
-                        regrad, questions, list(group), top_k=top_k, using=using,
-                        filter_field=filter_field, oracle=oracle, distractors=distractors, batch=batch,
-                        on_progress=lambda _: advance(1),
-                    )  # fmt: skip
-                    found.append(result.named(group))
+
+                    def ask(k: int, modes: list[Any], regrad: ReGrad = regrad) -> Evaluation:
+                        return evaluate(
+                            regrad, questions, modes, top_k=k, using=using, filter_field=filter_field, oracle=oracle,
+                            distractors=distractors, batch=batch, on_progress=lambda _: advance(1),
+                        )  # fmt: skip
+
+                    found.append(ask(top_k, list(group)).named(group))
+                    for k in further:
+                        if retrieving_here := [mode for mode, name in group.items() if name in retrieving]:
+                            swept[k].append(ask(k, retrieving_here).named(group))
                     settings |= {"layout": str(bank.layout)}
                     if main:
                         settings |= {"codec": bank.status().codec, "merge": asdict(regrad.merge)}
                     regrad.adapter.model.unload()
-    ordered = sorted((p for part in found for p in part.predictions), key=lambda p: chosen.index(p.mode))
-    result = Evaluation(settings, ordered, found[0].recall_at_k, against)
+
+    def ordered(parts: list[Evaluation]) -> list[Prediction]:
+        return sorted((p for part in parts for p in part.predictions), key=lambda p: chosen.index(p.mode))
+
+    others = tuple((k, Evaluation(settings, ordered(parts), None)) for k, parts in swept.items() if parts)
+    result = Evaluation(settings, ordered(found), found[0].recall_at_k, against, others)
     console.print(scores_table(result))
+    if others:
+        console.print(sweep_table(result))
     if against:
         console.print(differences_table(result))
     if report is not None:

@@ -15,7 +15,7 @@ from rich.table import Table
 from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.console import console, progress
 from regrad_qdrant.errors import DataError
-from regrad_qdrant.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, write_json
+from regrad_qdrant.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, whole_numbers, write_json
 
 if TYPE_CHECKING:
     from regrad_loaders.bench_figures import Figure
@@ -81,7 +81,7 @@ def growth(
     plot_out: PlotOut = None,
 ) -> None:
     """Search, disk, memory and the rate of filling as a bank on the embedded engine grows."""
-    _report(_growth(_numbers(sizes), init, codec), json_out, plot_out)
+    _report(_growth(whole_numbers(sizes, "--sizes"), init, codec), json_out, plot_out)
 
 
 def training(rounds: Rounds = 5, init: Init = DEFAULT_INIT, json_out: JsonOut = None, plot_out: PlotOut = None) -> None:
@@ -101,7 +101,7 @@ def speed(
 ) -> None:
     """All of these in one run, one after another, into one JSON."""
     check_outputs(json_out, plot_out)
-    counts = _numbers(sizes)
+    counts = whole_numbers(sizes, "--sizes")
     words = [f"--limit {limit}", f"--sizes {sizes}", f"--codec {codec}", f"--init {init}"]
     words += [f"--set {data}"] * (data is not None) + [f"--tokens {tokens}"] * bool(tokens)
     settings = {"command": f"regrad-qdrant bench speed {' '.join(words)}"} | _settings(init, data)
@@ -233,13 +233,6 @@ def _load(dtype: str, initialization: MetaInitialization) -> tuple[Any, Any]:
     from regrad_qdrant.base_model import load_base_model
 
     return load_base_model(initialization.base.name, dtype=dtype)
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError as error:
-        raise DataError(f"--sizes wants whole numbers with commas between, found {text!r}") from error
 
 
 def _settings(init: str, data: Path | None) -> dict[str, Any]:

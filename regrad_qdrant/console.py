@@ -119,6 +119,18 @@ def differences_table(result: Evaluation) -> Table:
     return table
 
 
+def sweep_table(result: Evaluation) -> Table:
+    """F1 of each mode at every k that it was asked with."""
+    by_k = {int(result.settings["top_k"]): result.intervals()} | {k: other.intervals() for k, other in result.sweep}
+    modes = [row["mode"] for row in result.sweep[0][1].intervals()]
+    table = Table("mode", *(f"k = {k}" for k in sorted(by_k)), title="F1 and k")
+    for mode in modes:
+        found = [next(row for row in by_k[k] if row["mode"] == mode) for k in sorted(by_k)]
+        rows = [[100 * value for value in (row["f1"], *row["f1_interval"])] for row in found]
+        table.add_row(_escape(mode), *(f"{f1:.1f} ({low:.1f} … {high:.1f})" for f1, low, high in rows))
+    return table
+
+
 def _escape(text: str) -> str:
     from rich.markup import escape
 

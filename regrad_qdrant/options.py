@@ -210,3 +210,18 @@ def check_outputs(*paths: Path | None) -> None:
 def write_json(path: Path | None, value: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """The positive numbers of a comma-separated option, rising.
+
+    Raises:
+        DataError: for anything else.
+    """
+    try:
+        numbers = sorted({int(part) for part in text.split(",")} if text.strip() else set())
+    except ValueError:
+        numbers = [0]
+    if numbers and numbers[0] < 1:
+        raise DataError(f"{option} wants positive whole numbers with commas between, found {text!r}")
+    return numbers

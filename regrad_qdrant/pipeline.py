@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "random", "init", "init+icl"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+WITHOUT_DOCUMENTS = ("direct", "init")
 BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
 WITHOUT_ATOMS = (*BARE, "init", "init+icl")
 WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
@@ -264,7 +265,7 @@ class ReGrad:
 
     def _retrieve(self, asked: Query, top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Hit]:
         """The documents that a question is answered from."""
-        if asked.mode in ("direct", "init"):
+        if asked.mode in WITHOUT_DOCUMENTS:
             return []
         if asked.hits is not None:
             found = list(asked.hits[:top_k])

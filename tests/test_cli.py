@@ -148,6 +148,19 @@ def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path)
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_eval_asks_with_further_k(run, folder, tmp_path):
+    code, out, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3", "--top-k", "2",
+        "--modes", "direct,regrad", "--sweep", "4,1", "--json", "out.json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["top_k"], row["mode"]) for row in result["sweep"]] == [(1, "regrad"), (4, "regrad")]
+    assert {row["mode"] for row in result["results"]} == {"direct", "regrad"} and "F1 and k" in out
+    code, _, err = run("eval", "--qa", "qa.jsonl", "--corpus", "c.jsonl", "--sweep", "0,3")
+    assert code == 2 and "--sweep wants positive whole numbers" in err
+
+
 def test_eval_can_be_given_the_gold_passages(run, folder, tmp_path):
     code, _, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", "regrad",

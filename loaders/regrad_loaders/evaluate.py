@@ -52,6 +52,7 @@ class Evaluation:
     predictions: list[Prediction]
     recall_at_k: float | None
     against: str | None = None  # the mode that the others are paired with
+    sweep: tuple[tuple[int, Evaluation], ...] = ()  # the same questions at other k
 
     def results(self) -> list[dict[str, Any]]:
         """One row a mode and kind of question, `all` first."""
@@ -95,6 +96,8 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         found = {"settings": self.settings, "results": self.results(), "recall_at_k": self.recall_at_k}
         found["intervals"] = self.intervals()
+        if self.sweep:
+            found["sweep"] = [{"top_k": k} | row for k, other in self.sweep for row in other.intervals()]
         return found | ({"differences": self.differences()} if self.against else {})
 
     def named(self, names: Mapping[str, str]) -> Evaluation:
