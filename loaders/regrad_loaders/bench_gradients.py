@@ -80,6 +80,11 @@ class Floor:
         return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
 
 
+def first_layer(initialization: MetaInitialization) -> int:
+    """The number of the first adapted transformer layer."""
+    return min(int(part) for name in initialization.modules for part in name.split(".") if part.isdigit())
+
+
 def bench_gradients(
     initialization: MetaInitialization,
     load: Callable[[str], tuple[Any, Any]],
@@ -95,7 +100,7 @@ def bench_gradients(
     model, tokenizer = load("float32")
     adapter = Adapter(model, initialization)
     gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
-    first = min(int(part) for name in initialization.modules for part in name.split(".") if part.isdigit())
+    first = first_layer(initialization)
     floors = {dtype: Floor(load(dtype)[0], first) for dtype in ("bfloat16", "float32")}
     documents = [gradients.encode(text) for text in texts]
     rounds = list(_rounds(documents))
