@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -102,10 +104,7 @@ def speed(
     """All of these in one run, one after another, into one JSON."""
     check_outputs(json_out, plot_out)
     counts = whole_numbers(sizes, "--sizes")
-    words = [f"--limit {limit}", f"--sizes {sizes}", f"--codec {codec}", f"--init {init}"]
-    words += [f"--set {data}"] * (data is not None) + [f"--tokens {tokens}"] * bool(tokens)
-    settings = {"command": f"regrad-qdrant bench speed {' '.join(words)}"} | _settings(init, data)
-    result: dict[str, Any] = {"settings": settings, "figures": {}, "details": {}}
+    result: dict[str, Any] = {"settings": _settings(init, data), "figures": {}, "details": {}}
 
     def add(found: dict[str, Any]) -> None:
         result["figures"] |= found["figures"]
@@ -239,7 +238,8 @@ def _settings(init: str, data: Path | None) -> dict[str, Any]:
     import torch
 
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    return {"init": init, "set": None if data is None else data.name, **machine}
+    command = shlex.join(["regrad-qdrant", *sys.argv[1:]])
+    return {"command": command, "init": init, "set": None if data is None else data.name, **machine}
 
 
 def _result(part: str, found: tuple[dict[str, Figure], dict[str, Any]], init: str, data: Path | None) -> dict[str, Any]:

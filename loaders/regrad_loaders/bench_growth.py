@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import shutil
 import tempfile
@@ -24,8 +25,10 @@ from regrad_qdrant.record import make_records, text_sha
 from regrad_qdrant.store import open_store, pages
 
 QUERIES = 200
+A_TURN = 20
 PAGE = 500
 TOP_K = 3
+PEOPLE = 40_000  # different ones
 
 
 def bench_growth(
@@ -45,6 +48,8 @@ def bench_growth(
     details: dict[str, Any] = {}
     try:
         for size in sizes:
+            gc.collect()
+            give_back_memory()
             before = anonymous_megabytes()
             started = time.perf_counter()
             banks[size] = bank = GradientBank(open_store("docs", path=place / str(size)), "docs", fingerprint)
@@ -64,15 +69,18 @@ def bench_growth(
         for bank in banks.values():
             bank.close()
         shutil.rmtree(place, ignore_errors=True)
-    for size, values in seconds_of.items():
-        details[str(size)] |= {f"p{p}_ms": 1000 * percentile(values, p / 100) for p in (50, 99)}
     small, large = min(sizes), max(sizes)
-    both = zip(pages(seconds_of[large], 20), pages(seconds_of[small], 20), strict=True)
-    ratios = [median(of_large) / median(of_small) for of_large, of_small in both]
+    ratios: dict[str, list[float]] = {}
+    for kind, by_size in seconds_of.items():
+        for size, values in by_size.items():
+            details[str(size)] |= {f"p{p}_ms_by_{kind}": 1000 * percentile(values, p / 100) for p in (50, 99)}
+        both = zip(pages(by_size[large], A_TURN), pages(by_size[small], A_TURN), strict=True)
+        ratios[kind] = [median(of_large) / median(of_small) for of_large, of_small in both]
     name = f"growth.p50_{_short(large)}_over_{_short(small)}"
     first, last = details[str(small)], details[str(large)]
     figures = {
-        name: Figure.of(ratios, "times", 1.0, "a search that does not see how large the bank is"),
+        name: Figure.of(ratios["number"], "times", 1.0, "a search that does not see how large the bank is"),
+        f"{name}_by_name": Figure.of(ratios["name"], "times", 1.0, "the same; more people bear the name's parts"),
         f"growth.rate_{_short(large)}_over_{_short(small)}": _plain(
             last["points_per_second"] / first["points_per_second"]
         ),
@@ -100,26 +108,40 @@ def _fill(bank: GradientBank, size: int, layout: AtomLayout, codec: str, on_poin
 
 
 def _documents(count: int) -> Iterator[Document]:
-    """Biographies; people come again under other ids and another number."""
-    passages = generate("train", min(count, 2000), 1).passages
-    return (Document(i, {"text": f"{passages[i % len(passages)].text} No. {i}."}) for i in range(count))
+    """Biographies of different people, who come again past `PEOPLE`; three points share a number."""
+    passages = generate("train", min(count, PEOPLE), 1, questions_per_person=1).passages
+    return (Document(i, {"text": f"{passages[i % len(passages)].text} File {i // TOP_K}."}) for i in range(count))
 
 
-def _search_in_turns(banks: dict[int, GradientBank]) -> dict[int, list[float]]:
+def _questions(size: int) -> dict[str, list[str]]:
+    """Of a name, whose parts more people bear the more there are; and of a number, which three points share always."""
     rng = random.Random(0)
-    texts = [document.payload["text"] for document in _documents(min(banks))]
-    questions = [f"What does {' '.join(rng.choice(texts).split()[:2])} do?" for _ in range(QUERIES)]
-    seconds: dict[int, list[float]] = {size: [] for size in banks}
-    for turn, question in enumerate(questions[:5] + questions):  # the first ones warm up
-        for size, bank in banks.items():
-            started = time.perf_counter()
-            hits = bank.search(question, TOP_K)
-            taken = time.perf_counter() - started
-            if not hits or any(hit.record is None for hit in hits):
-                raise RuntimeError(f"{size} points: expected hits with their atoms")
-            if turn >= 5:
-                seconds[size].append(taken)
+    names = [" ".join(document.payload["text"].split()[:2]) for document in _documents(size)]
+    return {
+        "name": [f"What does {rng.choice(names)} do?" for _ in range(QUERIES)],
+        "number": [f"Who is number {rng.randrange(size // TOP_K)}?" for _ in range(QUERIES)],
+    }
+
+
+def _search_in_turns(banks: dict[int, GradientBank]) -> dict[str, dict[int, list[float]]]:
+    """Seconds of every search, by kind of question and size. Banks take turns of `A_TURN` questions: a bank in use does
+    not meet its caches emptied by another one before every search."""
+    seconds: dict[str, dict[int, list[float]]] = {}
+    for kind, questions in _questions(min(banks)).items():
+        seconds[kind] = {size: [] for size in banks}
+        for part in pages(questions, A_TURN):
+            for size, bank in banks.items():
+                seconds[kind][size] += [_seconds_of(bank, question) for question in [part[0], *part]][1:]
     return seconds
+
+
+def _seconds_of(bank: GradientBank, question: str) -> float:
+    started = time.perf_counter()
+    hits = bank.search(question, TOP_K)
+    taken = time.perf_counter() - started
+    if not hits or any(hit.record is None for hit in hits):
+        raise RuntimeError(f"{question!r}: expected hits with their atoms, found {len(hits)}")
+    return taken
 
 
 def _short(count: int) -> str:
