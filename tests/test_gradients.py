@@ -39,7 +39,7 @@ def one_at_a_time(gradients, document):
     for name, module in gradients.space.modules.items():
         [tensor] = gradients.space.tensors(name, module)
         of_b = grads[f"{name}.lora_B"]
-        gradients.space.accumulate(atom, {tensor: of_b if module.basis is None else module.basis.T @ of_b})
+        gradients.space.accumulate(atom, {tensor: of_b.T if module.basis is None else module.basis.T @ of_b})
     return atom
 
 
