@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +45,7 @@ def gradients(
     plot_out: PlotOut = None,
 ) -> None:
     """Documents per second: whole batches, one at a time, and the floor of the same tokens."""
-    _report(_gradients(data, limit, init), json_out, plot_out)
+    _run(lambda: _gradients(data, limit, init), json_out, plot_out)
 
 
 def query(
@@ -58,7 +58,7 @@ def query(
     plot_out: PlotOut = None,
 ) -> None:
     """One answer: ReGrad beside the bare model, RAG, and gradients computed at query time."""
-    _report(_query(data, rounds, tokens, init, codec), json_out, plot_out)
+    _run(lambda: _query(data, rounds, tokens, init, codec), json_out, plot_out)
 
 
 def batch(
@@ -72,7 +72,7 @@ def batch(
     plot_out: PlotOut = None,
 ) -> None:
     """A batch of questions, each with its own atoms: beside the bare model's batch, and one after another."""
-    _report(_batch(data, rounds, size, tokens, init, codec), json_out, plot_out)
+    _run(lambda: _batch(data, rounds, size, tokens, init, codec), json_out, plot_out)
 
 
 def growth(
@@ -83,12 +83,12 @@ def growth(
     plot_out: PlotOut = None,
 ) -> None:
     """Search, disk, memory and the rate of filling as a bank on the embedded engine grows."""
-    _report(_growth(whole_numbers(sizes, "--sizes"), init, codec), json_out, plot_out)
+    _run(lambda: _growth(whole_numbers(sizes, "--sizes"), init, codec), json_out, plot_out)
 
 
 def training(rounds: Rounds = 5, init: Init = DEFAULT_INIT, json_out: JsonOut = None, plot_out: PlotOut = None) -> None:
     """Meta-training's tasks per second against the straightforward second-order loop."""
-    _report(_training(rounds, init), json_out, plot_out)
+    _run(lambda: _training(rounds, init), json_out, plot_out)
 
 
 def speed(
@@ -249,6 +249,11 @@ def _result(part: str, found: tuple[dict[str, Figure], dict[str, Any]], init: st
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "details": {part: details},
     }
+
+
+def _run(part: Callable[[], dict[str, Any]], json_out: Path | None, plot_out: Path | None) -> None:
+    check_outputs(json_out, plot_out)  # before the long work
+    _report(part(), json_out, plot_out)
 
 
 def _report(result: dict[str, Any], json_out: Path | None, plot_out: Path | None, *, shown: bool = False) -> None:

@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import UnknownCodecError, WrongShapeError
 
@@ -59,7 +59,7 @@ class AtomLayout:
 class Codec(ABC):
     """Codes flat atoms. Parts are named byte strings whose sizes follow from the atom's layout alone."""
 
-    name: ClassVar[str]
+    name: str
 
     @abstractmethod
     def sizes(self, layout: AtomLayout) -> dict[str, int]:
@@ -69,9 +69,10 @@ class Codec(ABC):
         """The size in bytes of a coded atom, before it is compressed and packed."""
         return sum(self.sizes(layout).values())
 
-    def truncated(self, flat: Tensor, layout: AtomLayout) -> Tensor:
-        """What of the atoms (batch, numel) this codec codes before it rounds, differentiable in them."""
-        return flat
+    def straight_through(self, flat: Tensor, layout: AtomLayout) -> Tensor:
+        """The atoms (batch, numel) as they come back; gradients pass straight through the rounding."""
+        decoded = self.dequantize(self.quantize(flat.detach().float(), layout), layout).to(flat.dtype)
+        return flat + (decoded - flat.detach())
 
     @abstractmethod
     def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
@@ -223,7 +224,7 @@ class Levels(_Scaled):
     """
 
     def __init__(self, name: str, levels: Sequence[float], block: int, *, rotated: bool) -> None:
-        self.name = name  # type: ignore[misc] # one class, several codecs
+        self.name = name
         self.levels, self.block, self.rotated = tuple(levels), block, rotated
         self.per_byte = int(math.log(256, len(levels)))
         self.block_bytes = math.ceil(block / self.per_byte)
@@ -369,7 +370,7 @@ class LowRank(Codec):
     """
 
     def __init__(self, factors: Codec, rank: int) -> None:
-        self.name = f"{factors.name}-rank{rank}"  # type: ignore[misc] # one class, several codecs
+        self.name = f"{factors.name}-rank{rank}"
         self.factors, self.rank = factors, rank
 
     def sizes(self, layout: AtomLayout) -> dict[str, int]:
@@ -377,25 +378,17 @@ class LowRank(Codec):
 
     def truncated(self, flat: Tensor, layout: AtomLayout) -> Tensor:
         """The truncated product; its gradient is that along the matrices of this rank, singular vectors turning."""
-        import torch
-        from torch.nn.functional import normalize
-
-        parts = []
-        for matrix, factored in self._split(flat, layout):
-            if factored:
-                left, right = (normalize(factor, dim=2, eps=1e-30) for factor in self._of(matrix))
-                along = left.mT @ (left @ matrix)  # U Uᵀ M
-                matrix = along + (matrix - along) @ right.mT @ right  # + (M − U Uᵀ M) V Vᵀ, which is zero
-            parts.append(matrix.flatten(1))
-        return torch.cat(parts, dim=1)
+        return self._product(self._split(flat, layout))
 
     def quantize(self, flat: Tensor, layout: AtomLayout) -> dict[str, Tensor]:
-        import torch
+        return self._quantized(self._split(flat, layout), layout)
 
-        numbers = []
-        for matrix, factored in self._split(flat, layout):
-            numbers += [factor.flatten(1) for factor in self._of(matrix)] if factored else [matrix.flatten(1)]
-        return self.factors.quantize(torch.cat(numbers, dim=1), self._coded(layout))
+    def straight_through(self, flat: Tensor, layout: AtomLayout) -> Tensor:
+        """As the others; to what the truncation leaves out no gradient flows."""
+        split = self._split(flat, layout)  # for both: the singular vectors are most of the work
+        kept = self._product(split)
+        decoded = self.dequantize(self._quantized(split, layout), layout).to(flat.dtype)
+        return kept + (decoded - kept.detach())
 
     def dequantize(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> Tensor:
         import torch
@@ -425,13 +418,34 @@ class LowRank(Codec):
             coded += [(self.rank, rows), (self.rank, columns)] if factored else [(rows, columns)]
         return AtomLayout(tuple(coded))
 
-    def _split(self, flat: Tensor, layout: AtomLayout) -> list[tuple[Tensor, bool]]:
-        """The matrices (batch, rows, columns), and whether each is factored."""
+    def _split(self, flat: Tensor, layout: AtomLayout) -> list[tuple[Tensor, tuple[Tensor, Tensor] | None]]:
+        """The matrices (batch, rows, columns), each with its exact factors unless it is coded whole."""
         parts = flat.split([rows * columns for rows, columns in layout.matrices], dim=1)
-        return [
-            (part.unflatten(1, shape), self._smaller(*shape))
-            for part, shape in zip(parts, layout.matrices, strict=True)
-        ]
+        matrices = [part.unflatten(1, shape) for part, shape in zip(parts, layout.matrices, strict=True)]
+        return [(matrix, self._of(matrix.float()) if self._smaller(*matrix.shape[1:]) else None) for matrix in matrices]
+
+    @staticmethod
+    def _product(split: Sequence[tuple[Tensor, tuple[Tensor, Tensor] | None]]) -> Tensor:
+        """The matrices along their factors, (batch, numel)."""
+        import torch
+        from torch.nn.functional import normalize
+
+        parts = []
+        for matrix, factors in split:
+            if factors is not None:
+                left, right = (normalize(factor, dim=2, eps=1e-30).to(matrix.dtype) for factor in factors)
+                along = left.mT @ (left @ matrix)  # U Uᵀ M
+                matrix = along + (matrix - along) @ right.mT @ right  # + (M − U Uᵀ M) V Vᵀ, which is zero
+            parts.append(matrix.flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def _quantized(
+        self, split: Sequence[tuple[Tensor, tuple[Tensor, Tensor] | None]], layout: AtomLayout
+    ) -> dict[str, Tensor]:
+        import torch
+
+        numbers = [part for matrix, factors in split for part in factors or (matrix.detach().float(),)]
+        return self.factors.quantize(torch.cat([part.flatten(1) for part in numbers], dim=1), self._coded(layout))
 
     def _factors(self, parts: Mapping[str, Tensor], layout: AtomLayout) -> list[tuple[Tensor | None, Tensor]]:
         """The decoded factors (batch, rank, rows) and (batch, rank, columns); None and the matrix where coded whole."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from regrad_qdrant.space import AtomSpace
 
+BATCH_TOKENS = 2048  # of one gradient batch, with padding; lower it where memory is short
+
 
 def hidden_states(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
     """The last hidden states (batch, tokens, hidden) of right-padded token ids."""

@@ -84,6 +84,11 @@ class MetaInitialization:
     def rank(self) -> int:
         return next(iter(self.modules.values())).rank
 
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the adapted transformer layers, rising."""
+        return sorted({int(part) for name in self.modules for part in name.split(".") if part.isdigit()})
+
     @cached_property
     def space(self) -> AtomSpace:
         """The atom space over this initialization's own tensors."""

@@ -23,7 +23,7 @@ from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.codec import DEFAULT_CODEC, get_codec
 from regrad_qdrant.errors import DataError, RegradError, StaleAtomError, WrongSpaceError
 from regrad_qdrant.generation import generate
-from regrad_qdrant.gradients import EncodedDocument, GradientComputer
+from regrad_qdrant.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer
 from regrad_qdrant.prompts import Prompt, QuestionType
 from regrad_qdrant.record import Record, make_records
 
@@ -43,7 +43,6 @@ WITHOUT_DOCUMENTS = ("direct", "init")
 BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
 WITHOUT_ATOMS = (*BARE, "init", "init+icl")
 WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
-BATCH_TOKENS = 2048  # of one batch of atoms that are computed at query time
 COUNTED = 100_000  # points without an atom whose retrievals are counted
 OnStale = Literal["skip", "recompute", "refuse"]
 OnMissing = Literal["skip", "compute", "store"]

@@ -56,8 +56,8 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
 
 
 def base_of(peft_model: PeftModel) -> PreTrainedModel:
-    """The base model below the plug-in."""
-    return cast("PreTrainedModel", peft_model.get_base_model())
+    """The base model below the plug-in; a model without one is its own."""
+    return cast("PreTrainedModel", getattr(peft_model, "get_base_model", lambda: peft_model)())
 
 
 def lora_layers(peft_model: PeftModel) -> dict[str, nn.Module]:

@@ -25,13 +25,12 @@ from regrad_loaders.scores import Interval, bootstrap, f1
 from regrad_qdrant.adapter import Adapter
 from regrad_qdrant.codec import AtomLayout, get_codec
 from regrad_qdrant.generation import generate
-from regrad_qdrant.gradients import GradientComputer
+from regrad_qdrant.gradients import BATCH_TOKENS, GradientComputer
 from regrad_qdrant.initialization import MetaInitialization
 from regrad_qdrant.plugin import row_updates
 from regrad_qdrant.prompts import Prompt
 from regrad_qdrant.record import Record, decode_sum, make_records
 
-BATCH_TOKENS = 2048
 QUESTIONS_A_BATCH = 24
 TIMED = 24  # atoms and answers that the times are taken over
 BASELINE = "fp32"

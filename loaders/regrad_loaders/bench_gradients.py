@@ -10,13 +10,11 @@ from torch import nn
 
 from regrad_loaders.bench_figures import Figure, in_turns, milliseconds
 from regrad_qdrant.adapter import Adapter
-from regrad_qdrant.gradients import EncodedDocument, GradientComputer, batches, pad
+from regrad_qdrant.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches, document_losses, pad
 from regrad_qdrant.initialization import MetaInitialization
-from regrad_qdrant.loss import token_cross_entropy
 from regrad_qdrant.plugin import lora_layers, lora_weight
 from regrad_qdrant.space import AtomSpace
 
-BATCH_TOKENS = 2048
 A_ROUND = 16  # documents
 
 
@@ -67,10 +65,7 @@ class Floor:
         try:
             for batch in batches([len(document.ids) for document in documents], BATCH_TOKENS):
                 ids, mask = pad([documents[i].ids for i in batch], 0)
-                hidden = self.model.get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0][:, :-1]
-                row, position = mask[:, 1:].nonzero(as_tuple=True)
-                weight = self.model.get_output_embeddings().weight
-                token_cross_entropy(hidden[row, position], weight, ids[:, 1:][row, position]).sum().backward()
+                document_losses(self.model, ids, mask).sum().backward()
         finally:
             handle.remove()
 
@@ -78,11 +73,6 @@ class Floor:
     def _begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """The graph begins at this layer's input."""
         return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
-
-
-def first_layer(initialization: MetaInitialization) -> int:
-    """The number of the first adapted transformer layer."""
-    return min(int(part) for name in initialization.modules for part in name.split(".") if part.isdigit())
 
 
 def bench_gradients(
@@ -100,7 +90,7 @@ def bench_gradients(
     model, tokenizer = load("float32")
     adapter = Adapter(model, initialization)
     gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
-    first = first_layer(initialization)
+    first = initialization.layers[0]
     floors = {dtype: Floor(load(dtype)[0], first) for dtype in ("bfloat16", "float32")}
     documents = [gradients.encode(text) for text in texts]
     rounds = list(_rounds(documents))

@@ -5,7 +5,6 @@ Every answer is made to have the same number of tokens, so that a mode that says
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ import torch
 from torch import Tensor
 
 from regrad_loaders.bench_figures import Figure, in_turns, milliseconds
-from regrad_loaders.bench_gradients import Floor, first_layer
+from regrad_loaders.bench_gradients import Floor
 from regrad_loaders.data import Question
 from regrad_qdrant.documents import Hit
+from regrad_qdrant.generation import encoded
 from regrad_qdrant.pipeline import ReGrad
 from regrad_qdrant.prompts import Prompt
 
@@ -48,17 +48,14 @@ class Bench:
         from transformers import GenerationConfig
 
         tokenizer = self.regrad.tokenizer
-        rows = [tokenizer(prompt.render(tokenizer), add_special_tokens=False).input_ids for prompt in prompts]
-        longest, pad_id = max(map(len, rows)), tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        ids, mask = encoded(tokenizer, prompts)
         config = GenerationConfig(
-            do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=pad_id,
+            do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         with torch.inference_mode():
             said: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        return said[:, longest:]
+        return said[:, ids.shape[1] :]
 
     def search(self, question: Question, *, with_records: bool) -> list[Hit]:
         return self.regrad.bank.search(question.question, TOP_K, with_records=with_records)
@@ -74,8 +71,7 @@ class Bench:
         times = {"start": time.perf_counter()}
         hits = self.search(question, with_records=True)
         times["search"] = time.perf_counter()
-        weights = self.regrad.merge.weights([hit.score for hit in hits])
-        atom_sum = self.regrad.adapter.decode([hit.record for hit in hits if hit.record], weights)
+        atom_sum = self.sum(hits)
         times["decode"] = time.perf_counter()
         with self.regrad.adapter.applied_sum(atom_sum):
             times["apply"] = time.perf_counter()
@@ -98,18 +94,14 @@ class Bench:
     def floor_of_gradients(self, question: Question) -> None:
         """What the gradients of the passages can't do without (`bench_gradients.Floor`)."""
         hits = self.search(question, with_records=False)
-        Floor(self.bare, first_layer(self.regrad.initialization)).run(
+        Floor(self.bare, self.regrad.initialization.layers[0]).run(
             [self.regrad.gradients.encode(hit.text) for hit in hits]
         )
 
-    def sums(self, questions: Sequence[Question]) -> list[Tensor | None]:
-        found = [self.search(question, with_records=True) for question in questions]
-        return [
-            self.regrad.adapter.decode(
-                [hit.record for hit in hits if hit.record], self.regrad.merge.weights([hit.score for hit in hits])
-            )
-            for hits in found
-        ]
+    def sum(self, hits: Sequence[Hit]) -> Tensor:
+        """Σ wᵢ·g(dᵢ) of retrieved documents."""
+        weights = self.regrad.merge.weights([hit.score for hit in hits])
+        return self.regrad.adapter.decode([hit.record for hit in hits if hit.record], weights)
 
 
 def bench_query(
@@ -176,7 +168,9 @@ def bench_batch(
         start = turn * size
         return [bench.questions[(start + i) % len(bench.questions)] for i in range(size)]
 
-    sums = [bench.sums(asked(turn)) for turn in range(rounds)]
+    sums = [
+        [bench.sum(bench.search(question, with_records=True)) for question in asked(turn)] for turn in range(rounds)
+    ]
 
     def together(turn: int) -> None:
         with adapter.rows(sums[turn], [False] * size):
@@ -184,7 +178,7 @@ def bench_batch(
 
     def one_by_one(turn: int) -> None:
         for question, atom_sum in zip(asked(turn), sums[turn], strict=True):
-            with adapter.applied_sum(atom_sum) if atom_sum is not None else contextlib.nullcontext():
+            with adapter.applied_sum(atom_sum):
                 bench.speak(adapter.model, [bench.prompt(question)], ANSWER_TOKENS)
 
     def bare(turn: int) -> None:

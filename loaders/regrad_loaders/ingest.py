@@ -15,7 +15,7 @@ from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.documents import Document, Hit
 from regrad_qdrant.errors import BankError, DataError
-from regrad_qdrant.gradients import EncodedDocument, GradientComputer, batches
+from regrad_qdrant.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches
 from regrad_qdrant.record import make_records
 from regrad_qdrant.store import PointId, json_bytes, pages
 
@@ -26,7 +26,6 @@ LongTexts = Literal["truncate", "window", "skip"]
 
 PAGE = 256  # points looked up at a time; within a page, documents are sorted by length
 WAITING = 2  # batches that may wait to be coded and written while the next one's gradients are computed
-BATCH_TOKENS = 2048  # of one gradient batch, with padding; lower it where memory is short
 
 
 @dataclass

@@ -160,11 +160,8 @@ class MetaLearner(nn.Module):
 
     def coded(self, atoms: Mapping[str, Tensor], codec: str) -> dict[str, Tensor]:
         """The atoms as a bank gives them back from this codec; gradients pass straight through its rounding."""
-        coder, layout = get_codec(codec), self.space.layout
         flat = self.space.flatten(atoms)
-        decoded = coder.dequantize(coder.quantize(flat.detach().float(), layout), layout).to(flat.dtype)
-        kept = coder.truncated(flat, layout)
-        return self.space.unflatten(kept + (decoded - kept.detach()))
+        return self.space.unflatten(get_codec(codec).straight_through(flat, self.space.layout))
 
     def objective(self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2) -> tuple[Tensor, Tensor]:
         """The episode's answer losses and greedy hits, (questions,) each; arguments as `episode_updates`."""
@@ -237,7 +234,7 @@ def raw_initialization(
         like.base,
         kind=like.kind,
         targets=sorted({name.rsplit(".", 1)[-1] for name in like.modules}),
-        layers=sorted({int(part) for name in like.modules for part in name.split(".") if part.isdigit()}),
+        layers=like.layers,
         rank=like.rank,
         basis_rank=0 if basis is None else int(basis.shape[1]),
         lora_alpha=like.lora_alpha,
