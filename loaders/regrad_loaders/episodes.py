@@ -20,6 +20,7 @@ from regrad_qdrant.errors import DataError
 from regrad_qdrant.prompts import Prompt
 
 RETRIEVAL_DEPTH = 10
+DRAWS = 100  # of an episode that holds a question, before the data is given up on
 
 
 @dataclass(frozen=True)
@@ -100,14 +101,30 @@ class EpisodeSource:
         return ids
 
     def episode(self, rng: random.Random, passages: int, questions_per_passage: int, top_k: Sequence[int]) -> Episode:
-        """An episode of about `passages` passages, every question with k drawn from `top_k`."""
+        """An episode of about `passages` passages, every question with k drawn from `top_k`.
+
+        Raises:
+            DataError: if no draw finds a question whose gold passages, or windows of them, hold an answer together.
+        """
+        for _ in range(DRAWS):
+            episode = self._draw(rng, passages, questions_per_passage, top_k)
+            if episode.examples:
+                return episode
+        raise DataError(
+            f"{self.name}: in {DRAWS} draws of {passages} passages no question has all its gold passages; "
+            "allow more `passages` or `passage_tokens`"
+        )
+
+    def _draw(self, rng: random.Random, passages: int, questions_per_passage: int, top_k: Sequence[int]) -> Episode:
+        """One draw: questions that can't be answered from the passages that it has room for are left out of it."""
         chosen: dict[str, list[int]] = {}  # passage id → window
         asked: list[tuple[_Entry, Question]] = []
         seen: set[str] = set()
         while len(chosen) < min(passages, len(self.golds)):
             entry = rng.choice(self.entries)
             negatives = [key for key in entry.hits if key not in entry.question.gold_ids]
-            wanted = [*entry.question.gold_ids, *negatives[: rng.choice(top_k)]][: max(2, passages - len(chosen))]
+            k = max(rng.choice(top_k), len(entry.question.gold_ids))
+            wanted = [*entry.question.gold_ids, *negatives][: min(k, max(2, passages - len(chosen)))]
             for key in wanted:
                 if key not in chosen:
                     local = entry if key in entry.question.gold_ids else rng.choice(self.by_gold.get(key) or [entry])
