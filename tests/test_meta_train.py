@@ -60,7 +60,7 @@ def trainer(tokenizer, out, recipe=RECIPE):
 
 def test_episodes_hold_what_retrieval_returned_and_the_gold_passage(source):
     episode = source.episode(random.Random(0), passages=4, questions_per_passage=2, top_k=[2])
-    assert 3 <= len(episode.passages) <= 6 and len(episode.examples) >= 4
+    assert 3 <= len(episode.passages) <= 5 and len(episode.examples) >= 4
     assert all(len(ids) <= 48 for ids in episode.passages)
     assert {row for example in episode.examples for row in example.rows} == set(range(len(episode.passages)))
     for example in episode.examples:
@@ -76,6 +76,19 @@ def test_data_that_can_not_be_trained_on_is_refused_and_little_data_ends(tokeniz
         EpisodeSource(world, [replace(world.questions[0], gold_ids=())], tokenizer, 48)
     with pytest.raises(DataError, match="'nowhere', not in the corpus"):
         EpisodeSource(world, [replace(world.questions[0], gold_ids=("nowhere",))], tokenizer, 48)
+
+
+def test_an_episode_without_questions_is_drawn_again(tokenizer):
+    world = generate("train", 6, 1, questions_per_person=1)
+    keys = [passage.id for passage in world.passages]
+    answerable, *others = world.questions
+    many = [replace(question, gold_ids=tuple(keys)) for question in others]  # more than an episode has room for
+    source = EpisodeSource(world, [answerable, *many], tokenizer, passage_tokens=60)
+    for seed in range(10):
+        episode = source.episode(random.Random(seed), 2, 1, [1])
+        assert [example.question_id for example in episode.examples] == [f"{world.name}/{answerable.id}"]
+    with pytest.raises(DataError, match="no question has all its gold passages; allow more `passages`"):
+        EpisodeSource(world, many, tokenizer, 60).episode(random.Random(0), 2, 1, [1])
 
 
 def test_a_window_of_a_long_passage_holds_the_answer(tokenizer):
@@ -367,7 +380,10 @@ def test_narrowing_keeps_the_principal_directions_of_the_atoms(source):
         )
     fewer = [name for name in wide.modules if "layers.2" in name]
     assert list(narrow(wide, flat, rank=4, basis_rank=4, modules=fewer).modules) == fewer
-    with pytest.raises(InitializationError, match="only the core space"):
+    one_each = wide.with_step_sizes({name: torch.ones(8, 8) for name in wide.step_sizes})
+    with pytest.raises(InitializationError, match="a step size for every number"):
+        narrow(one_each, flat, rank=2, basis_rank=2, modules=[])
+    with pytest.raises(InitializationError, match="only core and values"):
         narrow(tiny_initialization(tiny_model(), "lora"), flat, rank=2, basis_rank=2, modules=[])
 
 
@@ -396,6 +412,22 @@ def test_values_alone_move_b_as_the_whole_space_did():
         torch.testing.assert_close(moved, sizes[f"{name}.lora_B"] * whole @ old.lora_a)
     with pytest.raises(InitializationError, match="only the space lora"):
         values_of(values, values.modules)
+
+
+def test_values_narrow_to_cores():
+    values = tiny_initialization(tiny_model(), "values")
+    torch.manual_seed(4)
+    flat = torch.randn(3, values.space.numel)  # of fewer documents and rows than B has, so that none of it is left out
+    made = narrow(values, flat, rank=4, basis_rank=12, modules=values.modules)
+    rows = {name: values.space.unflatten(flat)[f"{name}.values"][0] for name in values.modules}
+    turned = {name: torch.linalg.lstsq(values.modules[name].lora_a.T, m.lora_a.T) for name, m in made.modules.items()}
+    cores = {f"{name}.core": m.basis.T @ rows[name].T @ turned[name].solution for name, m in made.modules.items()}
+    for name, update in made.space.to_update(cores).items():
+        module = name.removesuffix(".lora_B")
+        torch.testing.assert_close(
+            update @ made.modules[module].lora_a, rows[module].T @ values.modules[module].lora_a, rtol=1e-3, atol=1e-3
+        )
+        assert made.step_sizes[f"{module}.core"] == values.step_sizes[f"{module}.values"]
 
 
 def test_going_on_in_values_with_atoms_of_low_rank(tokenizer, tmp_path):

@@ -112,7 +112,8 @@ class Trainer:
         start = MetaInitialization.load(recipe.start)
         start.check_model(model)
         modules = list(adapted_layers(model, recipe.targets, layers))
-        if start.kind == recipe.space == "core" and _plan(start) != (recipe.rank, recipe.basis_rank, set(modules)):
+        wanted = (recipe.rank, recipe.basis_rank, set(modules))
+        if recipe.space == "core" and start.kind in ("core", "values") and _plan(start) != wanted:
             atoms = self._sample_atoms(model, start)
             start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=modules)
         if (start.kind, recipe.space) == ("lora", "values"):

@@ -6,7 +6,8 @@ atoms of sample passages, span the narrower bases: with L (p, p') and R (r, r') 
 
     U' = U L     A' = Rᵀ A     B' = B R     so that C' = Lᵀ C R and B'A' = B R Rᵀ A
 
-φ₀ changes only in what B had along the directions of A that are left out.
+φ₀ changes only in what B had along the directions of A that are left out. The whole g_B of the space `values` is a
+core in the basis of unit vectors, so it narrows to `core` in the same way.
 """
 
 from __future__ import annotations
@@ -32,30 +33,37 @@ def narrow(
         atoms: (documents, numel) of the initialization's own space; more documents than the ranks.
 
     Raises:
-        InitializationError: for another space than core, larger ranks, or modules that it does not adapt.
+        InitializationError: for another space than core or values, larger ranks, modules that it does not adapt, or a
+            step size for every number.
     """
-    if initialization.kind != "core":
-        raise InitializationError(f"only the core space can be narrowed, not {initialization.kind!r}")
+    if initialization.kind not in ("core", "values"):
+        raise InitializationError(f"only core and values can be narrowed, not {initialization.kind!r}")
+    if initialization.has_full_step_sizes:
+        raise InitializationError("with a step size for every number an initialization can't be narrowed")
     unknown = [name for name in modules if name not in initialization.modules]
     if unknown:
         raise InitializationError(f"the initialization does not adapt {unknown[0]}: it can't be narrowed to it")
-    cores = initialization.space.unflatten(atoms.double())
+    parts = initialization.space.unflatten(atoms)
     kept, sizes = {}, {}
     for name, module in initialization.modules.items():
         if name not in modules:
             continue
-        core, basis = cores[f"{name}.core"], module.basis
-        if basis is None or rank > module.rank or basis_rank > basis.shape[1]:
+        tensor = f"{name}.{initialization.kind}"
+        core = parts[tensor].double()
+        if initialization.kind == "values":
+            core = core.mT
+        if basis_rank > core.shape[1] or rank > core.shape[2]:
             raise InitializationError(
                 f"{name} has p × r = {tuple(core.shape[1:])}; narrowing to ({basis_rank}, {rank}) would widen it"
             )
-        left, right = _leading(core @ core.mT, basis_rank), _leading(core.mT @ core, rank)
-        kept[name] = LoraModule(right.T @ module.lora_a, module.lora_b @ right, module.scaling, basis @ left)
-        sizes[f"{name}.core"] = initialization.step_sizes[f"{name}.core"]
+        left, right = _leading(core, basis_rank), _leading(core.mT, rank)
+        basis = left if module.basis is None else module.basis @ left
+        kept[name] = LoraModule(right.T @ module.lora_a, module.lora_b @ right, module.scaling, basis)
+        sizes[f"{name}.core"] = initialization.step_sizes[tensor]
     lora_alpha = initialization.lora_alpha * rank / initialization.rank
     if lora_alpha != int(lora_alpha):
         raise InitializationError(f"rank {rank} would need lora_alpha {lora_alpha}: choose another rank")
-    return replace(initialization, modules=kept, step_sizes=sizes, lora_alpha=int(lora_alpha), card={})
+    return replace(initialization, kind="core", modules=kept, step_sizes=sizes, lora_alpha=int(lora_alpha), card={})
 
 
 def values_of(initialization: MetaInitialization, modules: Collection[str]) -> MetaInitialization:
@@ -85,7 +93,8 @@ def values_of(initialization: MetaInitialization, modules: Collection[str]) -> M
     return replace(initialization, kind="values", modules=kept, step_sizes=step_sizes, card={})
 
 
-def _leading(products: Tensor, count: int) -> Tensor:
-    """The eigenvectors of Σ products (documents, n, n) with the largest eigenvalues, (n, count) float32."""
-    vectors: Tensor = torch.linalg.eigh(products.sum(0)).eigenvectors
+def _leading(cores: Tensor, count: int) -> Tensor:
+    """The eigenvectors of Σ CCᵀ over cores (documents, n, m) with the largest eigenvalues, (n, count) float32."""
+    rows = cores.transpose(0, 1).flatten(1)
+    vectors: Tensor = torch.linalg.eigh(rows @ rows.T).eigenvectors
     return vectors[:, -count:].flip(1).float()
