@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import tiny_initialization, tiny_model
 
-from regrad_loaders.bench_figures import Figure, in_turns, plot
+from regrad_loaders.bench_figures import Figure, flops, in_turns, plot
 from regrad_loaders.bench_gradients import bench_gradients
 from regrad_loaders.bench_growth import bench_growth
 from regrad_loaders.bench_query import Bench, bench_batch, bench_query
@@ -33,6 +33,12 @@ def test_a_figure_is_the_median_with_its_spread():
     assert (figure.low, figure.high) == pytest.approx((2.2, 7.8))
 
 
+def test_matrix_products_are_counted():
+    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(3, 4)
+    assert flops(lambda: a @ b) == 2 * 2 * 3 * 4
+    assert flops(lambda: (a @ b).sum().backward()) == 2 * (2 * 2 * 3 * 4)
+
+
 def test_the_loop_of_plain_autograd_computes_the_same_atoms(kind, tokenizer):
     def load(dtype):
         return tiny_model().to(getattr(torch, dtype)), tokenizer
@@ -41,6 +47,8 @@ def test_the_loop_of_plain_autograd_computes_the_same_atoms(kind, tokenizer):
     figures, details = bench_gradients(tiny_initialization(tiny_model(), kind), load, texts)
     assert {"gradients.speedup_over_one_at_a_time", "gradients.time_over_floor"} <= set(figures)
     assert details["documents"] == 32 and details["largest_relative_difference"] < 1e-4
+    counted = details["gflop_a_document"]
+    assert counted["floor, bfloat16"] == counted["floor, float32"] < counted["batched"]
 
 
 def test_the_loop_of_one_passage_at_a_time_has_the_same_loss(kind, tokenizer):

@@ -46,8 +46,8 @@ class Adapted:
     rank: int
 
     def core(self, p: int) -> AtomLayout:
-        """Of the space core at p × p, on the gate, up and down projections."""
-        return AtomLayout.flat(self.layers * 3 * p * p)
+        """Of the space core with bases of p columns, on the gate, up and down projections."""
+        return AtomLayout.flat(self.layers * 3 * p * self.rank)
 
     def values(self) -> AtomLayout:
         """Of the space values, on the same projections."""
@@ -227,7 +227,9 @@ def extrapolation() -> list[dict[str, Any]]:
     rows = []
     for model, sizes in MODELS.items():
         of_values = [("values", sizes.values(), codec) for codec in ("fp32", *(f"sign-rank{q}" for q in (2, 4, 8, 16)))]
-        of_cores = [(f"core {p} × {p}", sizes.core(p), codec) for p in (16, 32) for codec in ("ternary", "sign")]
+        of_cores = [
+            (f"core {p} × {sizes.rank}", sizes.core(p), codec) for p in (16, 48, 64) for codec in ("ternary", "sign")
+        ]
         for space, layout, codec in of_values + of_cores:
             numbers = torch.randn(1, layout.numel, generator=torch.Generator().manual_seed(0))
             size = make_records(numbers, [""], "0" * 16, codec, layout)[0].payload_bytes

@@ -68,6 +68,16 @@ def milliseconds(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: round(1000 * median(values), 3) for name, values in seconds.items()}
 
 
+def flops(work: Callable[[], Any]) -> int:
+    """Floating-point operations of the matrix products in `work`, counted by PyTorch; what is element by element is
+    left out."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
 def plot(figures: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A bar for every figure on a logarithmic axis, with its spread, and a mark at its floor.
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrad_loaders.bench_figures import Figure, in_turns, milliseconds
+from regrad_loaders.bench_figures import Figure, flops, in_turns, milliseconds
 from regrad_qdrant.adapter import Adapter
 from regrad_qdrant.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches, document_losses, pad
 from regrad_qdrant.initialization import MetaInitialization
@@ -102,19 +102,21 @@ def bench_gradients(
     batched(0), one_at_a_time(gradients, rounds[0][:2]), [floor.run(rounds[0]) for floor in floors.values()]
     difference = batched(0) - one_at_a_time(gradients, rounds[0])
     largest = float((difference.norm(dim=1) / batched(0).norm(dim=1)).max())
-    seconds = in_turns(
-        {
-            "batched": batched,
-            "one at a time": lambda turn: one_at_a_time(gradients, rounds[turn]),
-            "floor, bfloat16": lambda turn: floors["bfloat16"].run(rounds[turn]),
-            "floor, float32": lambda turn: floors["float32"].run(rounds[turn]),
-        },
-        len(rounds),
-        on_round,
-    )
+    parties = {
+        "batched": batched,
+        "one at a time": lambda turn: one_at_a_time(gradients, rounds[turn]),
+        "floor, bfloat16": lambda turn: floors["bfloat16"].run(rounds[turn]),
+        "floor, float32": lambda turn: floors["float32"].run(rounds[turn]),
+    }
+    seconds = in_turns(parties, len(rounds), on_round)
+    middle = len(rounds) // 2
+    gflop = {name: flops(lambda party=party: party(middle)) / 1e9 for name, party in parties.items()}
     adapter.model.unload()
     best = min(("floor, bfloat16", "floor, float32"), key=lambda name: sum(seconds[name]))
-    bare = "the bare model forward and, through the adapted layers' activations alone, backward"
+    bare = (
+        f"the bare model forward and, through the adapted layers' activations alone, backward: "
+        f"{gflop['floor, float32'] / A_ROUND:.3g} of the {gflop['batched'] / A_ROUND:.3g} GFLOP a document"
+    )
     speedup = sum(seconds["one at a time"]) / sum(seconds[best])
     figures = {
         "gradients.speedup_over_one_at_a_time": Figure.ratio(
@@ -131,6 +133,8 @@ def bench_gradients(
         "tokens": tokens,
         "largest_relative_difference": largest,
         "ms_a_document": {name: value / A_ROUND for name, value in milliseconds(seconds).items()},
+        "gflop_a_document": {name: value / A_ROUND for name, value in gflop.items()},
+        "gflop_per_second": {name: value / seconds[name][middle] for name, value in gflop.items()},
         "documents_per_second": round(len(documents) / sum(seconds["batched"]), 2),
     }
     return figures, details

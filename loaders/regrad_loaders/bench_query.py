@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrad_loaders.bench_figures import Figure, in_turns, milliseconds
+from regrad_loaders.bench_figures import Figure, flops, in_turns, milliseconds
 from regrad_loaders.bench_gradients import Floor
 from regrad_loaders.data import Question
 from regrad_qdrant.documents import Hit
@@ -126,6 +126,7 @@ def bench_query(
         "first token, rag": lambda turn: bench.rag(asked(turn), 1),
         "first token, regrad": lambda turn: bench.cached(asked(turn), 1),
     }
+    gflop = {name: flops(lambda party=party: party(0)) / 1e9 for name, party in work.items()}
     in_turns(work, 2)  # warm up
     parts.clear()
     seconds = in_turns(work, rounds, on_round)
@@ -153,7 +154,7 @@ def bench_query(
             "the bare model forward and half-way backward over the passages, and the cached answer",
         ),
     }  # fmt: skip
-    details = {"ms": milliseconds(seconds), "answer_tokens": ANSWER_TOKENS, "top_k": TOP_K}
+    details = {"ms": milliseconds(seconds), "gflop": gflop, "answer_tokens": ANSWER_TOKENS, "top_k": TOP_K}
     details["ms_of_parts"] = milliseconds({name: [part[name] for part in parts] for name in parts[0]})
     return figures, details
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from regrad_loaders.bench_figures import Figure, in_turns, milliseconds
+from regrad_loaders.bench_figures import Figure, flops, in_turns, milliseconds
 from regrad_loaders.bench_gradients import in_space
 from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.meta_learner import MetaLearner
@@ -80,24 +80,19 @@ def bench_training(
     difference = abs(found["episode"] - found["loop"]) / found["loop"]
     seconds = in_turns({"episode": whole, "one at a time": loop}, rounds, on_round)
     tasks = [len(episode.examples) for episode in episodes[:rounds]]
-    floor = _tokens(episodes[:rounds])
-    ratio = Figure.ratio(seconds["one at a time"], seconds["episode"], floor, "the loop's tokens over the episodes'")
+    gflop = {"episode": flops(lambda: whole(0)) / 1e9, "one at a time": flops(lambda: loop(0)) / 1e9}
+    floor, arithmetic = (
+        gflop["one at a time"] / gflop["episode"],
+        "the loop's matrix products over the episode's, counted",
+    )
+    ratio = Figure.ratio(seconds["one at a time"], seconds["episode"], floor, arithmetic)
     figures = {"training.speedup_over_one_at_a_time": ratio}
     details = {
         "ms": milliseconds(seconds),
+        "gflop_of_the_first_episode": gflop,
+        "gflop_per_second": {name: value / seconds[name][0] for name, value in gflop.items()},
         "tasks_per_second": sum(tasks) / sum(seconds["episode"]),
         "tasks_an_episode": tasks,
         "relative_difference_of_losses": difference,
     }
     return figures, details
-
-
-def _tokens(episodes: list[Episode]) -> float:
-    """Tokens that the loop computes over those that the episodes do."""
-    loop = whole = 0
-    for episode in episodes:
-        lengths = [len(passage) for passage in episode.passages]
-        answers = sum(len(example.prompt_ids) + len(example.answer_ids) for example in episode.examples)
-        loop += answers + sum(lengths[row] for example in episode.examples for row in example.rows)
-        whole += answers + sum(lengths)
-    return loop / whole
