@@ -87,7 +87,9 @@ def evaluation(
     ] = 0,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="The mode that the others' F1 is compared with, question by question."),
+        typer.Option(
+            "--against", help="Modes, comma-separated, that the others' F1 is compared with, question by question."
+        ),
     ] = None,
     batch: Batch = 8,
     filter_field: Annotated[
@@ -139,8 +141,9 @@ def evaluation(
     further = whole_numbers(sweep, "--sweep")
     if further and oracle:
         raise DataError("--oracle answers from the gold passages, however many there are: leave --sweep out")
-    if against is not None and against not in chosen:
-        raise DataError(f"--against {against}: it is not among the modes {', '.join(chosen)}")
+    references = parse_modes(against, EVALUATION_MODES) if against else []
+    if absent := [mode for mode in references if mode not in chosen]:
+        raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
     check_outputs(json_out, predictions, plot_out)
     questions = select(read_questions(qa), split, limit)
     for question in questions:
@@ -173,7 +176,7 @@ def evaluation(
         settings: dict[str, Any] = {
             "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
             "limit": limit, "modes": chosen, "top_k": top_k, "oracle": oracle, "distractors": distractors,
-            "against": against, "using": vector_name(using), "dense": dense, "filter_field": filter_field,
+            "against": references, "using": vector_name(using), "dense": dense, "filter_field": filter_field,
             "batch": batch, "collection": collection, "url": url, "path": str(path) if path else None,
             "payload_key": payload_key, "sidecar": sidecar, "init": init, "icl_init": icl_init,
             "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
@@ -223,11 +226,11 @@ def evaluation(
         return sorted((p for part in parts for p in part.predictions), key=lambda p: chosen.index(p.mode))
 
     others = tuple((k, Evaluation(settings, ordered(parts), None)) for k, parts in swept.items() if parts)
-    result = Evaluation(settings, ordered(found), found[0].recall_at_k, against, others)
+    result = Evaluation(settings, ordered(found), found[0].recall_at_k, tuple(references), others)
     console.print(scores_table(result))
     if others:
         console.print(sweep_table(result))
-    if against:
+    if references:
         console.print(differences_table(result))
     if report is not None:
         print_report(report)

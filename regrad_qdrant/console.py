@@ -112,10 +112,12 @@ def scores_table(result: Evaluation) -> Table:
 
 
 def differences_table(result: Evaluation) -> Table:
-    table = Table("mode", f"F1 minus {result.against}", "95 %", title="Paired over the same questions")
+    table = Table("mode", "minus", "F1", "95 %", title="Paired over the same questions")
     for row in result.differences():
         low, high = (100 * end for end in row["f1_interval"])
-        table.add_row(row["mode"], f"{100 * row['f1']:+.1f}", f"{low:+.1f} … {high:+.1f}")
+        table.add_row(
+            _escape(row["mode"]), _escape(row["minus"]), f"{100 * row['f1']:+.1f}", f"{low:+.1f} … {high:+.1f}"
+        )
     return table
 
 

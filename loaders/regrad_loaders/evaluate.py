@@ -51,7 +51,7 @@ class Evaluation:
     settings: dict[str, Any]
     predictions: list[Prediction]
     recall_at_k: float | None
-    against: str | None = None  # the mode that the others are paired with
+    against: tuple[str, ...] = ()  # the modes that the others are paired with
     sweep: tuple[tuple[int, Evaluation], ...] = ()  # the same questions at other k
 
     def results(self) -> list[dict[str, Any]]:
@@ -82,15 +82,16 @@ class Evaluation:
         return [{"mode": mode, "f1": mean(of), "f1_interval": _ends(bootstrap(of))} for mode, of in scores.items()]
 
     def differences(self) -> list[dict[str, Any]]:
-        """For every other mode its F1 minus that of `against`, over the same questions, with the paired interval."""
+        """Every mode's F1 minus that of each in `against`, over the same questions, with the paired interval."""
         scores: dict[str, dict[str, float]] = defaultdict(dict)
         for prediction in self.predictions:
             scores[prediction.mode][prediction.id] = prediction.f1
-        reference = scores.pop(str(self.against), {})
         rows = []
-        for mode, of_mode in scores.items() if reference else ():
-            found = bootstrap([of_mode[key] - there for key, there in reference.items()])
-            rows.append({"mode": mode, "minus": self.against, "f1": found.mean, "f1_interval": _ends(found)})
+        for other in self.against:
+            for mode in scores:
+                if mode != other:
+                    found = bootstrap([scores[mode][key] - there for key, there in scores[other].items()])
+                    rows.append({"mode": mode, "minus": other, "f1": found.mean, "f1_interval": _ends(found)})
         return rows
 
     def as_dict(self) -> dict[str, Any]:
