@@ -43,7 +43,7 @@ with its fingerprint, hash and base64, as it stands in the payload.
 - **Space**: `rank`, `basis_rank`, `layers`, `targets` and `space` of a recipe. Another space is another initialization,
   so the bank is ingested anew.
 - **Small out of large**: a recipe whose `start` names an initialization of larger ranks begins with that one, narrowed
-  to the principal directions of its atoms (`loaders/recipes/smollm2-135m-instruct.yaml` is one).
+  to the principal directions of its atoms (`loaders/recipes/smollm2-135m-instruct-core.yaml` is one).
 - **Step sizes alone**: `regrad-qdrant train --refit-step-sizes --recipe … --init …` fits α and τ to the recipe's
   codecs. The fingerprint stays, so every stored atom stays valid.
 

@@ -33,7 +33,6 @@ from regrad_loaders.ingest import attach_atoms
 from regrad_loaders.memory import anonymous_megabytes, give_back_memory
 from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer, MetaInitialization
 from regrad_qdrant.client_store import ClientStore
-from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.initialization import BaseModel
 from regrad_qdrant.store import Store, open_store
 
@@ -71,7 +70,7 @@ def filled(store: Store, count: int) -> GradientBank:
     bank = GradientBank(store, store.name, space)
     bank.create()
     bank.add(documents(count))
-    report = attach_atoms(bank, gradients, DEFAULT_CODEC)
+    report = attach_atoms(bank, gradients, "ternary")
     if report.atoms_written != count:
         raise SystemExit(f"{report.atoms_written} atoms of {count}")
     return bank

@@ -494,7 +494,7 @@ _REGISTERED: tuple[Codec, ...] = (
     *(LowRank(_SIGN, rank) for rank in (2, 4, 8, 16, 32)),
 )
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _REGISTERED}
-DEFAULT_CODEC = "ternary"  # chosen by the curve: docs/atoms.md
+DEFAULT_CODEC = "sign"  # chosen by the curve: docs/atoms.md
 
 
 def get_codec(name: str) -> Codec:
