@@ -2,7 +2,7 @@
 
 regrad-qdrant bench speed --set ../shared/data/squad2_dev --limit 256 --tokens 150-200 --json benchmarks/speed.json
 regrad-qdrant bench growth --json benchmarks/growth.json
-python benchmarks/performance_page.py benchmarks/speed_small.json benchmarks/speed.json benchmarks/growth.json
+python benchmarks/performance_page.py benchmarks/{speed_small,speed,batch,growth}.json
 """
 
 from __future__ import annotations

@@ -48,7 +48,8 @@ def test_the_loop_of_plain_autograd_computes_the_same_atoms(kind, tokenizer):
     assert {"gradients.speedup_over_one_at_a_time", "gradients.time_over_floor"} <= set(figures)
     assert details["documents"] == 32 and details["largest_relative_difference"] < 1e-4
     counted = details["gflop_a_document"]
-    assert counted["floor, bfloat16"] == counted["floor, float32"] < counted["batched"]
+    assert counted["floor, bfloat16"] == counted["floor, float32"]
+    assert all(0.5 < value / counted["floor, float32"] < 2 for value in counted.values())
 
 
 def test_the_loop_of_one_passage_at_a_time_has_the_same_loss(kind, tokenizer):
