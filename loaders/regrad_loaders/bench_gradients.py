@@ -114,7 +114,7 @@ def bench_gradients(
     adapter.model.unload()
     best = min(("floor, bfloat16", "floor, float32"), key=lambda name: sum(seconds[name]))
     bare = (
-        f"the bare model forward and, through the adapted layers' activations alone, backward: "
+        "the bare model forward and, through the adapted layers' activations alone, backward: "
         f"{gflop['floor, float32'] / A_ROUND:.3g} of the {gflop['batched'] / A_ROUND:.3g} GFLOP a document"
     )
     speedup = sum(seconds["one at a time"]) / sum(seconds[best])

@@ -128,8 +128,8 @@ def _questions(size: int) -> dict[str, list[str]]:
 
 
 def _search_in_turns(banks: dict[int, GradientBank]) -> dict[str, dict[int, list[float]]]:
-    """Seconds of every search, by kind of question and size: first asked, when atoms may have to come from
-    the disk, and when it is asked again. Banks take turns of `A_TURN` questions: a bank in use does not meet its caches
+    """Seconds of every search, by kind of question and size: when it is first asked, and may find its atoms not in
+    memory, and when it is asked again. Banks take turns of `A_TURN` questions: a bank in use does not meet its caches
     emptied by another one before every search."""
     seconds: dict[str, dict[int, list[float]]] = {}
     for kind, questions in _questions(min(banks)).items():

@@ -81,11 +81,9 @@ def bench_training(
     seconds = in_turns({"episode": whole, "one at a time": loop}, rounds, on_round)
     tasks = [len(episode.examples) for episode in episodes[:rounds]]
     gflop = {"episode": flops(lambda: whole(0)) / 1e9, "one at a time": flops(lambda: loop(0)) / 1e9}
-    floor, arithmetic = (
-        gflop["one at a time"] / gflop["episode"],
-        "the loop's matrix products over the episode's, counted",
-    )
-    ratio = Figure.ratio(seconds["one at a time"], seconds["episode"], floor, arithmetic)
+    floor = gflop["one at a time"] / gflop["episode"]
+    floor_is = "the loop's matrix products over the episode's, counted"
+    ratio = Figure.ratio(seconds["one at a time"], seconds["episode"], floor, floor_is)
     figures = {"training.speedup_over_one_at_a_time": ratio}
     details = {
         "ms": milliseconds(seconds),

@@ -38,11 +38,7 @@ def narrow(
     """
     if initialization.kind not in ("core", "values"):
         raise InitializationError(f"only core and values can be narrowed, not {initialization.kind!r}")
-    if initialization.has_full_step_sizes:
-        raise InitializationError("with a step size for every number an initialization can't be narrowed")
-    unknown = [name for name in modules if name not in initialization.modules]
-    if unknown:
-        raise InitializationError(f"the initialization does not adapt {unknown[0]}: it can't be narrowed to it")
+    _check(initialization, modules)
     parts = initialization.space.unflatten(atoms)
     kept, sizes = {}, {}
     for name, module in initialization.modules.items():
@@ -74,15 +70,12 @@ def values_of(initialization: MetaInitialization, modules: Collection[str]) -> M
     changes the model least.
 
     Raises:
-        InitializationError: for another space than lora, or modules that it does not adapt.
+        InitializationError: for another space than lora, modules that it does not adapt, or a step size for every
+            number.
     """
     if initialization.kind != "lora":
         raise InitializationError(f"only the space lora holds values to begin with, not {initialization.kind!r}")
-    unknown = [name for name in modules if name not in initialization.modules]
-    if unknown:
-        raise InitializationError(f"the initialization does not adapt {unknown[0]}")
-    if initialization.has_full_step_sizes:
-        raise InitializationError("with a step size for every number a module's own can't go into its A")
+    _check(initialization, modules)
     sizes = {name: float(initialization.step_sizes[f"{name}.lora_B"]) for name in modules}
     common = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
     kept = {}
@@ -91,6 +84,15 @@ def values_of(initialization: MetaInitialization, modules: Collection[str]) -> M
         kept[name] = replace(module, lora_a=factor * module.lora_a, lora_b=module.lora_b / factor)
     step_sizes: dict[str, float | Tensor] = {f"{name}.values": common for name in modules}
     return replace(initialization, kind="values", modules=kept, step_sizes=step_sizes, card={})
+
+
+def _check(initialization: MetaInitialization, modules: Collection[str]) -> None:
+    """Refuse what no smaller space can hold."""
+    unknown = [name for name in modules if name not in initialization.modules]
+    if unknown:
+        raise InitializationError(f"the initialization does not adapt {unknown[0]}: it can't be narrowed to it")
+    if initialization.has_full_step_sizes:
+        raise InitializationError("with a step size for every number an initialization can't be narrowed")
 
 
 def _leading(cores: Tensor, count: int) -> Tensor:
