@@ -9,31 +9,36 @@ import typer
 from rich.table import Table
 
 from regrad_qdrant.cli_speed import COMMANDS
-from regrad_qdrant.codec import CODECS
+from regrad_qdrant.codec import CODECS, DEFAULT_CODEC
 from regrad_qdrant.console import console, progress
-from regrad_qdrant.options import DEFAULT_INIT, JsonOut, check_outputs, whole_numbers, write_json
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.merge import RULES
+from regrad_qdrant.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, whole_numbers, write_json
 
 if TYPE_CHECKING:
     from regrad_loaders.bench_atoms import Cell, Task, Times
+    from regrad_loaders.bench_merge import Merged
 
 FACTS_PEOPLE = 120
 
 bench = typer.Typer(help="Measure: each command prints a table and writes a JSON and a plot.", no_args_is_help=True)
 
 
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A folder with corpus.jsonl and qa.jsonl, FOLDER:TYPE for one type of its questions, or facts for "
+        "the invented ones; repeat it.",
+    ),
+]
+Inits = Annotated[list[str] | None, typer.Option("--init", help="Meta-initialization, so an atom space; repeat it.")]
+
+
 @bench.command()
 def atoms(
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            help="A folder with corpus.jsonl and qa.jsonl, FOLDER:TYPE for one type of its questions, or facts for "
-            "the invented ones; repeat it.",
-        ),
-    ] = None,
-    inits: Annotated[
-        list[str] | None, typer.Option("--init", help="Meta-initialization, so an atom space; repeat it.")
-    ] = None,
+    sets: Sets = None,
+    inits: Inits = None,
     codecs: Annotated[str, typer.Option("--codecs", help=f"Comma-separated, of {', '.join(CODECS)}.")] = (
         "fp32,int8,int4,int2,ternary,sign,sparse"
     ),
@@ -86,11 +91,78 @@ def atoms(
         plot(cells, 3 if 3 in ks else ks[0], plot_out)
 
 
+@bench.command()
+def merge(
+    sets: Sets = None,
+    inits: Inits = None,
+    rules: Annotated[str, typer.Option("--rules", help=f"Comma-separated, of {', '.join(RULES)}.")] = ",".join(RULES),
+    top_k: Annotated[str, typer.Option("--top-k", "-k", help="Comma-separated: gold among hard negatives.")] = "3,5,10",
+    noise: Annotated[
+        str, typer.Option("--noise", help="Comma-separated: numbers of random documents added to the gold ones.")
+    ] = "3,9",
+    codec: CodecName = DEFAULT_CODEC,
+    split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 60,
+    json_out: JsonOut = None,
+) -> None:
+    """Interference: the gold passages alone, among what BM25 returns beside them, and among random documents."""
+    from regrad_loaders.bench_atoms import AtomBench
+    from regrad_loaders.bench_merge import Merged, documents, report, study
+    from regrad_qdrant.base_model import load_base_model
+    from regrad_qdrant.codec import get_codec
+    from regrad_qdrant.initialization import MetaInitialization
+    from regrad_qdrant.merge import MergeRule
+
+    get_codec(codec)
+    names = [name.strip() for name in rules.split(",")]
+    if unknown := [name for name in names if name not in RULES]:
+        raise DataError(f"--rules {unknown[0]}: choose from {', '.join(RULES)}")
+    ks, counts = whole_numbers(top_k, "--top-k"), whole_numbers(noise, "--noise")
+    if not ks:
+        raise DataError("--top-k names no k")
+    check_outputs(json_out)
+    tasks = [_task(name, split, limit, max(ks), gold=True) for name in sets or ["facts"]]
+    chosen, rows = inits or [DEFAULT_INIT], list[Merged]()
+    for name in chosen:
+        initialization = MetaInitialization.load(name)
+        with console.status(f"Loading {initialization.base.name}"):
+            model, tokenizer = load_base_model(initialization.base.name)
+        initialization.check_model(model)
+        measured = AtomBench(name, initialization, model, tokenizer)
+        temperature = initialization.merge.temperature
+        for task in tasks:
+            # The rules that the temperature was not learned for get it too: it is the only one there is.
+            merges = [MergeRule(rule, temperature) for rule in names]
+            ways = 1 + len(names) * (len([k for k in ks if k > 1]) + len(counts))
+            with (
+                progress(f"{name}, {task.name}: atoms", len(documents(task, ks, counts))) as on_atoms,
+                progress("Answering", ways) as on_row,
+            ):
+                found = study(measured, task, codec, merges, ks, counts, on_atoms, on_row)
+            rows += found
+            console.print(_merge_table(found, name, task))
+        measured.close()
+    settings = {"command": "bench merge", "inits": chosen, "sets": sets or ["facts"], "rules": names, "top_k": ks}
+    write_json(json_out, report(rows, settings | {"noise": counts, "codec": codec, "split": split, "limit": limit}))
+
+
+def _merge_table(rows: list[Merged], init: str, task: Task) -> Table:
+    table = Table(title=f"{init}; {task.name}, {len(task.questions)} questions")
+    for heading in ("documents merged", "rule", "F1", "of gold alone"):
+        table.add_column(heading, justify="right" if heading in ("F1", "of gold alone") else "left")
+    for row in rows:
+        said = row.among if row.documents == 1 else f"{row.documents}, {row.among}"
+        share = f"{row.of_gold.mean:.2f} ({row.of_gold.low:.2f} … {row.of_gold.high:.2f})"
+        table.add_row(said, row.rule, row.f1.in_percent(), share)
+    return table
+
+
 for command in COMMANDS:
     bench.command()(command)
 
 
-def _task(name: str, split: str, limit: int, depth: int) -> Task:
+def _task(name: str, split: str, limit: int, depth: int, *, gold: bool = False) -> Task:
+    """A set's questions, with `gold` those alone whose gold passages are known."""
     from regrad_loaders.bench_atoms import Task
     from regrad_loaders.data import read_folder
     from regrad_loaders.evaluate import select
@@ -101,8 +173,9 @@ def _task(name: str, split: str, limit: int, depth: int) -> Task:
         return Task.of(world, world.questions[:limit], depth)
     folder, _, kind = name.partition(":")
     dataset = read_folder(Path(folder))
-    questions = [question for question in dataset.questions if not kind or question.type == kind]
-    return Task.of(dataset, select(questions, split, limit), depth, f"{dataset.name}:{kind}" if kind else dataset.name)
+    questions = [question for question in dataset.questions if question.gold_ids or not gold]
+    chosen = select(questions, split, limit, kind=kind or None)
+    return Task.of(dataset, chosen, depth, f"{dataset.name}:{kind}" if kind else dataset.name)
 
 
 def _table(cells: list[Cell], times: list[Times], task: str) -> Table:

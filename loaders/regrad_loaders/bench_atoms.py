@@ -27,6 +27,7 @@ from regrad_qdrant.codec import AtomLayout, get_codec
 from regrad_qdrant.generation import generate
 from regrad_qdrant.gradients import BATCH_TOKENS, GradientComputer
 from regrad_qdrant.initialization import MetaInitialization
+from regrad_qdrant.merge import MergeRule
 from regrad_qdrant.plugin import row_updates
 from regrad_qdrant.prompts import Prompt
 from regrad_qdrant.record import Record, decode_sum, make_records
@@ -155,12 +156,15 @@ class AtomBench:
                 said += [answer.text for answer in generate(self.adapter.model, self.tokenizer, prompts)]
         return said
 
-    def sums(self, task: Task, decoded: Tensor, rows: dict[str, int], top_k: int) -> Tensor:
-        """Σ wᵢ·g(dᵢ) for every question, (questions, numel)."""
+    def sums(
+        self, task: Task, decoded: Tensor, rows: dict[str, int], top_k: int, merge: MergeRule | None = None
+    ) -> Tensor:
+        """Σ wᵢ·g(dᵢ) for every question, (questions, numel), by the initialization's own rule or another."""
+        merge = merge or self.initialization.merge
         total = torch.zeros(len(task.questions), self.space.numel)
         for i, hits in enumerate(task.hits):
             keys = list(hits)[:top_k]
-            weights = self.initialization.merge.weights([hits[key] for key in keys])
+            weights = merge.weights([hits[key] for key in keys])
             total[i] = torch.tensor(weights) @ decoded[[rows[key] for key in keys]]
         return total
 

@@ -1,0 +1,77 @@
+import json
+import sys
+
+import pytest
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders.bench_atoms import AtomBench, Task
+from regrad_loaders.bench_merge import GOLD, HARD, RANDOM, documents, share, study, with_gold
+from regrad_loaders.data import Question
+from regrad_loaders.facts import generate
+from regrad_qdrant import cli
+from regrad_qdrant.merge import MergeRule
+
+
+@pytest.fixture
+def measured(tokenizer):
+    bench = AtomBench("tiny", tiny_initialization(tiny_model()), tiny_model(), tokenizer)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def task():
+    world = generate("demo", 12, 1, questions_per_person=1)
+    return Task.of(world, world.questions[:5], depth=4)
+
+
+def test_the_gold_passage_stands_among_the_hits_even_where_retrieval_missed_it():
+    question = Question("q", "?", ("a",), gold_ids=("g",))
+    assert with_gold(question, {"a": 3.0, "g": 2.0, "b": 1.0}, 2) == {"a": 3.0, "g": 2.0}
+    assert with_gold(question, {"a": 3.0, "b": 2.0, "g": 1.0}, 2) == {"a": 3.0, "g": 2.0}
+    assert with_gold(question, {"a": 3.0, "b": 2.0}, 3) == {"a": 3.0, "g": 2.0}
+    two = Question("q", "?", ("a",), gold_ids=("g", "h"))
+    assert with_gold(two, {"a": 3.0, "h": 2.0, "b": 1.0}, 3) == {"a": 3.0, "h": 2.0, "g": 1.0}
+
+
+def test_a_share_is_of_the_same_questions():
+    assert share([1, 0, 1, 0], [1, 1, 1, 1]).mean == 0.5
+    whole = share([0.5, 1, 0], [0.5, 1, 0])
+    assert (whole.mean, whole.low, whole.high) == (1, 1, 1)
+    assert share([0, 0], [0, 0]).mean == 1
+
+
+def test_every_rule_meets_every_k_and_every_noise(measured, task):
+    rules = [MergeRule("sum"), MergeRule("top1"), MergeRule("margin", 0.05)]
+    advanced = []
+    rows = study(measured, task, "int8", rules, [1, 3], [2], advanced.append)
+    assert sum(advanced) == len(documents(task, [1, 3], [2]))
+    found = [(row.among, row.documents, row.rule) for row in rows]
+    names = [rule.rule for rule in rules]
+    assert found == [(GOLD, 1, "any"), *((HARD, 3, n) for n in names), *((RANDOM, 3, n) for n in names)]
+    assert rows[0].of_gold.mean == rows[0].of_gold.low == 1
+
+
+def test_the_best_hit_alone_is_not_disturbed_by_strangers(measured, task):
+    """Invented facts are found first, so `top1` leaves the gold passage alone."""
+    assert all(next(iter(hits)) in question.gold_ids for question, hits in zip(task.questions, task.hits, strict=True))
+    rows = study(measured, task, "fp32", [MergeRule("top1")], [3], [4])
+    assert {row.f1.mean for row in rows} == {rows[0].f1.mean}
+
+
+def test_the_command_writes_what_it_measured(tokenizer, tmp_path, monkeypatch, capsys):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    initialization = tiny_initialization(model)
+    object.__setattr__(initialization.base, "name", str(tmp_path / "model"))
+    initialization.save(tmp_path / "init")
+    command = ["bench", "merge", "--init", "init", "--rules", "sum,margin", "-k", "3", "--noise", "2", "--limit", "4"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command, "--json", "merge.json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert not stopped.value.code, capsys.readouterr().err
+    result = json.loads((tmp_path / "merge.json").read_text())
+    assert len(result["rows"]) == 5 and result["settings"]["command"] == "bench merge"
+    assert "of gold alone" in capsys.readouterr().out
