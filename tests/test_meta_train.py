@@ -297,6 +297,16 @@ def test_questions_may_be_trained_with_their_passages_in_the_prompt(tokenizer, t
     assert math.isfinite(icl.train_step().loss) and icl.made().passages_in_prompt
 
 
+def test_a_share_of_the_questions_may_have_their_passages_in_the_prompt(tokenizer, tmp_path):
+    half = trainer(tokenizer, tmp_path, replace(RECIPE, passages_in_prompt=0.5))
+    rng = random.Random(0)
+    prompts = [tokenizer.decode(e.prompt_ids) for _ in range(20) for e in half._draw(rng).examples]
+    assert 0.3 < sum("Passage 1:" in prompt for prompt in prompts) / len(prompts) < 0.7
+    assert half.made().passages_in_prompt and not trainer(tokenizer, tmp_path, RECIPE).made().passages_in_prompt
+    with pytest.raises(DataError, match="a share of the questions"):
+        replace(RECIPE, passages_in_prompt=2)
+
+
 def test_without_atoms_it_is_plain_fine_tuning(tokenizer, tmp_path):
     """The baseline: the answers are learned by φ₀ alone, and the step sizes stay."""
     plain = trainer(tokenizer, tmp_path, replace(RECIPE, atoms=False, steps=20, learning_rate=2e-2))

@@ -56,7 +56,7 @@ class EpisodeSource:
         dataset: passages and the questions to train on (already restricted to their split).
         tokenizer: of the base model.
         passage_tokens: longer passages are cut to a window of this many tokens that holds the answer.
-        passages_in_prompt: set a question's passages into its prompt, as the mode `regrad+icl` does.
+        passages_in_prompt: the share of questions with their passages in the prompt, as in the mode `regrad+icl`.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class EpisodeSource:
         questions: Sequence[Question],
         tokenizer: Any,
         passage_tokens: int,
-        passages_in_prompt: bool = False,
+        passages_in_prompt: float = 0.0,
     ) -> None:
         self.name = dataset.name
         self.passages_in_prompt = passages_in_prompt
@@ -153,7 +153,8 @@ class EpisodeSource:
         golds = [key for key in entry.question.gold_ids if key in rows]
         kept = list(dict.fromkeys([*golds, *ranked]))[: max(top_k, len(golds))]
         prompt_ids = entry.kind_prompt
-        if self.passages_in_prompt:
+        share = self.passages_in_prompt
+        if share == 1 or (share and rng.random() < share):
             best_first = sorted(kept, key=lambda key: -entry.hits[key])
             shown = tuple(self.tokenizer.decode(chosen[key], skip_special_tokens=True) for key in best_first)
             prompt_ids = self._prompt(entry.question, shown)

@@ -106,7 +106,7 @@ class Trainer:
                 lora_alpha=recipe.lora_alpha,
                 step_size=recipe.step_size or 1.0,
                 max_length=recipe.max_length,
-                passages_in_prompt=recipe.passages_in_prompt,
+                passages_in_prompt=recipe.passages_in_prompt > 0,
             )
             return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
         start = MetaInitialization.load(recipe.start)
@@ -131,7 +131,7 @@ class Trainer:
         if differing:
             raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
         merge = MergeRule(recipe.merge, start.merge.temperature)
-        return replace(start, merge=merge, passages_in_prompt=recipe.passages_in_prompt)
+        return replace(start, merge=merge, passages_in_prompt=recipe.passages_in_prompt > 0)
 
     def _sample_atoms(self, model: nn.Module, start: MetaInitialization) -> Tensor:
         """Atoms of passages of every source in the space of `start`, each source's of mean length 1."""

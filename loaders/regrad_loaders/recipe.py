@@ -55,7 +55,9 @@ class Recipe:
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
-    passages_in_prompt: bool = False  # train for regrad+icl: every question with its passages in the prompt
+    passages_in_prompt: float = (
+        0.0  # share of the questions with their passages in the prompt; true, all: for regrad+icl
+    )
     atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
     step_size_mode: str = "tensor"  # α: one for each tensor, `one` for all, `full`: one for each number; `fixed`
     order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
@@ -100,6 +102,8 @@ class Recipe:
             raise DataError(f"learn {self.learn!r} is neither 'all' nor 'step_sizes'")
         if self.step_size_mode not in ("tensor", "one", "full", "fixed"):
             raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, full, fixed")
+        if not 0 <= self.passages_in_prompt <= 1:
+            raise DataError(f"passages_in_prompt is a share of the questions, 0 to 1, found {self.passages_in_prompt}")
         if self.accumulate < 1:
             raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
         if self.patience and not self.dev_questions:
