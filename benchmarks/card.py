@@ -21,7 +21,7 @@ from regrad_qdrant import MetaInitialization
 def scores(result: dict[str, Any]) -> dict[str, Any]:
     """What of an evaluation goes into the card."""
     rows = [row for row in result["results"] if row["type"] == "all"]
-    kept = ("split", "limit", "top_k", "codec", "merge")
+    kept = ("split", "limit", "sample", "top_k", "icl_init", "codec", "merge")
     return {
         "settings": {name: result["settings"][name] for name in kept if name in result["settings"]},
         "questions": rows[0]["n"],

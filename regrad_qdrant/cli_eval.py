@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.console import console, differences_table, print_report, progress, scores_table, sweep_table
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.options import (
+    DEFAULT_ICL_INIT,
     DEFAULT_INIT,
     BankPath,
     Batch,
@@ -68,13 +70,17 @@ def evaluation(
         typer.Option(
             "--modes",
             help="Comma-separated: direct, rag, pe-rag (a stronger prompt), regrad, regrad+icl, online (atoms computed "
-            "per query), random (atoms of other documents), init and init+icl (no atoms), "
+            "per query), random (atoms of documents that other questions found), init and init+icl (no atoms), "
             "raw (regrad without meta-training), "
             "ft-direct and ft-rag (fine-tuned).",
         ),
     ] = "direct,rag,regrad,regrad+icl,random",
     split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
+    kind: Annotated[str | None, typer.Option("--type", help="Only questions of this type.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N questions.")] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=1, help="Only N questions, drawn at random, the same every time.")
+    ] = None,
     top_k: TopK = 3,
     sweep: Annotated[
         str, typer.Option("--sweep", help="Further k, comma-separated: the modes that retrieve are asked with each.")
@@ -100,13 +106,29 @@ def evaluation(
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
     icl_init: Annotated[
-        str | None, typer.Option("--icl-init", help="Another meta-initialization for the mode regrad+icl.")
+        str | None,
+        typer.Option(
+            "--icl-init",
+            help=f"Meta-initialization of the mode regrad+icl: beside the default --init {DEFAULT_ICL_INIT}, beside "
+            "another that one itself.",
+            show_default=False,
+        ),
     ] = None,
     ft_direct: Annotated[
-        str | None, typer.Option("--ft-direct", help="Fine-tuned baseline of the mode ft-direct: no passages.")
+        str | None,
+        typer.Option(
+            "--ft-direct",
+            help="Fine-tuned baseline of the mode ft-direct, no passages: by default the repository's own.",
+            show_default=False,
+        ),
     ] = None,
     ft_rag: Annotated[
-        str | None, typer.Option("--ft-rag", help="Fine-tuned baseline of the mode ft-rag: passages in the prompt.")
+        str | None,
+        typer.Option(
+            "--ft-rag",
+            help="Fine-tuned baseline of the mode ft-rag, passages in the prompt: by default the repository's own.",
+            show_default=False,
+        ),
     ] = None,
     model: Model = None,
     codec: CodecName = DEFAULT_CODEC,
@@ -145,18 +167,23 @@ def evaluation(
     if absent := [mode for mode in references if mode not in chosen]:
         raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
     check_outputs(json_out, predictions, plot_out)
-    questions = select(read_questions(qa), split, limit)
+    questions = select(read_questions(qa), split, limit, sample=sample, kind=kind)
     for question in questions:
         field_filter(question, filter_field)
     passages = read_corpus(corpus) if corpus is not None else None
     if passages is None and collection is None:
         raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
-    inits = {RAW: RAW, "regrad+icl": icl_init or init, "ft-direct": ft_direct, "ft-rag": ft_rag}
+    icl_init = icl_init or (DEFAULT_ICL_INIT if init == DEFAULT_INIT else init)
+    ft_direct, ft_rag = ft_direct or _baseline("ft-direct"), ft_rag or _baseline("ft-rag")
+    inits = {RAW: RAW, "regrad+icl": icl_init, "ft-direct": ft_direct, "ft-rag": ft_rag}
     groups: dict[str, dict[Any, str]] = {}  # for each initialization what it runs, and under which name
     for mode in chosen:
         name = inits.get(mode, init)
         if name is None:
-            raise DataError(f"the mode {mode} needs a fine-tuned baseline: --{mode} FOLDER (recipe: atoms: false)")
+            raise DataError(
+                f"the mode {mode} needs a fine-tuned baseline: --{mode} FOLDER, of a recipe with `atoms: false`; "
+                "ours stand in the repository, under benchmarks/baselines"
+            )
         groups.setdefault(name, {})[OTHERS.get(mode, mode)] = mode
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -174,12 +201,12 @@ def evaluation(
         store.close()
         initialization, base, tokenizer = load(init, model)
         settings: dict[str, Any] = {
-            "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
-            "limit": limit, "modes": chosen, "top_k": top_k, "oracle": oracle, "distractors": distractors,
-            "against": references, "using": vector_name(using), "dense": dense, "filter_field": filter_field,
-            "batch": batch, "collection": collection, "url": url, "path": str(path) if path else None,
-            "payload_key": payload_key, "sidecar": sidecar, "init": init, "icl_init": icl_init,
-            "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
+            "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split, "type": kind,
+            "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
+            "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
+            "filter_field": filter_field, "batch": batch, "collection": collection, "url": url,
+            "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
+            "icl_init": icl_init, "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
             "base_model": model or initialization.base.name, "space": initialization.fingerprint,
         }  # fmt: skip
         found: list[Evaluation] = []
@@ -239,6 +266,12 @@ def evaluation(
     if plot_out is not None:
         plot(result, plot_out)
     write_json(json_out, result.as_dict())
+
+
+def _baseline(mode: str) -> str | None:
+    """The fine-tuned adapter of a mode that stands in the repository, where this is run from a clone of it."""
+    folder = Path(__file__).parents[1] / "benchmarks" / "baselines" / mode
+    return os.path.relpath(folder) if folder.is_dir() else None
 
 
 def _raw(model: Any, tokenizer: Any, like: MetaInitialization, passages: list[Passage] | None) -> MetaInitialization:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 console = Console(width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True)
 
+TYPES_SHOWN = 4  # of questions in a table of scores; where a set has more, the JSON alone has them
+
 
 @contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[..., None]]:
@@ -94,7 +96,11 @@ def scores_table(result: Evaluation) -> Table:
         title="Scores, 0 to 100",
     )
     ends = {row["mode"]: row["f1_interval"] for row in result.intervals()}
-    for row in result.results():
+    rows = result.results()
+    whole = {row["mode"]: row["n"] for row in rows if row["type"] == "all"}
+    parts = {row["type"] for row in rows if row["n"] < whole[row["mode"]]}  # a type that is all of it says nothing
+    shown = {"all"} | (parts if len(parts) <= TYPES_SHOWN else set())
+    for row in (row for row in rows if row["type"] in shown):
         table.add_row(
             row["mode"],
             row["type"],

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.store import Store
 
 DEFAULT_INIT = "smollm2-135m-instruct"
+DEFAULT_ICL_INIT = "smollm2-135m-instruct-icl"  # trained with the passages in the prompt
 DEFAULT_PATH = "./regrad_bank"
 
 Collection = Annotated[str, typer.Option("--collection", "-c", help="Name of the Qdrant collection.")]

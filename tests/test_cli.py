@@ -161,6 +161,38 @@ def test_eval_asks_with_further_k(run, folder, tmp_path):
     assert code == 2 and "--sweep wants positive whole numbers" in err
 
 
+def test_random_atoms_are_of_documents_that_other_questions_found(run, folder, tmp_path):
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--top-k", "2",
+        "--modes", "regrad,random", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    gold = {row["id"]: row["gold_ids"] for row in map(json.loads, (folder / "qa.jsonl").read_text().splitlines())}
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    found = {line["id"]: line["hits"] for line in lines if line["mode"] == "regrad"}
+    drawn = {line["id"]: line["hits"] for line in lines if line["mode"] == "random"}
+    everything = {key for keys in found.values() for key in keys}
+    assert list(found) == list(drawn) and all(len(keys) == 2 for keys in drawn.values())
+    for question, keys in drawn.items():
+        assert not set(keys) & {*found[question], *gold[question]} and set(keys) <= everything
+
+
+def test_eval_samples_questions_and_takes_one_type(run, folder, tmp_path):
+    asked = []
+    for _ in range(2):
+        code, _, err = run(
+            "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--modes", "init",
+            "--sample", "3", "--predictions", "lines.jsonl",
+        )  # fmt: skip
+        assert code == 0, err
+        asked.append([json.loads(line)["id"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()])
+    every = [json.loads(line)["id"] for line in (folder / "qa.jsonl").read_text().splitlines()]
+    assert asked[0] == asked[1] and len(set(asked[0])) == 3 and asked[0] != every[:3]
+    assert asked[0] == [key for key in every if key in asked[0]]
+    code, _, err = run("eval", "--qa", folder / "qa.jsonl", "--corpus", folder / "corpus.jsonl", "--type", "poem")
+    assert code == 2 and "no questions of type 'poem'; types found:" in err
+
+
 def test_eval_can_be_given_the_gold_passages(run, folder, tmp_path):
     code, _, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", "regrad",

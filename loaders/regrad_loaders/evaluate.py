@@ -6,7 +6,7 @@ import json
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -19,6 +19,9 @@ from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.documents import Hit, point_id
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.pipeline import MODES, Answer, Mode, Query, ReGrad
+from regrad_qdrant.store import PointId
+
+_Given = dict[PointId, float]  # what a question is answered from where it is not what its search returns: point → score
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Prediction:
     id: str
     mode: str
     kind: str  # open, yesno or choice
+    type: str  # the set's own word for it
     question: str
     answers: tuple[str, ...]
     prediction: str
@@ -55,11 +59,11 @@ class Evaluation:
     sweep: tuple[tuple[int, Evaluation], ...] = ()  # the same questions at other k
 
     def results(self) -> list[dict[str, Any]]:
-        """One row a mode and kind of question, `all` first."""
+        """One row a mode and type of question: `all` first, then the kinds of prompt and the set's own types."""
         groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
         for prediction in self.predictions:
-            groups[prediction.mode, "all"].append(prediction)
-            groups[prediction.mode, prediction.kind].append(prediction)
+            for kind in dict.fromkeys(("all", prediction.kind, prediction.type)):
+                groups[prediction.mode, kind].append(prediction)
         return [
             {
                 "mode": mode,
@@ -67,7 +71,7 @@ class Evaluation:
                 "n": len(rows),
                 "f1": mean(row.f1 for row in rows),
                 "em": mean(row.em for row in rows),
-                "accuracy": mean(row.accuracy for row in rows) if kind in ("yesno", "choice") else None,
+                "accuracy": mean(row.accuracy for row in rows) if all(row.kind != "open" for row in rows) else None,
                 "seconds": sum(row.seconds for row in rows),
                 "prompt_tokens": mean(row.prompt_tokens for row in rows),
             }
@@ -130,7 +134,7 @@ def evaluate(
         filter_field: restricts each question's search to passages with the question's own value of this field.
         oracle: answer from the gold passages instead of what is retrieved, with equal scores.
         distractors: random documents added to those of every question, under the lowest of their scores (the paper's
-            noise test).
+            noise test). Not in the mode `random`, which answers from what was found for other questions.
         batch: questions answered together; the answers do not depend on it, the seconds do.
         settings: recorded with the results.
         on_progress: called with each prediction.
@@ -141,55 +145,78 @@ def evaluate(
     if not questions:
         raise DataError("no questions to evaluate on: check --split and --limit")
     filters = [field_filter(question, filter_field) for question in questions]
-    predictions: list[Prediction] = []
-    given: list[list[Hit] | None] = [None] * len(questions)
+    searched = [
+        regrad.bank.search(question.question, top_k, using=using, query_filter=only, with_records=False)
+        for question, only in zip(questions, filters, strict=True)
+    ]
+    given: list[_Given | None] = [None] * len(questions)
     if oracle or distractors:
-        pairs = zip(questions, filters, strict=True)
-        given = list(_given_hits(regrad.bank, pairs, top_k, using, oracle, distractors))
-    most = max([top_k, *(len(hits) for hits in given if hits)])
-    asked = list(zip(questions, filters, given, strict=True))
+        given = list(_given(regrad.bank, questions, searched, oracle, distractors))
+    others = _of_others(regrad.bank, questions, searched) if "random" in modes else given
+    most = max([top_k, *(len(points) for points in given if points)])
+    predictions: list[Prediction] = []
     for mode in modes:
+        asked = list(zip(questions, filters, others if mode == "random" else given, strict=True))
+        run: Mode = "regrad" if mode == "random" else mode
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
-            queries = [Query(q.question, mode, q.kind, tuple(q.choices), only, hits=hits) for q, only, hits in part]
+            # Fetched now and not before: an atom that the mode before left in the bank is not computed again.
+            hits = [_fetched(regrad.bank, points) for *_, points in part]
+            queries = [
+                Query(question.question, run, question.kind, tuple(question.choices), only, hits=found)
+                for (question, only, _), found in zip(part, hits, strict=True)
+            ]
             started = time.perf_counter()
             answers = regrad.answer_many(queries, top_k=most, using=using)
             seconds = (time.perf_counter() - started) / len(part)
             for (question, *_), answer in zip(part, answers, strict=True):
-                predictions.append(_scored(question, answer, seconds))
+                predictions.append(_scored(question, replace(answer, mode=mode), seconds))
                 on_progress(predictions[-1])
     recalls = []
-    for question, query_filter, _ in asked:
+    for question, hits in zip(questions, searched, strict=True):
         if question.gold_ids:
-            hits = regrad.bank.search(
-                question.question, top_k, using=using, query_filter=query_filter, with_records=False
-            )
             found = {str(hit.document_id) for hit in hits}
             recalls.append(len(found & set(question.gold_ids)) / len(set(question.gold_ids)))
     return Evaluation(settings or {}, predictions, mean(recalls) if recalls else None)
 
 
-def _given_hits(
-    bank: GradientBank,
-    asked: Iterable[tuple[Question, Any]],
-    top_k: int,
-    using: str | None,
-    oracle: bool,
-    distractors: int,
-) -> Iterator[list[Hit]]:
-    """What each question is answered from, where it is not just what its search returns."""
+def _given(
+    bank: GradientBank, questions: Sequence[Question], searched: Sequence[Sequence[Hit]], oracle: bool, distractors: int
+) -> Iterator[_Given]:
     everything = [hit.id for hit in bank.points()] if distractors else []
-    for question, query_filter in asked:
+    for question, hits in zip(questions, searched, strict=True):
+        points: _Given = {hit.id: hit.score for hit in hits}
         if oracle:
             if not question.gold_ids:
                 raise DataError(f"question {question.id!r} names no gold passages (gold_ids), which --oracle needs")
-            hits = bank.fetch([point_id(key) for key in question.gold_ids], [1.0] * len(question.gold_ids))
-        else:
-            hits = bank.search(question.question, top_k, using=using, query_filter=query_filter)
-        there = {hit.id for hit in hits}
-        others = [key for key in everything if key not in there]
-        drawn = random.Random(question.id).sample(others, min(distractors, len(others)))
-        yield hits + bank.fetch(drawn, [min((hit.score for hit in hits), default=1.0)] * len(drawn))
+            points = {point_id(key): 1.0 for key in question.gold_ids}
+        lowest = min(points.values(), default=1.0)
+        left = [key for key in everything if key not in points]
+        drawn = random.Random(question.id).sample(left, min(distractors, len(left)))
+        yield points | dict.fromkeys(drawn, lowest)
+
+
+def _fetched(bank: GradientBank, points: _Given | None) -> list[Hit] | None:
+    if points is None:
+        return None
+    return bank.fetch(list(points), list(points.values())) if points else []
+
+
+def _of_others(
+    bank: GradientBank, questions: Sequence[Question], searched: Sequence[Sequence[Hit]]
+) -> list[_Given | None]:
+    """For each question as many documents as it found, drawn from those found for other questions, so that their atoms
+    are there already; where these are too few, from the whole bank. Neither its own hits nor its gold passages."""
+    pool = list(dict.fromkeys(hit.id for hits in searched for hit in hits))
+    found: list[_Given | None] = []
+    for question, hits in zip(questions, searched, strict=True):
+        own = {hit.id for hit in hits} | {point_id(key) for key in question.gold_ids}
+        left = [key for key in pool if key not in own]
+        if len(left) < len(hits):
+            left = [hit.id for hit in bank.points() if hit.id not in own]
+        drawn = random.Random(question.id).sample(left, min(len(hits), len(left)))
+        found.append({key: hit.score for key, hit in zip(drawn, hits, strict=False)})
+    return found
 
 
 def _ends(interval: Interval) -> list[float]:
@@ -220,6 +247,7 @@ def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
         id=question.id,
         mode=answer.mode,
         kind=question.kind,
+        type=question.type,
         question=question.question,
         answers=question.answers,
         prediction=answer.text,
@@ -251,16 +279,29 @@ def parse_modes(text: str, known: Sequence[str] = MODES) -> list[Any]:
     return list(dict.fromkeys(names))
 
 
-def select(questions: Sequence[Question], split: str | None, limit: int | None) -> list[Question]:
-    """The first `limit` questions of a split.
+def select(
+    questions: Sequence[Question],
+    split: str | None,
+    limit: int | None = None,
+    *,
+    sample: int | None = None,
+    kind: str | None = None,
+) -> list[Question]:
+    """The questions of a split and type: the first `limit` of them, or `sample` drawn at random, the same every time.
 
     Raises:
-        DataError: if the split has none; the error lists the splits there are.
+        DataError: if there are none; the error lists the splits or types there are.
     """
     chosen = [question for question in questions if split is None or question.split == split]
     if not chosen:
         raise DataError(f"no questions of split {split!r}; splits found: {sorted({q.split for q in questions})}")
-    return chosen[:limit]
+    typed = [question for question in chosen if kind is None or question.type == kind]
+    if not typed:
+        raise DataError(f"no questions of type {kind!r}; types found: {sorted({q.type for q in chosen})}")
+    if sample is not None and sample < len(typed):
+        drawn = random.Random(0).sample(range(len(typed)), sample)
+        typed = [typed[i] for i in sorted(drawn)]
+    return typed[:limit]
 
 
 def write_predictions(evaluation: Evaluation, path: Path) -> None:
