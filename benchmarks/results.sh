@@ -1,0 +1,26 @@
+#!/bin/sh
+# The runs behind docs/results.md: every set of ../shared/data with a dev split, the modes side by side.
+# An hour or two on two cores. A run that is there already is not made again.
+#   sh benchmarks/results.sh && python benchmarks/results_page.py
+set -eu
+data=${DATA:-../shared/data}
+modes=direct,rag,regrad,regrad+icl,random,raw,ft-direct,ft-rag
+mkdir -p benchmarks/results
+
+run() { # NAME SET QUESTIONS OPTIONS…
+    name=$1 set=$2 count=$3
+    shift 3
+    [ -f "benchmarks/results/$name.json" ] && return
+    regrad-qdrant eval --corpus "$data/$set/corpus.jsonl" --qa "$data/$set/qa.jsonl" --split dev --sample "$count" \
+        --modes "$modes" --against random,raw,rag,direct,ft-direct,ft-rag "$@" --json "benchmarks/results/$name.json"
+}
+
+run squad2_dev squad2_dev 80
+run nq_open nq_open 80
+run phantomwiki phantomwiki 80
+run hotpotqa hotpotqa 80
+run phantomwiki-direct phantomwiki 60 --type direct
+run 2wiki 2wiki 30
+run bioasq bioasq 30
+run housing_yesno housing_yesno 30 --filter-field state
+run pubmedqa pubmedqa 30
