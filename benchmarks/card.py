@@ -18,10 +18,10 @@ from typing import Any
 from regrad_qdrant import MetaInitialization
 
 
-def scores(result: dict[str, Any]) -> dict[str, Any]:
-    """What of an evaluation goes into the card."""
-    rows = [row for row in result["results"] if row["type"] == "all"]
-    kept = ("split", "limit", "sample", "top_k", "icl_init", "codec", "merge")
+def scores(result: dict[str, Any], modes: list[str]) -> dict[str, Any]:
+    """What of an evaluation goes into the card: of these modes, or of all where none is named."""
+    rows = [row for row in result["results"] if row["type"] == "all" and row["mode"] in (modes or [row["mode"]])]
+    kept = ("split", "limit", "sample", "top_k", "init", "icl_init", "codec")
     return {
         "settings": {name: result["settings"][name] for name in kept if name in result["settings"]},
         "questions": rows[0]["n"],
@@ -34,9 +34,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of the meta-initialization")
     parser.add_argument("results", type=Path, nargs="+", help="JSON files of demo and eval")
+    parser.add_argument("--modes", default="", help="comma-separated; by default all")
     arguments = parser.parse_args()
+    modes = [mode for mode in arguments.modes.split(",") if mode]
     initialization = MetaInitialization.load(arguments.folder)
-    found = {path.stem: scores(json.loads(path.read_text(encoding="utf-8"))) for path in arguments.results}
+    found = {path.stem: scores(json.loads(path.read_text(encoding="utf-8")), modes) for path in arguments.results}
     card = initialization.card | {"scores": initialization.card.get("scores", {}) | found}
     replace(initialization, card=card).save(arguments.folder)
     print(json.dumps(found, indent=1))

@@ -15,6 +15,8 @@ run() { # NAME SET QUESTIONS OPTIONS…
         --modes "$modes" --against random,raw,rag,direct,ft-direct,ft-rag "$@" --json "benchmarks/results/$name.json"
 }
 
+[ -f benchmarks/merge.json ] || regrad-qdrant bench merge --set facts --set "$data/phantomwiki:direct" --limit 60 \
+    --noise 3 --json benchmarks/merge.json
 run squad2_dev squad2_dev 80
 run nq_open nq_open 80
 run phantomwiki phantomwiki 80

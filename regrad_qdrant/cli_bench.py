@@ -98,14 +98,17 @@ def merge(
     rules: Annotated[str, typer.Option("--rules", help=f"Comma-separated, of {', '.join(RULES)}.")] = ",".join(RULES),
     top_k: Annotated[str, typer.Option("--top-k", "-k", help="Comma-separated: gold among hard negatives.")] = "3,5,10",
     noise: Annotated[
-        str, typer.Option("--noise", help="Comma-separated: numbers of random documents added to the gold ones.")
+        str, typer.Option("--noise", help="Comma-separated: numbers of random documents added to the gold one.")
     ] = "3,9",
     codec: CodecName = DEFAULT_CODEC,
     split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 60,
     json_out: JsonOut = None,
 ) -> None:
-    """Interference: the gold passages alone, among what BM25 returns beside them, and among random documents."""
+    """Interference: the gold passage alone, among what BM25 returns beside it, and among random documents.
+
+    Of questions that have one gold passage.
+    """
     from regrad_loaders.bench_atoms import AtomBench
     from regrad_loaders.bench_merge import Merged, documents, report, study
     from regrad_qdrant.base_model import load_base_model
@@ -162,7 +165,7 @@ for command in COMMANDS:
 
 
 def _task(name: str, split: str, limit: int, depth: int, *, gold: bool = False) -> Task:
-    """A set's questions, with `gold` those alone whose gold passages are known."""
+    """A set's questions; with `gold` those alone that have one gold passage, which the corpus holds."""
     from regrad_loaders.bench_atoms import Task
     from regrad_loaders.data import read_folder
     from regrad_loaders.evaluate import select
@@ -171,11 +174,15 @@ def _task(name: str, split: str, limit: int, depth: int, *, gold: bool = False) 
     if name == "facts":
         world = generate("demo", FACTS_PEOPLE, 1, questions_per_person=1)
         return Task.of(world, world.questions[:limit], depth)
-    folder, _, kind = name.partition(":")
+    folder, _, of_type = name.partition(":")
     dataset = read_folder(Path(folder))
-    questions = [question for question in dataset.questions if question.gold_ids or not gold]
-    chosen = select(questions, split, limit, kind=kind or None)
-    return Task.of(dataset, chosen, depth, f"{dataset.name}:{kind}" if kind else dataset.name)
+    chosen = select(dataset.questions, split, of_type=of_type or None)
+    if gold:
+        there = {passage.id for passage in dataset.passages}
+        chosen = [question for question in chosen if len(question.gold_ids) == 1 and question.gold_ids[0] in there]
+        if not chosen:
+            raise DataError(f"{name}: no question of split {split!r} names one gold passage (gold_ids) of its corpus")
+    return Task.of(dataset, chosen[:limit], depth, f"{dataset.name}:{of_type}" if of_type else dataset.name)
 
 
 def _table(cells: list[Cell], times: list[Times], task: str) -> Table:

@@ -76,7 +76,7 @@ def evaluation(
         ),
     ] = "direct,rag,regrad,regrad+icl,random",
     split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
-    kind: Annotated[str | None, typer.Option("--type", help="Only questions of this type.")] = None,
+    of_type: Annotated[str | None, typer.Option("--type", help="Only questions of this type.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N questions.")] = None,
     sample: Annotated[
         int | None, typer.Option("--sample", min=1, help="Only N questions, drawn at random, the same every time.")
@@ -109,8 +109,8 @@ def evaluation(
         str | None,
         typer.Option(
             "--icl-init",
-            help=f"Meta-initialization of the mode regrad+icl: beside the default --init {DEFAULT_ICL_INIT}, beside "
-            "another that one itself.",
+            help=f"Meta-initialization of the mode regrad+icl: {DEFAULT_ICL_INIT}, but with another --init, or a bank "
+            "that exists, the same as --init.",
             show_default=False,
         ),
     ] = None,
@@ -167,13 +167,14 @@ def evaluation(
     if absent := [mode for mode in references if mode not in chosen]:
         raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
     check_outputs(json_out, predictions, plot_out)
-    questions = select(read_questions(qa), split, limit, sample=sample, kind=kind)
+    questions = select(read_questions(qa), split, limit, sample=sample, of_type=of_type)
     for question in questions:
         field_filter(question, filter_field)
     passages = read_corpus(corpus) if corpus is not None else None
     if passages is None and collection is None:
         raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
-    icl_init = icl_init or (DEFAULT_ICL_INIT if init == DEFAULT_INIT else init)
+    # A bank that exists holds the atoms of one initialization, and all modes read those.
+    icl_init = icl_init or (DEFAULT_ICL_INIT if init == DEFAULT_INIT and collection is None else init)
     ft_direct, ft_rag = ft_direct or _baseline("ft-direct"), ft_rag or _baseline("ft-rag")
     inits = {RAW: RAW, "regrad+icl": icl_init, "ft-direct": ft_direct, "ft-rag": ft_rag}
     groups: dict[str, dict[Any, str]] = {}  # for each initialization what it runs, and under which name
@@ -201,8 +202,8 @@ def evaluation(
         store.close()
         initialization, base, tokenizer = load(init, model)
         settings: dict[str, Any] = {
-            "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split, "type": kind,
-            "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
+            "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
+            "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
             "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
             "filter_field": filter_field, "batch": batch, "collection": collection, "url": url,
             "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,

@@ -13,6 +13,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from regrad_qdrant.prompts import INSTRUCTIONS
+
 if TYPE_CHECKING:
     from regrad_loaders.evaluate import Evaluation
     from regrad_loaders.ingest import IngestReport
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 console = Console(width=None if sys.stdout.isatty() else 160)
 errors = Console(stderr=True)
 
-TYPES_SHOWN = 4  # of questions in a table of scores; where a set has more, the JSON alone has them
+TYPES_SHOWN = 4  # of a set's own types of questions in a table of scores; where it has more, the JSON alone has them
 
 
 @contextmanager
@@ -99,7 +101,8 @@ def scores_table(result: Evaluation) -> Table:
     rows = result.results()
     whole = {row["mode"]: row["n"] for row in rows if row["type"] == "all"}
     parts = {row["type"] for row in rows if row["n"] < whole[row["mode"]]}  # a type that is all of it says nothing
-    shown = {"all"} | (parts if len(parts) <= TYPES_SHOWN else set())
+    own = parts - set(INSTRUCTIONS)
+    shown = {"all"} | (parts if len(own) <= TYPES_SHOWN else parts - own)
     for row in (row for row in rows if row["type"] in shown):
         table.add_row(
             row["mode"],

@@ -3,7 +3,7 @@
 direct      the bare model                         rag         the bare model, passages in the prompt
 pe-rag      as rag, with a stronger prompt
 regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
-online      atoms computed now, none stored        random      atoms of other documents (a control)
+online      atoms computed now, none stored        random      atoms of other documents of the bank (a control)
 init        φ₀ with no atoms (a control)           init+icl    φ₀ with no atoms, passages in the prompt
 """
 

@@ -189,8 +189,33 @@ def test_eval_samples_questions_and_takes_one_type(run, folder, tmp_path):
     every = [json.loads(line)["id"] for line in (folder / "qa.jsonl").read_text().splitlines()]
     assert asked[0] == asked[1] and len(set(asked[0])) == 3 and asked[0] != every[:3]
     assert asked[0] == [key for key in every if key in asked[0]]
-    code, _, err = run("eval", "--qa", folder / "qa.jsonl", "--corpus", folder / "corpus.jsonl", "--type", "poem")
-    assert code == 2 and "no questions of type 'poem'; types found:" in err
+
+
+def test_eval_tells_types_of_questions_apart(run, folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "qa.jsonl").read_text().splitlines()][:4]
+    for row, of_type in zip(rows, ("place", "place", "yesno", "open"), strict=True):
+        row["type"] = of_type
+    (tmp_path / "typed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    typed = ["eval", "--corpus", folder / "corpus.jsonl", "--qa", tmp_path / "typed.jsonl", "--modes", "init"]
+    code, out, err = run(*typed, "--json", "out.json")
+    assert code == 0, err
+    found = {row["type"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert {name: row["n"] for name, row in found.items()} == {"all": 4, "open": 3, "place": 2, "yesno": 1}
+    assert found["yesno"]["accuracy"] is not None and found["open"]["accuracy"] is None and "place" in out
+    code, _, err = run(*typed, "--type", "place", "--json", "out.json")
+    assert code == 0 and json.loads((tmp_path / "out.json").read_text())["results"][0]["n"] == 2
+    code, _, err = run(*typed, "--type", "poem")
+    assert code == 2 and "no questions of type 'poem'; types found: ['open', 'place', 'yesno']" in err
+
+
+def test_gradients_of_others_stand_for_as_many_as_the_gold_passages(run, folder, tmp_path):
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "1", "--oracle",
+        "--modes", "regrad,random", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    right, wrong = (json.loads(line)["hits"] for line in (tmp_path / "lines.jsonl").read_text().splitlines())
+    assert len(right) == len(wrong) == 1 and right != wrong  # from the whole bank: there is no other question
 
 
 def test_eval_can_be_given_the_gold_passages(run, folder, tmp_path):

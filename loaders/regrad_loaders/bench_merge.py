@@ -1,6 +1,6 @@
 """Interference: what an answer loses when other documents' atoms are merged with that of the document it needs.
 
-Every question is answered from its gold passages alone, and then from these among what BM25 returns beside them (hard
+Every question is answered from its gold passage alone, and then from it among what BM25 returns beside it (hard
 negatives) or among random documents. The same atoms, read through one codec, serve every merge rule and every k.
 A gold passage that retrieval missed takes the place of the last hit, with its score: recall has no part in it.
 """
@@ -21,8 +21,8 @@ from regrad_loaders.scores import Interval, bootstrap, f1
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.merge import MergeRule
 
-GOLD = "gold passages alone"
-HARD = "hard negatives"  # what BM25 returns beside the gold passages
+GOLD = "gold passage alone"
+HARD = "hard negatives"  # what BM25 returns beside the gold passage
 RANDOM = "random documents"
 
 
@@ -36,7 +36,7 @@ class Merged:
     rule: str
     documents: int  # merged for every question
     f1: Interval  # 0 to 1
-    of_gold: Interval  # F1 as a share of that of the gold passages alone, over the same questions
+    of_gold: Interval  # F1 as a share of that of the gold passage alone, over the same questions
 
 
 def study(
@@ -49,10 +49,11 @@ def study(
     on_atoms: Callable[[int], None] = lambda _: None,
     on_row: Callable[[int], None] = lambda _: None,
 ) -> list[Merged]:
-    """Answer every question with its gold passages alone, then with each rule at each k of `ks` (gold passages among
-    hard negatives) and with each number of random documents added to the gold passages.
+    """Answer every question with its gold passage alone, then with each rule at each k of `ks` (the gold passage among
+    hard negatives) and with each number of random documents added to the gold passage.
 
-    Random documents come in with the score of the last of the question's hits.
+    Random documents come in with the score of the last of the question's hits. Every question of the task has one
+    gold passage.
     """
     hits = [with_gold(question, found, max(ks)) for question, found in zip(task.questions, task.hits, strict=True)]
     strangers = [_strangers(*asked, task, max(noise, default=0)) for asked in zip(task.questions, hits, strict=True)]
@@ -62,12 +63,11 @@ def study(
     layout = bench.space.layout
     decoded = get_codec(codec).dequantize(get_codec(codec).quantize(exact, layout), layout)
 
-    golds = [{key: 1.0 for key in question.gold_ids} for question in task.questions]
+    golds = [{question.gold_ids[0]: 1.0} for question in task.questions]
     alone = _scores(bench, replace(task, hits=golds), decoded, rows, MergeRule("sum"))
     merged = [_merged(bench.name, task, GOLD, "any", 1, alone, alone)]
     on_row(1)
-    ways = [(HARD, k, [_first(question, given, k) for question, given in zip(task.questions, hits, strict=True)])
-            for k in ks if k > 1]  # fmt: skip
+    ways = [(HARD, k, [with_gold(*asked, k) for asked in zip(task.questions, hits, strict=True)]) for k in ks if k > 1]
     for count in noise:
         drawn = [
             gold | dict.fromkeys(keys[:count], min(found.values()) / max(found.values()))
@@ -92,23 +92,20 @@ def documents(task: Task, ks: Sequence[int], noise: Sequence[int]) -> list[str]:
 
 
 def with_gold(question: Question, hits: dict[str, float], k: int) -> dict[str, float]:
-    """The first k hits, best first, with the gold passages surely among them: those that retrieval missed take the
-    places of the last other ones, with the lowest score."""
+    """The first k hits, best first, with the gold passage surely among them: one that retrieval missed takes the last
+    one's place and score."""
+    [gold] = question.gold_ids
     kept = dict(list(hits.items())[:k])
-    missed = [key for key in question.gold_ids if key not in kept]
-    lowest = min(kept.values(), default=1.0)
-    others = [key for key in kept if key not in question.gold_ids]
-    for key in others[max(0, len(others) - len(missed)) :]:
-        del kept[key]
-    return kept | dict.fromkeys(missed, lowest)
-
-
-def _first(question: Question, hits: dict[str, float], k: int) -> dict[str, float]:
-    return with_gold(question, hits, max(k, len(question.gold_ids)))
+    if gold not in kept:
+        lowest = min(kept.values(), default=1.0)
+        if len(kept) == k:
+            kept.popitem()
+        kept[gold] = lowest
+    return kept
 
 
 def _strangers(question: Question, hits: dict[str, float], task: Task, count: int) -> list[str]:
-    left = [key for key in task.texts if key not in hits and key not in question.gold_ids]
+    left = [key for key in task.texts if key not in hits]
     return random.Random(question.id).sample(left, min(count, len(left)))
 
 
@@ -126,7 +123,7 @@ def _merged(
 
 
 def share(scores: Sequence[float], of: Sequence[float], rounds: int = 2000) -> Interval:
-    """The ratio of two means over the same questions, with its 95 % bootstrap interval. Zero over zero is 1."""
+    """The ratio of two means over the same questions, with its 95 % bootstrap interval; 1 where the second is 0."""
 
     def ratio(top: Any, bottom: Any) -> Any:
         return np.where(bottom > 0, top / np.maximum(bottom, 1e-9), 1.0)

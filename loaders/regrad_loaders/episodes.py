@@ -40,6 +40,7 @@ class Episode:
 
     passages: list[list[int]] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
+    source: str = ""  # the data set it came from
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,7 @@ class EpisodeSource:
                 Example(e.question_id, e.prompt_ids, e.answer_ids, [renumbered[row] for row in e.rows], e.scores)
                 for e in examples
             ],
+            self.name,
         )
 
     def _example(self, entry: _Entry, chosen: dict[str, list[int]], top_k: int, rng: random.Random) -> Example:

@@ -19,6 +19,7 @@ from regrad_qdrant.bank import GradientBank
 from regrad_qdrant.documents import Hit, point_id
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.pipeline import MODES, Answer, Mode, Query, ReGrad
+from regrad_qdrant.prompts import INSTRUCTIONS
 from regrad_qdrant.store import PointId
 
 _Given = dict[PointId, float]  # what a question is answered from where it is not what its search returns: point → score
@@ -59,15 +60,16 @@ class Evaluation:
     sweep: tuple[tuple[int, Evaluation], ...] = ()  # the same questions at other k
 
     def results(self) -> list[dict[str, Any]]:
-        """One row a mode and type of question: `all` first, then the kinds of prompt and the set's own types."""
+        """One row a mode and type of question: `all`, the kinds of prompt, and the set's own types."""
         groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
         for prediction in self.predictions:
-            for kind in dict.fromkeys(("all", prediction.kind, prediction.type)):
-                groups[prediction.mode, kind].append(prediction)
+            own = [] if prediction.type in INSTRUCTIONS else [prediction.type]
+            for name in ("all", prediction.kind, *own):
+                groups[prediction.mode, name].append(prediction)
         return [
             {
                 "mode": mode,
-                "type": kind,
+                "type": name,
                 "n": len(rows),
                 "f1": mean(row.f1 for row in rows),
                 "em": mean(row.em for row in rows),
@@ -75,7 +77,7 @@ class Evaluation:
                 "seconds": sum(row.seconds for row in rows),
                 "prompt_tokens": mean(row.prompt_tokens for row in rows),
             }
-            for (mode, kind), rows in groups.items()
+            for (mode, name), rows in groups.items()
         ]
 
     def intervals(self) -> list[dict[str, Any]]:
@@ -134,7 +136,7 @@ def evaluate(
         filter_field: restricts each question's search to passages with the question's own value of this field.
         oracle: answer from the gold passages instead of what is retrieved, with equal scores.
         distractors: random documents added to those of every question, under the lowest of their scores (the paper's
-            noise test). Not in the mode `random`, which answers from what was found for other questions.
+            noise test).
         batch: questions answered together; the answers do not depend on it, the seconds do.
         settings: recorded with the results.
         on_progress: called with each prediction.
@@ -152,26 +154,30 @@ def evaluate(
     given: list[_Given | None] = [None] * len(questions)
     if oracle or distractors:
         given = list(_given(regrad.bank, questions, searched, oracle, distractors))
-    others = _of_others(regrad.bank, questions, searched) if "random" in modes else given
+    used = [points or {hit.id: hit.score for hit in hits} for points, hits in zip(given, searched, strict=True)]
+    others = _of_others(regrad.bank, questions, used) if "random" in modes else given
     most = max([top_k, *(len(points) for points in given if points)])
+    # Questions whose prompts are about as long are answered together: little of a batch is padding.
+    by_length = sorted(range(len(questions)), key=lambda i: sum(len(hit.text) for hit in searched[i]))
     predictions: list[Prediction] = []
     for mode in modes:
-        asked = list(zip(questions, filters, others if mode == "random" else given, strict=True))
         run: Mode = "regrad" if mode == "random" else mode
-        for start in range(0, len(asked), batch):
-            part = asked[start : start + batch]
-            # Fetched now and not before: an atom that the mode before left in the bank is not computed again.
-            hits = [_fetched(regrad.bank, points) for *_, points in part]
-            queries = [
-                Query(question.question, run, question.kind, tuple(question.choices), only, hits=found)
-                for (question, only, _), found in zip(part, hits, strict=True)
-            ]
+        answered: dict[int, Prediction] = {}
+        for start in range(0, len(by_length), batch):
+            part = by_length[start : start + batch]
+            queries = []
+            for i in part:
+                # Fetched now and not before: an atom that the mode before left in the bank is not computed again.
+                hits = _fetched(regrad.bank, (others if mode == "random" else given)[i])
+                asked = questions[i]
+                queries.append(Query(asked.question, run, asked.kind, tuple(asked.choices), filters[i], hits=hits))
             started = time.perf_counter()
             answers = regrad.answer_many(queries, top_k=most, using=using)
             seconds = (time.perf_counter() - started) / len(part)
-            for (question, *_), answer in zip(part, answers, strict=True):
-                predictions.append(_scored(question, replace(answer, mode=mode), seconds))
-                on_progress(predictions[-1])
+            for i, answer in zip(part, answers, strict=True):
+                answered[i] = _scored(questions[i], replace(answer, mode=mode), seconds)
+                on_progress(answered[i])
+        predictions += [answered[i] for i in range(len(questions))]
     recalls = []
     for question, hits in zip(questions, searched, strict=True):
         if question.gold_ids:
@@ -202,20 +208,21 @@ def _fetched(bank: GradientBank, points: _Given | None) -> list[Hit] | None:
     return bank.fetch(list(points), list(points.values())) if points else []
 
 
-def _of_others(
-    bank: GradientBank, questions: Sequence[Question], searched: Sequence[Sequence[Hit]]
-) -> list[_Given | None]:
-    """For each question as many documents as it found, drawn from those found for other questions, so that their atoms
-    are there already; where these are too few, from the whole bank. Neither its own hits nor its gold passages."""
-    pool = list(dict.fromkeys(hit.id for hits in searched for hit in hits))
+def _of_others(bank: GradientBank, questions: Sequence[Question], used: Sequence[_Given]) -> list[_Given | None]:
+    """For each question as many documents as it is answered from, under the same scores, drawn from those of the other
+    questions, so that their atoms are there already; where these are too few, from the whole bank. Neither its own
+    documents nor its gold passages."""
+    pool = list(dict.fromkeys(key for points in used for key in points))
+    everything: list[PointId] = []
     found: list[_Given | None] = []
-    for question, hits in zip(questions, searched, strict=True):
-        own = {hit.id for hit in hits} | {point_id(key) for key in question.gold_ids}
+    for question, points in zip(questions, used, strict=True):
+        own = set(points) | {point_id(key) for key in question.gold_ids}
         left = [key for key in pool if key not in own]
-        if len(left) < len(hits):
-            left = [hit.id for hit in bank.points() if hit.id not in own]
-        drawn = random.Random(question.id).sample(left, min(len(hits), len(left)))
-        found.append({key: hit.score for key, hit in zip(drawn, hits, strict=False)})
+        if len(left) < len(points):
+            everything = everything or [hit.id for hit in bank.points()]
+            left = [key for key in everything if key not in own]
+        drawn = random.Random(question.id).sample(left, min(len(points), len(left)))
+        found.append(dict(zip(drawn, points.values(), strict=False)))
     return found
 
 
@@ -285,7 +292,7 @@ def select(
     limit: int | None = None,
     *,
     sample: int | None = None,
-    kind: str | None = None,
+    of_type: str | None = None,
 ) -> list[Question]:
     """The questions of a split and type: the first `limit` of them, or `sample` drawn at random, the same every time.
 
@@ -295,9 +302,9 @@ def select(
     chosen = [question for question in questions if split is None or question.split == split]
     if not chosen:
         raise DataError(f"no questions of split {split!r}; splits found: {sorted({q.split for q in questions})}")
-    typed = [question for question in chosen if kind is None or question.type == kind]
+    typed = [question for question in chosen if of_type is None or question.type == of_type]
     if not typed:
-        raise DataError(f"no questions of type {kind!r}; types found: {sorted({q.type for q in chosen})}")
+        raise DataError(f"no questions of type {of_type!r}; types found: {sorted({q.type for q in chosen})}")
     if sample is not None and sample < len(typed):
         drawn = random.Random(0).sample(range(len(typed)), sample)
         typed = [typed[i] for i in sorted(drawn)]

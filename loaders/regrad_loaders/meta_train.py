@@ -41,6 +41,7 @@ class StepMetrics:
     """What one meta-training step measured."""
 
     step: int
+    data: tuple[str, ...]  # the sets that its episodes came from
     loss: float  # mean over questions of the token-mean negative log-likelihood of the answer
     exact: float  # share of questions whose every answer token is the most likely one
     grad_norm: float
@@ -172,7 +173,7 @@ class Trainer:
         """Some episodes: forward, backward, and one update."""
         recipe, start = self.recipe, time.perf_counter()
         order = 0 if recipe.learn == "step_sizes" else recipe.order
-        losses, exact, passages, of_atoms, of_answers = [], [], 0, 0.0, 0.0
+        losses, exact, data, passages, of_atoms, of_answers = [], [], [], 0, 0.0, 0.0
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(recipe.accumulate):
             times = [time.perf_counter()]
@@ -188,6 +189,7 @@ class Trainer:
             of_answers += times[2] - times[1]
             losses.append(float(found.detach().mean()))
             exact.append(right)
+            data.append(episode.source)
             passages += len(episode.passages)
             self.seen.update(example.question_id for example in episode.examples)
         self._average_gradients()
@@ -198,6 +200,7 @@ class Trainer:
         self.step += 1
         return StepMetrics(
             step=self.step,
+            data=tuple(data),
             loss=sum(losses) / len(losses),
             exact=float(torch.cat(exact).mean()),
             grad_norm=float(norm),

@@ -55,9 +55,7 @@ class Recipe:
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
-    passages_in_prompt: float = (
-        0.0  # share of the questions with their passages in the prompt; true, all: for regrad+icl
-    )
+    passages_in_prompt: float = 0.0  # of this share of the questions; true, of all: for regrad+icl
     atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
     step_size_mode: str = "tensor"  # α: one for each tensor, `one` for all, `full`: one for each number; `fixed`
     order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
