@@ -13,8 +13,6 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from regrad_qdrant.prompts import INSTRUCTIONS
-
 if TYPE_CHECKING:
     from regrad_loaders.evaluate import Evaluation
     from regrad_loaders.ingest import IngestReport
@@ -98,12 +96,9 @@ def scores_table(result: Evaluation) -> Table:
         title="Scores, 0 to 100",
     )
     ends = {row["mode"]: row["f1_interval"] for row in result.intervals()}
-    rows = result.results()
-    whole = {row["mode"]: row["n"] for row in rows if row["type"] == "all"}
-    parts = {row["type"] for row in rows if row["n"] < whole[row["mode"]]}  # a type that is all of it says nothing
-    own = parts - set(INSTRUCTIONS)
-    shown = {"all"} | (parts if len(own) <= TYPES_SHOWN else parts - own)
-    for row in (row for row in rows if row["type"] in shown):
+    types = result.types()
+    shown = types if len({row["type"] for row in types}) <= TYPES_SHOWN else []
+    for row in result.results() + shown:
         table.add_row(
             row["mode"],
             row["type"],

@@ -199,8 +199,10 @@ def test_eval_tells_types_of_questions_apart(run, folder, tmp_path):
     typed = ["eval", "--corpus", folder / "corpus.jsonl", "--qa", tmp_path / "typed.jsonl", "--modes", "init"]
     code, out, err = run(*typed, "--json", "out.json")
     assert code == 0, err
-    found = {row["type"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
-    assert {name: row["n"] for name, row in found.items()} == {"all": 4, "open": 3, "place": 2, "yesno": 1}
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["type"], row["n"]) for row in result["types"]] == [("place", 2)]
+    found = {row["type"]: row for row in result["results"]}
+    assert {name: row["n"] for name, row in found.items()} == {"all": 4, "open": 3, "yesno": 1}
     assert found["yesno"]["accuracy"] is not None and found["open"]["accuracy"] is None and "place" in out
     code, _, err = run(*typed, "--type", "place", "--json", "out.json")
     assert code == 0 and json.loads((tmp_path / "out.json").read_text())["results"][0]["n"] == 2

@@ -60,24 +60,30 @@ class Evaluation:
     sweep: tuple[tuple[int, Evaluation], ...] = ()  # the same questions at other k
 
     def results(self) -> list[dict[str, Any]]:
-        """One row a mode and type of question: `all`, the kinds of prompt, and the set's own types."""
+        """One row a mode and kind of question, `all` first."""
+        return self._rows(lambda prediction: ("all", prediction.kind))
+
+    def types(self) -> list[dict[str, Any]]:
+        """One row a mode and type that the set itself gives its questions, where that is not their kind."""
+        return self._rows(lambda prediction: () if prediction.type in INSTRUCTIONS else (prediction.type,))
+
+    def _rows(self, groups_of: Callable[[Prediction], tuple[str, ...]]) -> list[dict[str, Any]]:
         groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
         for prediction in self.predictions:
-            own = [] if prediction.type in INSTRUCTIONS else [prediction.type]
-            for name in ("all", prediction.kind, *own):
-                groups[prediction.mode, name].append(prediction)
+            for group in groups_of(prediction):
+                groups[prediction.mode, group].append(prediction)
         return [
             {
                 "mode": mode,
-                "type": name,
+                "type": group,
                 "n": len(rows),
                 "f1": mean(row.f1 for row in rows),
                 "em": mean(row.em for row in rows),
-                "accuracy": mean(row.accuracy for row in rows) if all(row.kind != "open" for row in rows) else None,
+                "accuracy": mean(row.accuracy for row in rows) if group in ("yesno", "choice") else None,
                 "seconds": sum(row.seconds for row in rows),
                 "prompt_tokens": mean(row.prompt_tokens for row in rows),
             }
-            for (mode, name), rows in groups.items()
+            for (mode, group), rows in groups.items()
         ]
 
     def intervals(self) -> list[dict[str, Any]]:
@@ -103,6 +109,8 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         found = {"settings": self.settings, "results": self.results(), "recall_at_k": self.recall_at_k}
         found["intervals"] = self.intervals()
+        if types := self.types():
+            found["types"] = types
         if self.sweep:
             found["sweep"] = [{"top_k": k} | row for k, other in self.sweep for row in other.intervals()]
         return found | ({"differences": self.differences()} if self.against else {})
