@@ -13,6 +13,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from tables import table
+
 from regrad_loaders.bench_atoms import plot, read_cells
 from regrad_loaders.scores import Interval
 
@@ -62,11 +64,6 @@ def command(settings: dict[str, Any]) -> str:
     words += ["--codecs", ",".join(settings["codecs"]), "--top-k", ",".join(map(str, settings["top_k"]))]
     words += ["--split", settings["split"], "--limit", str(settings["limit"])]
     return shlex.join(words)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def curves(run: dict[str, Any]) -> str:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from pathlib import Path
 from statistics import mean
 from typing import Any
+
+from tables import table
+
+from regrad_loaders.scores import Interval, pooled
 
 MAIN = ("nq_open", "phantomwiki", "hotpotqa", "squad2_dev")
 PAIRS = (  # what each difference shows
@@ -39,7 +42,6 @@ at which ft-direct was kept); the passages are the set's whole corpus.
 ## F1, 0 to 100
 
 {scores}
-
 direct: the bare model; rag: the passages in its prompt; regrad: gradients, question alone; regrad+icl: gradients and
 passages; random: gradients of documents that other questions found; raw: gradients in the same layers without
 meta-training; ft-direct and ft-rag: plain LoRA fine-tuning of the same layers on the train splits of the same sets,
@@ -52,7 +54,6 @@ Paired over the same questions; in parentheses the 95 % bootstrap interval. That
 errors as independent. The average of four is that of {main}.
 
 {differences}
-
 ## Interference
 
     {merge_command}
@@ -62,19 +63,10 @@ come in with the score of the last hit. The share is F1 over that of the gold pa
 The temperature was learned with `margin`; `softmax` borrows it.
 
 {merging}
-
 ## Reading
 
 {reading}
 """
-
-
-def row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _head(cells: list[str]) -> list[str]:
-    return [row(cells), row(["---"] * len(cells))]
 
 
 def averages(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -88,51 +80,45 @@ def scores(runs: dict[str, dict[str, Any]]) -> str:
     """A line a set, a column a mode, and the averages over sets."""
     modes = list(dict.fromkeys(found["mode"] for run in runs.values() for found in run["intervals"]))
     f1 = {name: {found["mode"]: 100 * found["f1"] for found in run["intervals"]} for name, run in runs.items()}
-    lines = _head(["set", "questions", "recall", *modes])
+    rows = []
     for name, run in runs.items():
         count = next(found["n"] for found in run["results"] if found["type"] == "all")
         recall = "" if run["recall_at_k"] is None else f"{100 * run['recall_at_k']:.0f} %"
-        lines.append(row([name, str(count), recall, *(f"{f1[name][mode]:.1f}" for mode in modes)]))
+        rows.append([name, str(count), recall, *(f"{f1[name][mode]:.1f}" for mode in modes)])
     for title, names in averages(runs).items():
-        lines.append(row([f"**{title}**", "", "", *(f"{mean(f1[n][mode] for n in names):.1f}" for mode in modes)]))
-    return "\n".join(lines)
+        rows.append([f"**{title}**", "", "", *(f"{mean(f1[n][mode] for n in names):.1f}" for mode in modes)])
+    return table(["set", "questions", "recall", *modes], rows)
 
 
 def differences(runs: dict[str, dict[str, Any]]) -> str:
     """A line a pair of modes: the averages over sets, and each set."""
-    lines = _head(["", "what it shows", *averages(runs), "each set"])
+    rows = []
     for mode, minus, shows in PAIRS:
         found = {name: _difference(run, mode, minus) for name, run in runs.items()}
-        whole = [_in_points(*_average([found[name] for name in names])) for names in averages(runs).values()]
-        each = "; ".join(f"{name} {_in_points(*values)}" for name, values in found.items())
-        lines.append(row([f"{mode} − {minus}", shows, *(f"**{text}**" for text in whole), each]))
-    return "\n".join(lines)
+        whole = [_in_points(pooled([found[name] for name in names])) for names in averages(runs).values()]
+        each = "; ".join(f"{name} {_in_points(difference)}" for name, difference in found.items())
+        rows.append([f"{mode} − {minus}", shows, *(f"**{text}**" for text in whole), each])
+    return table(["", "what it shows", *averages(runs), "each set"], rows)
 
 
-def _difference(run: dict[str, Any], mode: str, minus: str) -> tuple[float, float, float]:
+def _difference(run: dict[str, Any], mode: str, minus: str) -> Interval:
     found = next(d for d in run["differences"] if (d["mode"], d["minus"]) == (mode, minus))
-    return found["f1"], *found["f1_interval"]
+    return Interval(found["f1"], *found["f1_interval"])
 
 
-def _average(found: list[tuple[float, float, float]]) -> tuple[float, float, float]:
-    middle = mean(value for value, *_ in found)
-    half = math.sqrt(sum(((high - low) / 2) ** 2 for _, low, high in found)) / len(found)
-    return middle, middle - half, middle + half
-
-
-def _in_points(value: float, low: float, high: float) -> str:
-    return f"{100 * value:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})"
+def _in_points(found: Interval) -> str:
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} … {100 * found.high:+.1f})"
 
 
 def merging(result: dict[str, Any]) -> str:
     """A line a way of merging, a column a set."""
-    rows = result["rows"]
-    sets = list(dict.fromkeys((found["init"], found["task"]) for found in rows))
-    of_set = {(r["init"], r["task"], r["documents"], r["among"], r["rule"]): r for r in rows}
+    merged = result["rows"]
+    sets = list(dict.fromkeys((found["init"], found["task"]) for found in merged))
+    of_set = {(r["init"], r["task"], r["documents"], r["among"], r["rule"]): r for r in merged}
     several = len({init for init, _ in sets}) > 1
     titles = [f"{task}, {init}" if several else task for init, task in sets]
-    lines = _head(["documents merged", "rule", *titles])
-    for documents, among, rule in dict.fromkeys((r["documents"], r["among"], r["rule"]) for r in rows):
+    rows = []
+    for documents, among, rule in dict.fromkeys((r["documents"], r["among"], r["rule"]) for r in merged):
         cells = []
         for init, task in sets:
             found = of_set[init, task, documents, among, rule]
@@ -140,8 +126,8 @@ def merging(result: dict[str, Any]) -> str:
             cells.append(f"{100 * found['f1']['mean']:.1f}")
             if documents > 1:
                 cells[-1] += f", {share['mean']:.2f} ({share['low']:.2f} … {share['high']:.2f})"
-        lines.append(row([among if documents == 1 else f"{documents}, {among}", rule, *cells]))
-    return "\n".join(lines)
+        rows.append([among if documents == 1 else f"{documents}, {among}", rule, *cells])
+    return table(["documents merged", "rule", *titles], rows)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from regrad_qdrant.codec import CODECS, DEFAULT_CODEC
 from regrad_qdrant.console import console, progress
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.merge import RULES
-from regrad_qdrant.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, whole_numbers, write_json
+from regrad_qdrant.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, load, whole_numbers, write_json
 
 if TYPE_CHECKING:
     from regrad_loaders.bench_atoms import Cell, Task, Times
@@ -50,9 +50,7 @@ def atoms(
 ) -> None:
     """Bytes an atom against F1: atom spaces × codecs × k, with intervals, paired against fp32 atoms."""
     from regrad_loaders.bench_atoms import AtomBench, plot, report
-    from regrad_qdrant.base_model import load_base_model
     from regrad_qdrant.codec import get_codec
-    from regrad_qdrant.initialization import MetaInitialization
 
     names, chosen = [name.strip() for name in codecs.split(",")], inits or [DEFAULT_INIT]
     for name in names:
@@ -63,10 +61,7 @@ def atoms(
     cells: list[Cell] = []
     times: list[Times] = []
     for name in chosen:
-        initialization = MetaInitialization.load(name)
-        with console.status(f"Loading {initialization.base.name}"):
-            model, tokenizer = load_base_model(initialization.base.name)
-        initialization.check_model(model)
+        initialization, model, tokenizer = load(name, None)
         measured = AtomBench(name, initialization, model, tokenizer)
         for task in tasks:
             passages = len({key for hits in task.hits for key in hits})
@@ -111,9 +106,7 @@ def merge(
     """
     from regrad_loaders.bench_atoms import AtomBench
     from regrad_loaders.bench_merge import Merged, documents, report, study
-    from regrad_qdrant.base_model import load_base_model
     from regrad_qdrant.codec import get_codec
-    from regrad_qdrant.initialization import MetaInitialization
     from regrad_qdrant.merge import MergeRule
 
     get_codec(codec)
@@ -127,10 +120,7 @@ def merge(
     tasks = [_task(name, split, limit, max(ks), gold=True) for name in sets or ["facts"]]
     chosen, rows = inits or [DEFAULT_INIT], list[Merged]()
     for name in chosen:
-        initialization = MetaInitialization.load(name)
-        with console.status(f"Loading {initialization.base.name}"):
-            model, tokenizer = load_base_model(initialization.base.name)
-        initialization.check_model(model)
+        initialization, model, tokenizer = load(name, None)
         measured = AtomBench(name, initialization, model, tokenizer)
         temperature = initialization.merge.temperature
         for task in tasks:
@@ -144,7 +134,6 @@ def merge(
                 found = study(measured, task, codec, merges, ks, counts, on_atoms, on_row)
             rows += found
             console.print(_merge_table(found, name, task))
-        measured.close()
     settings = {"command": "bench merge", "inits": chosen, "sets": sets or ["facts"], "rules": names, "top_k": ks}
     write_json(json_out, report(rows, settings | {"noise": counts, "codec": codec, "split": split, "limit": limit}))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from qdrant_client import QdrantClient
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from regrad_loaders.bench_atoms import AtomBench, Task
 from regrad_loaders.facts import generate
-from regrad_qdrant import MetaInitialization
+from regrad_qdrant import MetaInitialization, cli
 from regrad_qdrant.client_store import ClientStore
 from regrad_qdrant.edge_store import EdgeStore
 from regrad_qdrant.initialization import BaseModel
@@ -104,6 +106,41 @@ def kind(request):
 @pytest.fixture
 def initialization(model):
     return tiny_initialization(model)
+
+
+@pytest.fixture
+def measured(tokenizer):
+    """The benchmarks' own view of the tiny model."""
+    bench = AtomBench("tiny", tiny_initialization(tiny_model()), tiny_model(), tokenizer)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def task():
+    """Five questions about twelve invented people, with what BM25 returns for them."""
+    world = generate("demo", 12, 1, questions_per_person=1)
+    return Task.of(world, world.questions[:5], depth=4)
+
+
+@pytest.fixture
+def tiny_bench(tokenizer, tmp_path, monkeypatch, capsys):
+    """Runs a command of `regrad-qdrant bench` on the tiny model, in an empty folder."""
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    initialization = tiny_initialization(model)
+    object.__setattr__(initialization.base, "name", str(tmp_path / "model"))
+    initialization.save(tmp_path / "init")
+    monkeypatch.chdir(tmp_path)
+
+    def run(command, *arguments):
+        monkeypatch.setattr(sys, "argv", ["regrad-qdrant", "bench", command, "--init", "init", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        assert not stopped.value.code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(params=["client", "edge", "rest", "grpc"])

@@ -1,30 +1,15 @@
 import json
-import sys
 from dataclasses import replace
 
 import pytest
-from conftest import tiny_initialization, tiny_model
+from conftest import tiny_model
 
-from regrad_loaders.bench_atoms import AtomBench, Cell, Task, behind, extrapolation, losses, smallest
-from regrad_loaders.facts import generate
+from regrad_loaders.bench_atoms import Cell, behind, extrapolation, losses, smallest
 from regrad_loaders.scores import Interval
-from regrad_qdrant import Adapter, cli
+from regrad_qdrant import Adapter
 from regrad_qdrant.generation import generate as answer
 from regrad_qdrant.prompts import Prompt
 from regrad_qdrant.record import make_records
-
-
-@pytest.fixture
-def measured(tokenizer):
-    bench = AtomBench("tiny", tiny_initialization(tiny_model()), tiny_model(), tokenizer)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def task():
-    world = generate("demo", 12, 1, questions_per_person=1)
-    return Task.of(world, world.questions[:5], depth=4)
 
 
 def test_answers_are_those_of_one_question_at_a_time_with_its_atoms_applied(measured, task, tokenizer):
@@ -88,19 +73,9 @@ def test_initializations_are_compared_over_the_same_questions():
     assert row["f1"]["mean"] == pytest.approx(0.1) and 0 <= row["f1"]["low"] < 0.1 < row["f1"]["high"] <= 0.2
 
 
-def test_the_command_writes_the_curve_and_its_plot(tokenizer, tmp_path, monkeypatch, capsys):
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    initialization = tiny_initialization(model)
-    object.__setattr__(initialization.base, "name", str(tmp_path / "model"))
-    initialization.save(tmp_path / "init")
-    command = ["bench", "atoms", "--set", "facts", "--init", "init", "--codecs", "sign", "-k", "1,2", "--limit", "3"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command, "--json", "curve.json", "--plot", "curve.png"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code, capsys.readouterr().err
+def test_the_command_writes_the_curve_and_its_plot(tiny_bench, tmp_path):
+    curve = ["--set", "facts", "--codecs", "sign", "-k", "1,2", "--limit", "3"]
+    tiny_bench("atoms", *curve, "--json", "curve.json", "--plot", "curve.png")
     result = json.loads((tmp_path / "curve.json").read_text())
     assert list(result) == ["settings", "curve", "losses", "times", "smallest", "behind_the_first", "extrapolation"]
     assert len(result["curve"]) == 4 and set(result["smallest"]) == {"init"}

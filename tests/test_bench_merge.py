@@ -1,29 +1,10 @@
 import json
-import sys
 
-import pytest
 import torch
-from conftest import tiny_initialization, tiny_model
 
-from regrad_loaders.bench_atoms import AtomBench, Task
 from regrad_loaders.bench_merge import GOLD, HARD, RANDOM, documents, share, study, with_gold
 from regrad_loaders.data import Question
-from regrad_loaders.facts import generate
-from regrad_qdrant import cli
 from regrad_qdrant.merge import MergeRule
-
-
-@pytest.fixture
-def measured(tokenizer):
-    bench = AtomBench("tiny", tiny_initialization(tiny_model()), tiny_model(), tokenizer)
-    yield bench
-    bench.close()
-
-
-@pytest.fixture
-def task():
-    world = generate("demo", 12, 1, questions_per_person=1)
-    return Task.of(world, world.questions[:5], depth=4)
 
 
 def test_the_gold_passage_stands_among_the_hits_even_where_retrieval_missed_it():
@@ -58,19 +39,8 @@ def test_every_rule_meets_every_k_and_every_noise(measured, task, monkeypatch):
     assert same == [True, False, True, False, False, True, False]
 
 
-def test_the_command_writes_what_it_measured(tokenizer, tmp_path, monkeypatch, capsys):
-    model = tiny_model()
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    initialization = tiny_initialization(model)
-    object.__setattr__(initialization.base, "name", str(tmp_path / "model"))
-    initialization.save(tmp_path / "init")
-    command = ["bench", "merge", "--init", "init", "--rules", "sum,margin", "-k", "3", "--noise", "2", "--limit", "4"]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command, "--json", "merge.json"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main()
-    assert not stopped.value.code, capsys.readouterr().err
+def test_the_command_writes_what_it_measured(tiny_bench, tmp_path, capsys):
+    tiny_bench("merge", "--rules", "sum,margin", "-k", "3", "--noise", "2", "--limit", "4", "--json", "merge.json")
     result = json.loads((tmp_path / "merge.json").read_text())
     assert len(result["rows"]) == 5 and result["settings"]["command"] == "bench merge"
     assert "of gold alone" in capsys.readouterr().out

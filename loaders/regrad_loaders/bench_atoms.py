@@ -7,7 +7,6 @@ of `eval` in the mode `regrad`; questions are answered in batches, each row with
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from torch import Tensor
 from regrad_loaders.data import Dataset, Question
 from regrad_loaders.episodes import bm25_hits
 from regrad_loaders.plots import new_figure
-from regrad_loaders.scores import Interval, bootstrap, f1
+from regrad_loaders.scores import Interval, bootstrap, f1, pooled
 from regrad_qdrant.adapter import Adapter
 from regrad_qdrant.codec import AtomLayout, get_codec
 from regrad_qdrant.generation import generate
@@ -247,10 +246,11 @@ def pooled_loss(cells: Sequence[Cell]) -> Interval:
     of_sets: dict[str, list[Interval]] = {}
     for cell in cells:
         of_sets.setdefault(cell.task, []).append(cell.loss_to_fp32)
-    middle = mean(mean(loss.mean for loss in losses) for losses in of_sets.values())
-    halves = [mean((loss.high - loss.low) / 2 for loss in losses) for losses in of_sets.values()]
-    half = math.sqrt(sum(width**2 for width in halves)) / len(halves)
-    return Interval(middle, middle - half, middle + half)
+    means = []
+    for losses in of_sets.values():
+        middle, half = mean(loss.mean for loss in losses), mean((loss.high - loss.low) / 2 for loss in losses)
+        means.append(Interval(middle, middle - half, middle + half))
+    return pooled(means)
 
 
 def losses(cells: Sequence[Cell]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ A gold passage that retrieval missed takes the place of the last hit, with its s
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -55,8 +55,7 @@ def study(
     Random documents come in with the score of the last of the question's hits. Every question of the task has one
     gold passage.
     """
-    hits = [with_gold(question, found, max(ks)) for question, found in zip(task.questions, task.hits, strict=True)]
-    strangers = [_strangers(*asked, task, max(noise, default=0)) for asked in zip(task.questions, hits, strict=True)]
+    hits, strangers = zip(*_candidates(task, ks, noise), strict=True)
     used = documents(task, ks, noise)
     rows = {key: i for i, key in enumerate(used)}
     exact, _ = bench.atoms([task.texts[key] for key in used], on_atoms)
@@ -84,11 +83,15 @@ def study(
 
 def documents(task: Task, ks: Sequence[int], noise: Sequence[int]) -> list[str]:
     """The passages whose atoms `study` needs."""
-    keys: set[str] = set()
+    return sorted({key for hits, strangers in _candidates(task, ks, noise) for key in (*hits, *strangers)})
+
+
+def _candidates(task: Task, ks: Sequence[int], noise: Sequence[int]) -> Iterator[tuple[dict[str, float], list[str]]]:
+    """For every question its hits, with the gold passage among them, and the most random documents that are added."""
     for question, found in zip(task.questions, task.hits, strict=True):
         hits = with_gold(question, found, max(ks))
-        keys.update(hits, _strangers(question, hits, task, max(noise, default=0)))
-    return sorted(keys)
+        others = [key for key in task.texts if key not in hits]
+        yield hits, random.Random(question.id).sample(others, min(max(noise, default=0), len(others)))
 
 
 def with_gold(question: Question, hits: dict[str, float], k: int) -> dict[str, float]:
@@ -102,11 +105,6 @@ def with_gold(question: Question, hits: dict[str, float], k: int) -> dict[str, f
             kept.popitem()
         kept[gold] = lowest
     return kept
-
-
-def _strangers(question: Question, hits: dict[str, float], task: Task, count: int) -> list[str]:
-    left = [key for key in task.texts if key not in hits]
-    return random.Random(question.id).sample(left, min(count, len(left)))
 
 
 def _scores(bench: AtomBench, task: Task, decoded: Tensor, rows: dict[str, int], rule: MergeRule) -> list[float]:

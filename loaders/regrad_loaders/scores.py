@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import mean
 
 import numpy as np
 
@@ -64,6 +66,13 @@ def bootstrap(values: Sequence[float], rounds: int = 2000, seed: int = 0) -> Int
     means = numbers[rng.integers(len(numbers), size=(rounds, len(numbers)))].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(numbers.mean()), float(low), float(high))
+
+
+def pooled(found: Sequence[Interval]) -> Interval:
+    """The mean of several sets' means, with the interval of independent sets."""
+    middle = mean(interval.mean for interval in found)
+    half = math.sqrt(sum(((interval.high - interval.low) / 2) ** 2 for interval in found)) / len(found)
+    return Interval(middle, middle - half, middle + half)
 
 
 def _f1(predicted: list[str], wanted: list[str]) -> float:
