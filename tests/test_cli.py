@@ -6,6 +6,8 @@ import sys
 import pytest
 from conftest import tiny_initialization, tiny_model
 
+from regrad_loaders.data import Question
+from regrad_loaders.evaluate import _of_others
 from regrad_loaders.facts import generate
 from regrad_qdrant import cli
 from regrad_qdrant.codec import DEFAULT_CODEC
@@ -175,6 +177,13 @@ def test_random_atoms_are_of_documents_that_other_questions_found(run, folder, t
     assert list(found) == list(drawn) and all(len(keys) == 2 for keys in drawn.values())
     for question, keys in drawn.items():
         assert not set(keys) & {*found[question], *gold[question]} and set(keys) <= everything
+
+
+def test_the_draw_of_random_documents_does_not_depend_on_the_order_of_equal_hits():
+    questions = [Question(f"q{i}", "?", ("a",)) for i in range(4)]
+    used = [{f"{letter}{i}": 1.0 for letter in "abc"} for i in range(4)]
+    turned = [dict(reversed(points.items())) for points in used]
+    assert _of_others(None, questions, used) == _of_others(None, questions, turned)
 
 
 def test_eval_samples_questions_and_takes_one_type(run, folder, tmp_path):

@@ -220,14 +220,15 @@ def _of_others(bank: GradientBank, questions: Sequence[Question], used: Sequence
     """For each question as many documents as it is answered from, under the same scores, drawn from those of the other
     questions, so that their atoms are there already; where these are too few, from the whole bank. Neither its own
     documents nor its gold passages."""
-    pool = list(dict.fromkeys(key for points in used for key in points))
+    # Sorted: the engine leaves the order of equal scores open, and the draw must not depend on it.
+    pool = sorted({key for points in used for key in points}, key=str)
     everything: list[PointId] = []
     found: list[_Given | None] = []
     for question, points in zip(questions, used, strict=True):
         own = set(points) | {point_id(key) for key in question.gold_ids}
         left = [key for key in pool if key not in own]
         if len(left) < len(points):
-            everything = everything or [hit.id for hit in bank.points()]
+            everything = everything or sorted((hit.id for hit in bank.points()), key=str)
             left = [key for key in everything if key not in own]
         drawn = random.Random(question.id).sample(left, min(len(points), len(left)))
         found.append(dict(zip(drawn, points.values(), strict=False)))
