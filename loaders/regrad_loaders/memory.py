@@ -14,7 +14,7 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
         libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_trim_threshold, -1)  # never; what fits an int, 2 GB, is less than a step frees
         libc.mallopt(m_top_pad, 2**28)
 
 

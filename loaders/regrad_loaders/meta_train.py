@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from regrad_loaders.cloze import cloze_questions
 from regrad_loaders.data import Dataset, Question, read_folder
 from regrad_loaders.episodes import Episode, EpisodeSource
 from regrad_loaders.facts import generate
@@ -179,8 +180,9 @@ class Trainer:
             times = [time.perf_counter()]
             rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
             episode, codec = self._draw(rng), rng.choice(recipe.codecs)
+            atoms = recipe.atoms == 1 or rng.random() < recipe.atoms
             with torch.autocast(self.learner.device.type, torch.bfloat16, enabled=recipe.autocast):
-                rows = self.learner.episode_updates(episode, codec, order) if recipe.atoms else None
+                rows = self.learner.episode_updates(episode, codec, order) if atoms else None
                 times.append(time.perf_counter())
                 found, right = self.learner.answer_losses(episode.examples, rows)
                 times.append(time.perf_counter())
@@ -318,6 +320,7 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
         questions = _of_types(dataset.split(source.split), source)
         if not questions:
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
+        questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
         sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
     return sources, [source.weight for source in recipe.data]
 
