@@ -317,19 +317,6 @@ def test_without_atoms_it_is_plain_fine_tuning(tokenizer, tmp_path):
     assert evaluation["exact"] == evaluation["random_exact"]
 
 
-def test_a_share_of_the_episodes_may_go_without_atoms(tokenizer, tmp_path):
-    """φ₀ then answers with and without gradients; only the former teach the step sizes."""
-    mixed = trainer(tokenizer, tmp_path, replace(RECIPE, atoms=0.5, passages_in_prompt=True))
-    with_atoms = []
-    for _ in range(12):
-        metrics = mixed.train_step()
-        with_atoms.append(mixed.learner.log_step_size.grad is not None)
-        assert math.isfinite(metrics.loss)
-    assert 2 <= sum(with_atoms) <= 10
-    with pytest.raises(DataError, match="a share of the episodes"):
-        replace(RECIPE, atoms=-1)
-
-
 def test_a_checkpoint_of_another_recipe_is_refused(tokenizer, tmp_path):
     trainer(tokenizer, tmp_path).save()
     with pytest.raises(DataError, match="learning_rate"):

@@ -180,9 +180,8 @@ class Trainer:
             times = [time.perf_counter()]
             rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
             episode, codec = self._draw(rng), rng.choice(recipe.codecs)
-            atoms = recipe.atoms == 1 or rng.random() < recipe.atoms
             with torch.autocast(self.learner.device.type, torch.bfloat16, enabled=recipe.autocast):
-                rows = self.learner.episode_updates(episode, codec, order) if atoms else None
+                rows = self.learner.episode_updates(episode, codec, order) if recipe.atoms else None
                 times.append(time.perf_counter())
                 found, right = self.learner.answer_losses(episode.examples, rows)
                 times.append(time.perf_counter())

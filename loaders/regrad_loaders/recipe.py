@@ -57,7 +57,7 @@ class Recipe:
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
     passages_in_prompt: float = 0.0  # of this share of the questions; true, of all: for regrad+icl
-    atoms: float = 1.0  # of this share of the episodes; false, of none: plain fine-tuning of φ₀, the baseline
+    atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
     step_size_mode: str = "tensor"  # α: one for each tensor, `one` for all, `full`: one for each number; `fixed`
     order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
     codecs: tuple[str, ...] = ("fp32",)  # one is drawn for each episode, and its atoms are read through it
@@ -103,8 +103,6 @@ class Recipe:
             raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, full, fixed")
         if not 0 <= self.passages_in_prompt <= 1:
             raise DataError(f"passages_in_prompt is a share of the questions, 0 to 1, found {self.passages_in_prompt}")
-        if not 0 <= self.atoms <= 1:
-            raise DataError(f"atoms is a share of the episodes, 0 to 1, found {self.atoms}")
         if self.accumulate < 1:
             raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
         if self.patience and not self.dev_questions:
