@@ -127,8 +127,7 @@ def main() -> None:
     introduction += table(["initialization", "codec", "bytes an atom in the payload", "loss to fp32, F1"], cells)
     smallest = {init: codec for run in runs for init, codec in run["smallest"].items()}
     introduction += "\nThe smallest that loses at most 1 F1 at the upper end of its interval: "
-    found = {init: f"`{codec}`" if codec != "fp32" else "none of those run" for init, codec in smallest.items()}
-    introduction += ", ".join(f"{init}: {codec}" for init, codec in found.items()) + "."
+    introduction += ", ".join(f"{init}: `{codec}`" for init, codec in smallest.items()) + "."
     page = PAGE.format(
         introduction=introduction,
         curves="\n".join(curves(run) for run in runs),

@@ -111,9 +111,7 @@ def initialization(model):
 @pytest.fixture
 def measured(tokenizer):
     """The benchmarks' own view of the tiny model."""
-    bench = AtomBench("tiny", tiny_initialization(tiny_model()), tiny_model(), tokenizer)
-    yield bench
-    bench.close()
+    return AtomBench("tiny", tiny_initialization(tiny_model()), tiny_model(), tokenizer)
 
 
 @pytest.fixture

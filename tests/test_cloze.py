@@ -30,4 +30,5 @@ def test_as_many_as_wanted_and_the_same_every_time():
 
 def test_passages_that_another_splits_questions_need_are_left_alone():
     assert made(questions=[Question("d", "?", ("a",), ("p0",), split="dev")]) == []
+    assert made(questions=[Question("t", "?", ("a",), ("p0",), split="train", type="other")]) == made()
     assert made(texts=["Short. Very short."]) == []

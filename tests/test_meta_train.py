@@ -307,6 +307,13 @@ def test_a_share_of_the_questions_may_have_their_passages_in_the_prompt(tokenize
         replace(RECIPE, passages_in_prompt=2)
 
 
+def test_a_source_may_ask_what_else_its_passages_say(tokenizer, tmp_path):
+    recipes = [replace(RECIPE, data=(replace(RECIPE.data[0], cloze=count),)) for count in (0, 2)]
+    asked, further = ([e.question for e in trainer(tokenizer, tmp_path, r).sources[0].entries] for r in recipes)
+    assert further[: len(asked)] == asked and {question.type for question in further[len(asked) :]} == {"cloze"}
+    assert all(question.type != "cloze" for question in asked)
+
+
 def test_without_atoms_it_is_plain_fine_tuning(tokenizer, tmp_path):
     """The baseline: the answers are learned by φ₀ alone, and the step sizes stay."""
     plain = trainer(tokenizer, tmp_path, replace(RECIPE, atoms=False, steps=20, learning_rate=2e-2))
@@ -463,6 +470,8 @@ def test_recipes_are_checked(tmp_path):
         ("data: []\n", "names no data"),
         ("data: [{folder: x, split: dev, weight: 1.0}]\n", "never for training"),
         ("data: [{folder: x, facts: {people: 1, seed: 1}, weight: 1.0}]\n", "either"),
+        ("data: [{folder: x, cloze: -1, weight: 1.0}]\n", "cloze counts"),
+        ("data: [{folder: x, cloze: many, weight: 1.0}]\n", "cloze counts"),
         ("data: [{folder: x, weight: 1.0}]\nlr: 3\n", r"unknown settings \['lr'\]"),
         ("data: [{folder: x, weight: 1.0}]\nspace: cone\n", "space 'cone'"),
         ("data: [{folder: x, weight: 1.0}]\nlearn: step_sizes\n", "name the initialization"),

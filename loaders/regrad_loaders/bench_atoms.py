@@ -133,10 +133,6 @@ class AtomBench:
         self.tokenizer = tokenizer
         self.gradients = GradientComputer(self.adapter.model, tokenizer, self.space, initialization.max_length)
 
-    def close(self) -> None:
-        """Take the plug-in out of the model again."""
-        self.adapter.model.unload()
-
     def atoms(self, texts: Sequence[str], on_progress: Callable[[int], None] = lambda _: None) -> tuple[Tensor, float]:
         """The exact atoms (texts, numel), and the milliseconds that one took."""
         documents = [self.gradients.encode(text) for text in texts]

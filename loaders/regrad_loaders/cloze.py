@@ -28,9 +28,9 @@ def cloze_questions(dataset: Dataset, questions: Sequence[Question], count: int,
 
     What is left out stands once in its passage and is not the first word of its sentence, which any word could be.
     """
-    asked = {question.id for question in questions}
+    splits = {question.split for question in questions}
     golds = dict.fromkeys(key for question in questions for key in question.gold_ids)
-    kept_out = {key for question in dataset.questions if question.id not in asked for key in question.gold_ids}
+    kept_out = {key for question in dataset.questions if question.split not in splits for key in question.gold_ids}
     texts = {passage.id: passage.text for passage in dataset.passages}
     found = []
     for key in golds:
@@ -39,15 +39,13 @@ def cloze_questions(dataset: Dataset, questions: Sequence[Question], count: int,
         rng = random.Random(f"{seed}-{key}")
         blanks = _blanks(texts[key])
         for i, (sentence, answer) in enumerate(rng.sample(blanks, min(count, len(blanks)))):
-            found.append(
-                Question(f"{key}-cloze{i}", f"{INSTRUCTION} {sentence}", (answer,), (key,), split="train", type="cloze")
-            )
+            found.append(Question(f"{key}-cloze{i}", f"{INSTRUCTION} {sentence}", (answer,), (key,), type="cloze"))
     return found
 
 
 def _blanks(text: str) -> list[tuple[str, str]]:
-    """(the sentence with a blank, what stood there) for everything that can be left out, one a sentence and answer."""
-    found: dict[tuple[str, str], None] = {}
+    """(the sentence with a blank, what stood there) for everything that can be left out."""
+    found = []
     for sentence in _SENTENCE.split(text):
         sentence = sentence.strip()
         if not MIN_WORDS <= len(sentence.split()) <= MAX_WORDS:
@@ -56,5 +54,5 @@ def _blanks(text: str) -> list[tuple[str, str]]:
             answer = match[0]
             if match.start() == 0 or text.count(answer) > 1:
                 continue
-            found[sentence[: match.start()] + BLANK + sentence[match.end() :], answer] = None
-    return list(found)
+            found.append((sentence[: match.start()] + BLANK + sentence[match.end() :], answer))
+    return found

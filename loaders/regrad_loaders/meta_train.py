@@ -319,7 +319,8 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
         questions = _of_types(dataset.split(source.split), source)
         if not questions:
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
-        questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
+        if source.cloze:
+            questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
         sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
     return sources, [source.weight for source in recipe.data]
 

@@ -34,6 +34,8 @@ class Source:
             raise DataError(
                 f"{self.folder or self.hub}: the split {self.split!r} is for evaluation, never for training"
             )
+        if not isinstance(self.cloze, int) or self.cloze < 0:
+            raise DataError(f"cloze counts questions of each gold passage, 0 or more, found {self.cloze!r}")
 
 
 @dataclass(frozen=True)
