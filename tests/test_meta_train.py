@@ -12,6 +12,7 @@ import yaml
 from conftest import tiny_initialization, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from regrad_loaders.average import mean_of
 from regrad_loaders.episodes import EpisodeSource, bm25_hits
 from regrad_loaders.facts import generate
 from regrad_loaders.meta_learner import MetaLearner, calibrate
@@ -369,6 +370,32 @@ def test_going_on_from_an_initialization_and_learning_step_sizes_alone_keeps_its
     made = run(recipe, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path / "run")
     assert made.fingerprint == MetaInitialization.load(start).fingerprint
     assert made.step_sizes != initialization.step_sizes and made.merge.temperature != initialization.merge.temperature
+
+
+def test_going_on_from_the_mean_of_two(tokenizer, tmp_path):
+    one, other = (tiny_initialization(tiny_model(), basis_rank=4) for _ in range(2))
+    one = one.with_step_sizes(dict.fromkeys(one.step_sizes, 1.0))
+    other = other.with_step_sizes(dict.fromkeys(other.step_sizes, 4.0))
+    for module in other.modules.values():
+        for tensor in (module.lora_a, module.lora_b, module.basis):
+            tensor.mul_(3)
+    one.save(tmp_path / "one")
+    other.save(tmp_path / "other")
+    recipe = replace(RECIPE, start=str(tmp_path / "one"), averaged_with=str(tmp_path / "other"), max_length=64)
+    learner = trainer(tokenizer, tmp_path / "run", recipe).learner
+    for i, module in enumerate(one.modules.values()):
+        for learned, tensor in zip(
+            (learner.lora_a[i], learner.lora_b[i], learner.basis[i]),
+            (module.lora_a, module.lora_b, module.basis),
+            strict=True,
+        ):
+            torch.testing.assert_close(learned.detach(), 2 * tensor)
+    torch.testing.assert_close(learner.log_step_size.detach().exp(), torch.full((len(one.step_sizes),), 2.0))
+    for another in (tiny_initialization(tiny_model(), basis_rank=3), tiny_initialization(tiny_model(), "lora")):
+        with pytest.raises(InitializationError, match="of one space"):
+            mean_of(one, another)
+    with pytest.raises(InitializationError, match="a step size for every number"):
+        mean_of(one, one.with_step_sizes({name: torch.ones(4, 4) for name in one.step_sizes}))
 
 
 def test_an_initialization_of_another_shape_is_no_start(tokenizer, tmp_path):

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from regrad_loaders.average import mean_of
 from regrad_loaders.cloze import cloze_questions
 from regrad_loaders.data import Dataset, Question, read_folder
 from regrad_loaders.episodes import Episode, EpisodeSource
@@ -112,6 +113,8 @@ class Trainer:
             )
             return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
         start = MetaInitialization.load(recipe.start)
+        if recipe.averaged_with is not None:
+            start = mean_of(start, MetaInitialization.load(recipe.averaged_with))
         start.check_model(model)
         modules = list(adapted_layers(model, recipe.targets, layers))
         wanted = (recipe.rank, recipe.basis_rank, set(modules))

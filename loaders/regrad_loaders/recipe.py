@@ -57,6 +57,7 @@ class Recipe:
     step_size: float | None = None  # None: calibrated
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
+    averaged_with: str | None = None  # a second one of the same shape: training begins with the mean of the two
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
     passages_in_prompt: float = 0.0  # of this share of the questions; true, of all: for regrad+icl
     atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
@@ -115,6 +116,8 @@ class Recipe:
             raise DataError(f"order {self.order} is neither 1 nor 2")
         if self.learn == "step_sizes" and self.start is None:
             raise DataError("step sizes alone can't be learned from nothing: name the initialization in `start`")
+        if self.averaged_with is not None and self.start is None:
+            raise DataError("averaged_with names the second of two initializations: name the first in `start`")
         if not self.codecs:
             raise DataError("the recipe names no codec: fp32 is none at all")
         for codec in self.codecs:
