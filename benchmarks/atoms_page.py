@@ -15,7 +15,7 @@ from typing import Any
 
 from tables import table
 
-from regrad_loaders.bench_atoms import plot, read_cells
+from regrad_loaders.bench_atoms import BASELINE, plot, read_cells
 from regrad_loaders.scores import Interval
 
 PAGE = """# What an atom costs, and what its answers are worth
@@ -127,7 +127,8 @@ def main() -> None:
     introduction += table(["initialization", "codec", "bytes an atom in the payload", "loss to fp32, F1"], cells)
     smallest = {init: codec for run in runs for init, codec in run["smallest"].items()}
     introduction += "\nThe smallest that loses at most 1 F1 at the upper end of its interval: "
-    introduction += ", ".join(f"{init}: `{codec}`" for init, codec in smallest.items()) + "."
+    found = {init: f"`{codec}`" if codec != BASELINE else "none of those run" for init, codec in smallest.items()}
+    introduction += ", ".join(f"{init}: {codec}" for init, codec in found.items()) + "."
     page = PAGE.format(
         introduction=introduction,
         curves="\n".join(curves(run) for run in runs),
