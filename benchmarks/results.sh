@@ -17,7 +17,7 @@ run() { # NAME SET QUESTIONS OPTIONS…
 
 [ -f benchmarks/merge.json ] || regrad-qdrant bench merge --set facts --set "$data/phantomwiki:direct" --limit 60 \
     --noise 3 --json benchmarks/merge.json
-run squad2_dev squad2_dev 80
+run squad2_dev squad2_dev 160
 run nq_open nq_open 80
 run phantomwiki phantomwiki 80
 run hotpotqa hotpotqa 80
