@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.initialization import MetaInitialization
-from regrad_qdrant.merge import MergeRule
+from regrad_qdrant.space import LoraModule
 
 
 def mean_of(first: MetaInitialization, second: MetaInitialization) -> MetaInitialization:
@@ -27,21 +27,18 @@ def mean_of(first: MetaInitialization, second: MetaInitialization) -> MetaInitia
         )
     if first.has_full_step_sizes or second.has_full_step_sizes:
         raise InitializationError("with a step size for every number two initializations can't be averaged")
-    modules = {}
-    for name, module in first.modules.items():
-        other = second.modules[name]
-        basis = module.basis if module.basis is None or other.basis is None else _mean(module.basis, other.basis)
-        lora_a, lora_b = _mean(module.lora_a, other.lora_a), _mean(module.lora_b, other.lora_b)
-        modules[name] = replace(module, lora_a=lora_a, lora_b=lora_b, basis=basis)
+    modules = {name: _mean(module, second.modules[name]) for name, module in first.modules.items()}
     step_sizes: dict[str, float | Tensor] = {
         name: math.sqrt(float(size) * float(second.step_sizes[name])) for name, size in first.step_sizes.items()
     }
-    merge = MergeRule(first.merge.rule, math.sqrt(first.merge.temperature * second.merge.temperature))
+    merge = replace(first.merge, temperature=math.sqrt(first.merge.temperature * second.merge.temperature))
     return replace(first, modules=modules, step_sizes=step_sizes, merge=merge, card={})
 
 
-def _mean(one: Tensor, other: Tensor) -> Tensor:
-    return torch.lerp(one, other, 0.5)
+def _mean(one: LoraModule, other: LoraModule) -> LoraModule:
+    basis = None if one.basis is None or other.basis is None else torch.lerp(one.basis, other.basis, 0.5)
+    lora_a, lora_b = torch.lerp(one.lora_a, other.lora_a, 0.5), torch.lerp(one.lora_b, other.lora_b, 0.5)
+    return replace(one, lora_a=lora_a, lora_b=lora_b, basis=basis)
 
 
 def _shapes(initialization: MetaInitialization) -> dict[str, tuple[int, ...]]:
