@@ -127,6 +127,25 @@ def test_the_learner_answers_as_the_adapter_does(source, tokenizer):
     torch.testing.assert_close(found, expected[0], rtol=1e-4, atol=1e-5)
 
 
+def test_questions_in_batches_of_like_length_lose_what_they_lose_together(tokenizer, monkeypatch):
+    world = generate("train", 12, 1)
+    source = EpisodeSource(world, world.questions, tokenizer, passage_tokens=48, passages_in_prompt=0.5)
+    model = tiny_model()
+    learner = MetaLearner(model, tiny_initialization(model), "sum").double()
+    learner.model[0].double()
+    episode = source.episode(random.Random(2), 3, 2, [1, 3])
+    assert len({len(example.prompt_ids) for example in episode.examples}) > 2
+
+    def found(tokens):
+        monkeypatch.setattr("regrad_loaders.meta_learner.BATCH_TOKENS", tokens)
+        learner.zero_grad()
+        losses, right = learner.objective(episode)
+        losses.mean().backward()
+        return losses.detach(), right, [parameter.grad.clone() for parameter in learner.lora_b]
+
+    torch.testing.assert_close(found(150), found(10**6))
+
+
 def test_the_second_order_gradient_is_that_of_finite_differences(source):
     model = tiny_model()
     learner = MetaLearner(model, tiny_initialization(model), "softmax").double()

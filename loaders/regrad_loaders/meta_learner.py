@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from regrad_loaders.episodes import Episode, Example
 from regrad_qdrant.codec import get_codec
 from regrad_qdrant.errors import InitializationError
-from regrad_qdrant.gradients import document_losses, hidden_states, pad
+from regrad_qdrant.gradients import BATCH_TOKENS, batches, document_losses, hidden_states, pad
 from regrad_qdrant.initialization import MetaInitialization
 from regrad_qdrant.merge import MergeRule, merge_weights
 from regrad_qdrant.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
@@ -129,7 +129,22 @@ class MetaLearner(nn.Module):
 
     def answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """For every question, run with its own row of `rows`, or with φ₀ alone: the answer's mean negative
-        log-likelihood and whether greedy decoding would give it (questions,)."""
+        log-likelihood and whether greedy decoding would give it (questions,).
+
+        They run in batches of like length: with passages in the prompt, half of one batch would be padding.
+        """
+        lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+        groups = list(batches(lengths, BATCH_TOKENS))
+        parts = []
+        for group in groups:
+            own = None if rows is None else {name: tensor[group] for name, tensor in rows.items()}
+            parts.append(self._answer_losses([examples[i] for i in group], own))
+        order = torch.tensor([i for group in groups for i in group], device=self.device).argsort()
+        losses, right = (torch.cat(tensors)[order] for tensors in zip(*parts, strict=True))
+        return losses, right
+
+    def _answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """`answer_losses` of one padded batch."""
         ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id, self.device)
         with nullcontext() if rows is None else row_updates(self.model[0], self.space, rows):
             hidden = hidden_states(self.model[0], ids, mask)
