@@ -186,6 +186,9 @@ def evaluation(
                 "ours stand in the repository, under benchmarks/baselines"
             )
         groups.setdefault(name, {})[OTHERS.get(mode, mode)] = mode
+    own = next((name for name in (init, icl_init, *groups) if name in groups and name != RAW), None)
+    if own is not None:  # whose atoms a named bank is filled with, before the others read its passages
+        groups = {own: groups[own]} | groups
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -222,7 +225,7 @@ def evaluation(
                 else:
                     ours = initialization if name == init else MetaInitialization.load(name)
                     ours.check_model(base)
-                main = name == init or (init not in groups and name != RAW)  # whose atoms a named bank is filled with
+                main = name == own
                 key = payload_key if main else f"{payload_key}_{ours.fingerprint}"
                 on_missing = "store" if collection is None else "skip" if main else "compute"
                 with bank_of(opened(), ours, key, dense, text_path, using, sidecar) as bank:

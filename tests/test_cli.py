@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from conftest import tiny_initialization, tiny_model
@@ -9,7 +10,7 @@ from conftest import tiny_initialization, tiny_model
 from regrad_loaders.data import Question
 from regrad_loaders.evaluate import _of_others
 from regrad_loaders.facts import generate
-from regrad_qdrant import cli
+from regrad_qdrant import MetaInitialization, cli
 from regrad_qdrant.codec import DEFAULT_CODEC
 from regrad_qdrant.store import PayloadWrite
 
@@ -148,6 +149,23 @@ def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path)
     assert all(len(line["hits"]) == (0 if line["mode"] == "ft-direct" else 3) for line in lines)
     assert "Paired over the same questions" in out
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_new_bank_is_filled_for_the_gradients_and_not_for_a_baseline(run, folder, tmp_path):
+    shorter = replace(MetaInitialization.load(folder / "init"), max_length=64)  # another space, so other atoms
+    shorter.save(tmp_path / "baseline")
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3",
+        "--collection", "docs", "--modes", "ft-rag,regrad+icl", "--ft-rag", "baseline", "--json", "out.json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["mode"] for row in result["intervals"]] == ["ft-rag", "regrad+icl"]
+    assert result["settings"]["codec"] == DEFAULT_CODEC
+    code, _, err = run("status", "--collection", "docs", "--json", "status.json")
+    assert code == 0, err
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["atoms"] == status["points"] == 12
 
 
 def test_eval_asks_with_further_k(run, folder, tmp_path):
