@@ -4,15 +4,21 @@
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
 data=${DATA:-../shared/data}
-modes=direct,rag,regrad,regrad+icl,random,raw,ft-direct,ft-rag
-mkdir -p benchmarks/results
+mkdir -p benchmarks/results/passages
 
 run() { # NAME SET QUESTIONS OPTIONS…
     name=$1 set=$2 count=$3
     shift 3
     [ -f "benchmarks/results/$name.json" ] && return
     regrad-qdrant eval --corpus "$data/$set/corpus.jsonl" --qa "$data/$set/qa.jsonl" --split dev --sample "$count" \
-        --modes "$modes" --against random,raw,rag,direct,ft-direct,ft-rag "$@" --json "benchmarks/results/$name.json"
+        --modes direct,rag,regrad,random,raw,ft-direct --against random,raw,rag,direct,ft-direct "$@" \
+        --json "benchmarks/results/$name.json"
+}
+
+passages() { # SET QUESTIONS: what is trained with the passages in the prompt
+    [ -f "benchmarks/results/passages/$1.json" ] && return
+    regrad-qdrant eval --corpus "$data/$1/corpus.jsonl" --qa "$data/$1/qa.jsonl" --split dev --sample "$2" \
+        --modes regrad+icl,ft-rag --against ft-rag --json "benchmarks/results/passages/$1.json"
 }
 
 [ -f benchmarks/merge.json ] || regrad-qdrant bench merge --set facts --set "$data/phantomwiki:direct" --limit 60 \
@@ -21,6 +27,7 @@ run squad2_dev squad2_dev 160
 run nq_open nq_open 80
 run phantomwiki phantomwiki 80
 run hotpotqa hotpotqa 80
+for set in nq_open phantomwiki hotpotqa squad2_dev; do passages $set 160; done
 run phantomwiki-direct phantomwiki 60 --type direct
 run 2wiki 2wiki 30
 run bioasq bioasq 30
