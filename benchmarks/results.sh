@@ -6,19 +6,20 @@ set -eu
 data=${DATA:-../shared/data}
 mkdir -p benchmarks/results/passages
 
-run() { # NAME SET QUESTIONS OPTIONS…
+asked() { # NAME SET QUESTIONS OPTIONS…
     name=$1 set=$2 count=$3
     shift 3
     [ -f "benchmarks/results/$name.json" ] && return
     regrad-qdrant eval --corpus "$data/$set/corpus.jsonl" --qa "$data/$set/qa.jsonl" --split dev --sample "$count" \
-        --modes direct,rag,regrad,random,raw,ft-direct --against random,raw,rag,direct,ft-direct "$@" \
-        --json "benchmarks/results/$name.json"
+        "$@" --json "benchmarks/results/$name.json"
+}
+
+run() { # NAME SET QUESTIONS OPTIONS…
+    asked "$@" --modes direct,rag,regrad,random,raw,ft-direct --against random,raw,rag,direct,ft-direct
 }
 
 passages() { # SET QUESTIONS: what is trained with the passages in the prompt
-    [ -f "benchmarks/results/passages/$1.json" ] && return
-    regrad-qdrant eval --corpus "$data/$1/corpus.jsonl" --qa "$data/$1/qa.jsonl" --split dev --sample "$2" \
-        --modes regrad+icl,ft-rag --against ft-rag --json "benchmarks/results/passages/$1.json"
+    asked "passages/$1" "$1" "$2" --modes regrad+icl,ft-rag --against ft-rag
 }
 
 [ -f benchmarks/merge.json ] || regrad-qdrant bench merge --set facts --set "$data/phantomwiki:direct" --limit 60 \

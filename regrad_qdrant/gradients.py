@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from regrad_qdrant.space import AtomSpace
 
-BATCH_TOKENS = 2048  # of one gradient batch, with padding; lower it where memory is short
+BATCH_TOKENS = 2048  # of one batch, with padding; lower it where memory is short
 
 
 def hidden_states(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
