@@ -504,6 +504,18 @@ def test_going_on_in_values_with_atoms_of_low_rank(tokenizer, tmp_path):
     assert not torch.equal(values.learner.lora_a[0], before)
 
 
+def test_going_on_in_cores_from_plain_fine_tuning_keeps_its_reader(tokenizer, tmp_path):
+    tuned = tiny_initialization(tiny_model(), "lora", rank=4)
+    tuned.save(tmp_path / "start")
+    recipe = replace(RECIPE, start=str(tmp_path / "start"), layers=(1, 2), max_length=64)
+    cores = trainer(tokenizer, tmp_path / "run", recipe)
+    assert cores.learner.space.kind == "core"
+    for name, module in cores.learner.plug_in_modules().items():
+        old = tuned.modules[name]
+        torch.testing.assert_close((module.lora_b @ module.lora_a).detach(), old.lora_b @ old.lora_a)
+    assert math.isfinite(cores.train_step().loss)
+
+
 def test_recipes_are_checked(tmp_path):
     path = tmp_path / "recipe.yaml"
     settings = ["name: a", "base_model: b", "space: core", "rank: 4", "basis_rank: 4", "lora_alpha: 8"]

@@ -89,7 +89,7 @@ class Trainer:
 
     def _start(self, model: nn.Module, base: BaseModel) -> MetaInitialization:
         """What training begins with: fresh from the model's own singular vectors, or an initialization made before,
-        narrowed where the recipe's ranks and layers are fewer.
+        narrowed where the recipe's space, ranks and layers hold less; of LoRA tensors of the same rank B A stays.
 
         Raises:
             InitializationError: if that one has another shape than the recipe says.
@@ -118,11 +118,11 @@ class Trainer:
         start.check_model(model)
         modules = list(adapted_layers(model, recipe.targets, layers))
         wanted = (recipe.rank, recipe.basis_rank, set(modules))
+        if start.kind == "lora" and recipe.space in ("core", "values"):
+            start = values_of(start, modules)
         if recipe.space == "core" and start.kind in ("core", "values") and _plan(start) != wanted:
             atoms = self._sample_atoms(model, start)
             start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=modules)
-        if (start.kind, recipe.space) == ("lora", "values"):
-            start = values_of(start, modules)
         found: dict[str, tuple[Any, Any]] = {
             "kind": (start.kind, recipe.space),
             "lora_alpha": (start.lora_alpha, recipe.lora_alpha),
