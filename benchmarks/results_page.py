@@ -50,7 +50,7 @@ documents that other questions found; raw: gradients in the same layers without 
 fine-tuning of the same layers on the train splits of the same sets. Recall is the share of the gold passages among the
 {top_k} retrieved.
 
-Trained with the passages in the prompt, on the same sets in as many steps of the same episodes:
+Trained with the passages in the prompt, from the same fine-tuned reader in as many steps of the same episodes:
 
 {reading_scores}
 regrad+icl: gradients and passages; ft-rag: plain LoRA fine-tuning of the same layers, with the passages
