@@ -15,8 +15,8 @@ from typing import Any
 
 from tables import table
 
-from regrad_loaders.bench_atoms import BASELINE, plot, read_cells
-from regrad_loaders.scores import Interval
+from regrad_loaders.bench.atoms import BASELINE, plot, read_cells
+from regrad_loaders.evaluation.scores import Interval
 
 PAGE = """# What an atom costs, and what its answers are worth
 

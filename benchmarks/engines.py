@@ -28,13 +28,13 @@ from qdrant_client import QdrantClient
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from regrad_loaders.facts import generate
-from regrad_loaders.ingest import attach_atoms
-from regrad_loaders.memory import anonymous_megabytes, give_back_memory
+from regrad_loaders.data.facts import generate
 from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer, MetaInitialization
-from regrad_qdrant.client_store import ClientStore
-from regrad_qdrant.initialization import BaseModel
-from regrad_qdrant.store import Store, open_store
+from regrad_qdrant.bank.ingest import attach_atoms
+from regrad_qdrant.bank.stores.base import Store, open_store
+from regrad_qdrant.bank.stores.client import ClientStore
+from regrad_qdrant.model.initialization import BaseModel
+from regrad_qdrant.model.memory import anonymous_megabytes, give_back_memory
 
 
 def documents(count: int) -> Iterator[Document]:

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from regrad_loaders.bench_figures import plot
+from regrad_loaders.bench.figures import plot
 
 # What each figure is to reach, and which way: `at least` or `at most`.
 TARGETS = {

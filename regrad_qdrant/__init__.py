@@ -16,42 +16,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regrad_qdrant.adapter import Adapter
-    from regrad_qdrant.async_bank import AsyncGradientBank
-    from regrad_qdrant.bank import GradientBank
-    from regrad_qdrant.base_model import load_base_model
-    from regrad_qdrant.documents import Document, Hit
-    from regrad_qdrant.embed import Bm25, DenseEmbedder
+    from regrad_qdrant.answer.adapter import Adapter
+    from regrad_qdrant.answer.pipeline import Answer, Query, ReGrad
+    from regrad_qdrant.atoms.merge import MergeRule
+    from regrad_qdrant.atoms.record import Record
+    from regrad_qdrant.bank.async_bank import AsyncGradientBank
+    from regrad_qdrant.bank.bank import GradientBank
+    from regrad_qdrant.bank.documents import Document, Hit
+    from regrad_qdrant.bank.embed import Bm25, DenseEmbedder
+    from regrad_qdrant.bank.layouts import Layout
     from regrad_qdrant.errors import RegradError
-    from regrad_qdrant.gradients import GradientComputer
-    from regrad_qdrant.initialization import MetaInitialization
-    from regrad_qdrant.layouts import Layout
-    from regrad_qdrant.merge import MergeRule
-    from regrad_qdrant.pipeline import Answer, Query, ReGrad
-    from regrad_qdrant.prompts import Prompt
-    from regrad_qdrant.record import Record
+    from regrad_qdrant.model.base_model import load_base_model
+    from regrad_qdrant.model.gradients import GradientComputer
+    from regrad_qdrant.model.initialization import MetaInitialization
+    from regrad_qdrant.model.prompts import Prompt
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Adapter": "adapter",
-    "Answer": "pipeline",
-    "AsyncGradientBank": "async_bank",
-    "Bm25": "embed",
-    "DenseEmbedder": "embed",
-    "Document": "documents",
-    "GradientBank": "bank",
-    "GradientComputer": "gradients",
-    "Hit": "documents",
-    "Layout": "layouts",
-    "MergeRule": "merge",
-    "MetaInitialization": "initialization",
-    "Prompt": "prompts",
-    "Query": "pipeline",
-    "ReGrad": "pipeline",
-    "Record": "record",
+    "Adapter": "answer.adapter",
+    "Answer": "answer.pipeline",
+    "AsyncGradientBank": "bank.async_bank",
+    "Bm25": "bank.embed",
+    "DenseEmbedder": "bank.embed",
+    "Document": "bank.documents",
+    "GradientBank": "bank.bank",
+    "GradientComputer": "model.gradients",
+    "Hit": "bank.documents",
+    "Layout": "bank.layouts",
+    "MergeRule": "atoms.merge",
+    "MetaInitialization": "model.initialization",
+    "Prompt": "model.prompts",
+    "Query": "answer.pipeline",
+    "ReGrad": "answer.pipeline",
+    "Record": "atoms.record",
     "RegradError": "errors",
-    "load_base_model": "base_model",
+    "load_base_model": "model.base_model",
 }
 
 __all__ = [

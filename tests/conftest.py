@@ -11,13 +11,14 @@ from qdrant_client import QdrantClient
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from regrad_loaders.bench_atoms import AtomBench, Task
-from regrad_loaders.facts import generate
-from regrad_qdrant import MetaInitialization, cli
-from regrad_qdrant.client_store import ClientStore
-from regrad_qdrant.edge_store import EdgeStore
-from regrad_qdrant.initialization import BaseModel
-from regrad_qdrant.space import SPACES
+from regrad_loaders.bench.atoms import AtomBench, Task
+from regrad_loaders.data.facts import generate
+from regrad_qdrant import MetaInitialization
+from regrad_qdrant.bank.stores.client import ClientStore
+from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.cli import app as cli
+from regrad_qdrant.model.initialization import BaseModel
+from regrad_qdrant.model.space import SPACES
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

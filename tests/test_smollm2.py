@@ -5,13 +5,13 @@ import hashlib
 import pytest
 import torch
 
-from regrad_loaders.evaluate import evaluate
-from regrad_loaders.facts import generate
-from regrad_loaders.ingest import add_corpus, attach_atoms
+from regrad_loaders.data.facts import generate
+from regrad_loaders.evaluation.evaluate import evaluate
 from regrad_qdrant import GradientBank, MetaInitialization, ReGrad, load_base_model
-from regrad_qdrant.codec import DEFAULT_CODEC
-from regrad_qdrant.options import DEFAULT_INIT
-from regrad_qdrant.plugin import lora_layers, lora_weight
+from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
+from regrad_qdrant.cli.options import DEFAULT_INIT
+from regrad_qdrant.model.plugin import lora_layers, lora_weight
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""The commands that need the loaders: train, eval, bench, demo."""

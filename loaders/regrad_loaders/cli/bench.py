@@ -1,0 +1,200 @@
+"""`regrad-qdrant bench`: the measurements behind the numbers in the documentation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from regrad_loaders.cli.speed import COMMANDS
+from regrad_qdrant.atoms.codec import CODECS, DEFAULT_CODEC
+from regrad_qdrant.atoms.merge import RULES
+from regrad_qdrant.cli.console import console, progress
+from regrad_qdrant.cli.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, load, whole_numbers, write_json
+from regrad_qdrant.errors import DataError
+
+if TYPE_CHECKING:
+    from regrad_loaders.bench.atoms import Cell, Task, Times
+    from regrad_loaders.bench.merge import Merged
+
+FACTS_PEOPLE = 120
+
+bench = typer.Typer(help="Measure: each command prints a table and writes a JSON and a plot.", no_args_is_help=True)
+
+
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A folder with corpus.jsonl and qa.jsonl, FOLDER:TYPE for one type of its questions, or facts for "
+        "the invented ones; repeat it.",
+    ),
+]
+Inits = Annotated[list[str] | None, typer.Option("--init", help="Meta-initialization, so an atom space; repeat it.")]
+
+
+@bench.command()
+def atoms(
+    sets: Sets = None,
+    inits: Inits = None,
+    codecs: Annotated[str, typer.Option("--codecs", help=f"Comma-separated, of {', '.join(CODECS)}.")] = (
+        "fp32,int8,int4,int2,ternary,sign,sparse"
+    ),
+    top_k: Annotated[str, typer.Option("--top-k", "-k", help="Comma-separated.")] = "1,3,5,10",
+    split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 100,
+    json_out: JsonOut = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot", help="Write the curve to this PNG or SVG file.")] = None,
+) -> None:
+    """Bytes an atom against F1: atom spaces × codecs × k, with intervals, paired against fp32 atoms."""
+    from regrad_loaders.bench.atoms import BASELINE, AtomBench, plot, report
+    from regrad_qdrant.atoms.codec import get_codec
+
+    names, chosen = [name.strip() for name in codecs.split(",")], inits or [DEFAULT_INIT]
+    for name in names:
+        get_codec(name)
+    ks = whole_numbers(top_k, "--top-k")
+    check_outputs(json_out, plot_out)
+    tasks = [_task(name, split, limit, max(ks)) for name in sets or ["facts"]]
+    cells: list[Cell] = []
+    times: list[Times] = []
+    for name in chosen:
+        initialization, model, tokenizer = load(name, None)
+        measured = AtomBench(name, initialization, model, tokenizer)
+        for task in tasks:
+            passages = len({key for hits in task.hits for key in hits})
+            with (
+                progress(f"{name}, {task.name}: atoms", passages) as on_atoms,
+                progress("Answering", len(ks) * len(dict.fromkeys(["fp32", *names]))) as on_cell,
+            ):
+                found, timed = measured.curve(task, names, ks, on_atoms, on_cell)
+            cells += found
+            times += timed
+            console.print(_table(found, timed, task.name))
+    settings = {"command": "bench atoms", "inits": chosen, "sets": sets or ["facts"], "codecs": names, "top_k": ks}
+    result = report(cells, times, settings | {"split": split, "limit": limit})
+    for init, codec in result["smallest"].items():
+        said = f"the smallest codec surely within 1 F1 of fp32 atoms is {codec}"
+        if codec == BASELINE:
+            said = "no coarser codec of those run is surely within 1 F1 of fp32 atoms"
+        console.print(f"{init}: {said}", highlight=False)
+    for row in result["behind_the_first"]:
+        points = " ({low:.1f} … {high:.1f})".format(**{end: 100 * value for end, value in row["f1"].items()})
+        said = f"{row['init']}, {row['codec']}: {100 * row['f1']['mean']:.1f}{points} F1 behind {row['behind']}, fp32"
+        console.print(said, highlight=False)
+    write_json(json_out, result)
+    if plot_out is not None:
+        plot(cells, 3 if 3 in ks else ks[0], plot_out)
+
+
+@bench.command()
+def merge(
+    sets: Sets = None,
+    inits: Inits = None,
+    rules: Annotated[str, typer.Option("--rules", help=f"Comma-separated, of {', '.join(RULES)}.")] = ",".join(RULES),
+    top_k: Annotated[str, typer.Option("--top-k", "-k", help="Comma-separated: gold among hard negatives.")] = "3,5,10",
+    noise: Annotated[
+        str, typer.Option("--noise", help="Comma-separated: numbers of random documents added to the gold one.")
+    ] = "3,9",
+    codec: CodecName = DEFAULT_CODEC,
+    split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 60,
+    json_out: JsonOut = None,
+) -> None:
+    """Interference: the gold passage alone, among what BM25 returns beside it, and among random documents.
+
+    Of questions that have one gold passage.
+    """
+    from regrad_loaders.bench.atoms import AtomBench
+    from regrad_loaders.bench.merge import Merged, documents, report, study
+    from regrad_qdrant.atoms.codec import get_codec
+    from regrad_qdrant.atoms.merge import MergeRule
+
+    get_codec(codec)
+    names = [name.strip() for name in rules.split(",")]
+    if unknown := [name for name in names if name not in RULES]:
+        raise DataError(f"--rules {unknown[0]}: choose from {', '.join(RULES)}")
+    ks, counts = whole_numbers(top_k, "--top-k"), whole_numbers(noise, "--noise")
+    if not ks:
+        raise DataError("--top-k names no k")
+    check_outputs(json_out)
+    tasks = [_task(name, split, limit, max(ks), gold=True) for name in sets or ["facts"]]
+    chosen, rows = inits or [DEFAULT_INIT], list[Merged]()
+    for name in chosen:
+        initialization, model, tokenizer = load(name, None)
+        measured = AtomBench(name, initialization, model, tokenizer)
+        temperature = initialization.merge.temperature
+        for task in tasks:
+            # The rules that the temperature was not learned for get it too: it is the only one there is.
+            merges = [MergeRule(rule, temperature) for rule in names]
+            ways = 1 + len(names) * (len([k for k in ks if k > 1]) + len(counts))
+            with (
+                progress(f"{name}, {task.name}: atoms", len(documents(task, ks, counts))) as on_atoms,
+                progress("Answering", ways) as on_row,
+            ):
+                found = study(measured, task, codec, merges, ks, counts, on_atoms, on_row)
+            rows += found
+            console.print(_merge_table(found, name, task))
+    settings = {"command": "bench merge", "inits": chosen, "sets": sets or ["facts"], "rules": names, "top_k": ks}
+    write_json(json_out, report(rows, settings | {"noise": counts, "codec": codec, "split": split, "limit": limit}))
+
+
+def _merge_table(rows: list[Merged], init: str, task: Task) -> Table:
+    table = Table(title=f"{init}; {task.name}, {len(task.questions)} questions")
+    for heading in ("documents merged", "rule", "F1", "of gold alone"):
+        table.add_column(heading, justify="right" if heading in ("F1", "of gold alone") else "left")
+    for row in rows:
+        said = row.among if row.documents == 1 else f"{row.documents}, {row.among}"
+        share = f"{row.of_gold.mean:.2f} ({row.of_gold.low:.2f} … {row.of_gold.high:.2f})"
+        table.add_row(said, row.rule, row.f1.in_percent(), share)
+    return table
+
+
+for command in COMMANDS:
+    bench.command()(command)
+
+
+def _task(name: str, split: str, limit: int, depth: int, *, gold: bool = False) -> Task:
+    """A set's questions; with `gold` those alone that have one gold passage, which the corpus holds."""
+    from regrad_loaders.bench.atoms import Task
+    from regrad_loaders.data.facts import generate
+    from regrad_loaders.data.folders import read_folder
+    from regrad_loaders.evaluation.evaluate import select
+
+    if name == "facts":
+        world = generate("demo", FACTS_PEOPLE, 1, questions_per_person=1)
+        return Task.of(world, world.questions[:limit], depth)
+    folder, _, of_type = name.partition(":")
+    dataset = read_folder(Path(folder))
+    chosen = select(dataset.questions, split, of_type=of_type or None)
+    if gold:
+        there = {passage.id for passage in dataset.passages}
+        chosen = [question for question in chosen if len(question.gold_ids) == 1 and question.gold_ids[0] in there]
+        if not chosen:
+            raise DataError(f"{name}: no question of split {split!r} names one gold passage (gold_ids) of its corpus")
+    return Task.of(dataset, chosen[:limit], depth, f"{dataset.name}:{of_type}" if of_type else dataset.name)
+
+
+def _table(cells: list[Cell], times: list[Times], task: str) -> Table:
+    ks = sorted({cell.top_k for cell in cells})
+    table = Table(title=f"{cells[0].init}, {cells[0].numel:,} numbers an atom ({cells[0].space}); {task}: F1, 0 to 100")
+    for heading in ("codec", "bytes", *(f"k = {k}" for k in ks), "loss to fp32, all k", "cosine", "encode", "decode 3"):
+        table.add_column(heading, justify="left" if heading == "codec" else "right")
+    for time in times:
+        row: list[Any] = [cell for cell in cells if cell.codec == time.codec]
+        table.add_row(
+            time.codec,
+            f"{row[0].bytes_per_atom:,}",
+            *(cell.f1.in_percent() for cell in row),
+            f"{100 * sum(cell.loss_to_fp32.mean for cell in row) / len(row):+.1f}",
+            f"{row[0].cosine:.2f}",
+            f"{time.encode:.1f} ms, {100 * time.encode_share:.1f} %",
+            f"{time.decode_sum:.1f} ms, {100 * time.decode_share:.1f} %",
+        )
+    table.caption = (
+        f"encode is of one atom, beside its gradient's {times[0].gradient:.0f} ms; decode 3 sums three records, beside "
+        f"one answer's {times[0].generate:.0f} ms"
+    )
+    return table

@@ -1,0 +1,287 @@
+"""The command `regrad-qdrant eval`: the modes side by side on a question file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.record import DEFAULT_KEY
+from regrad_qdrant.cli.console import console, differences_table, print_report, progress, scores_table, sweep_table
+from regrad_qdrant.cli.options import (
+    DEFAULT_ICL_INIT,
+    DEFAULT_INIT,
+    BankPath,
+    Batch,
+    CodecName,
+    Dense,
+    Init,
+    JsonOut,
+    Key,
+    Merge,
+    Model,
+    Sidecar,
+    TextPath,
+    TopK,
+    Url,
+    Using,
+    add_passages,
+    bank_of,
+    check_outputs,
+    check_vector,
+    existing_store,
+    ingest_corpus,
+    load,
+    regrad_of,
+    store_of,
+    vector_name,
+    whole_numbers,
+    write_json,
+)
+from regrad_qdrant.errors import DataError
+
+if TYPE_CHECKING:
+    from regrad_loaders.data.folders import Passage
+    from regrad_loaders.evaluation.evaluate import Prediction
+    from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.bank.stores.base import Store
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+CALIBRATED_ON = 8  # passages that the step size of `raw` is chosen on
+
+
+def evaluation(
+    qa: Annotated[Path, typer.Option("--qa", help="qa.jsonl: one object a line with id, question and answers.")],
+    corpus: Annotated[
+        Path | None,
+        typer.Option("--corpus", help="corpus.jsonl; a temporary bank is made of it, with atoms of what is retrieved."),
+    ] = None,
+    collection: Annotated[
+        str | None, typer.Option("--collection", "-c", help="Use this bank instead of a temporary one.")
+    ] = None,
+    modes: Annotated[
+        str,
+        typer.Option(
+            "--modes",
+            help="Comma-separated: direct, rag, pe-rag (a stronger prompt), regrad, regrad+icl, online (atoms computed "
+            "per query), random (atoms of documents that other questions found), init and init+icl (no atoms), "
+            "raw (regrad without meta-training), "
+            "ft-direct and ft-rag (fine-tuned).",
+        ),
+    ] = "direct,rag,regrad,regrad+icl,random",
+    split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
+    of_type: Annotated[str | None, typer.Option("--type", help="Only questions of this type.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Only the first N questions.")] = None,
+    sample: Annotated[
+        int | None, typer.Option("--sample", min=1, help="Only N questions, drawn at random, the same every time.")
+    ] = None,
+    top_k: TopK = 3,
+    sweep: Annotated[
+        str, typer.Option("--sweep", help="Further k, comma-separated: the modes that retrieve are asked with each.")
+    ] = "",
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Answer from the gold passages instead of what is retrieved.")
+    ] = False,
+    distractors: Annotated[
+        int, typer.Option("--distractors", min=0, help="Random documents added to those of every question.")
+    ] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            "--against", help="Modes, comma-separated, that the others' F1 is compared with, question by question."
+        ),
+    ] = None,
+    batch: Batch = 8,
+    filter_field: Annotated[
+        str | None,
+        typer.Option("--filter-field", help="Search only passages that share the question's value of this field."),
+    ] = None,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    icl_init: Annotated[
+        str | None,
+        typer.Option(
+            "--icl-init",
+            help=f"Meta-initialization of the mode regrad+icl: {DEFAULT_ICL_INIT}, but with another --init, or a bank "
+            "that exists, the same as --init.",
+            show_default=False,
+        ),
+    ] = None,
+    ft_direct: Annotated[
+        str | None,
+        typer.Option(
+            "--ft-direct",
+            help="Fine-tuned baseline of the mode ft-direct, no passages: by default the repository's own.",
+            show_default=False,
+        ),
+    ] = None,
+    ft_rag: Annotated[
+        str | None,
+        typer.Option(
+            "--ft-rag",
+            help="Fine-tuned baseline of the mode ft-rag, passages in the prompt: by default the repository's own.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Model = None,
+    codec: CodecName = DEFAULT_CODEC,
+    using: Using = None,
+    dense: Dense = None,
+    merge: Merge = None,
+    payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
+    text_path: TextPath = None,
+    json_out: JsonOut = None,
+    predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot", help="Write a bar chart to this PNG or SVG file.")] = None,
+) -> None:
+    """Answer a question file in several modes, side by side, and score the answers."""
+    from regrad_loaders.data.folders import read_corpus, read_questions
+    from regrad_loaders.evaluation.evaluate import (
+        EVALUATION_MODES,
+        OTHERS,
+        RAW,
+        Evaluation,
+        evaluate,
+        field_filter,
+        parse_modes,
+        plot,
+        select,
+        write_predictions,
+    )
+    from regrad_qdrant.answer.pipeline import WITHOUT_DOCUMENTS
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+    chosen = parse_modes(modes, EVALUATION_MODES)
+    further = whole_numbers(sweep, "--sweep")
+    if further and oracle:
+        raise DataError("--oracle answers from the gold passages, however many there are: leave --sweep out")
+    references = parse_modes(against, EVALUATION_MODES) if against else []
+    if absent := [mode for mode in references if mode not in chosen]:
+        raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
+    check_outputs(json_out, predictions, plot_out)
+    questions = select(read_questions(qa), split, limit, sample=sample, of_type=of_type)
+    for question in questions:
+        field_filter(question, filter_field)
+    passages = read_corpus(corpus) if corpus is not None else None
+    if passages is None and collection is None:
+        raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
+    # A bank that exists holds the atoms of one initialization, and all modes read those.
+    icl_init = icl_init or (DEFAULT_ICL_INIT if init == DEFAULT_INIT and collection is None else init)
+    ft_direct, ft_rag = ft_direct or _baseline("ft-direct"), ft_rag or _baseline("ft-rag")
+    inits = {RAW: RAW, "regrad+icl": icl_init, "ft-direct": ft_direct, "ft-rag": ft_rag}
+    groups: dict[str, dict[Any, str]] = {}  # for each initialization what it runs, and under which name
+    for mode in chosen:
+        name = inits.get(mode, init)
+        if name is None:
+            raise DataError(
+                f"the mode {mode} needs a fine-tuned baseline: --{mode} FOLDER, of a recipe with `atoms: false`; "
+                "ours stand in the repository, under benchmarks/baselines"
+            )
+        groups.setdefault(name, {})[OTHERS.get(mode, mode)] = mode
+    own = next((name for name in (init, icl_init, *groups) if name in groups and name != RAW), None)
+    if own is not None:  # whose atoms a named bank is filled with, before the others read its passages
+        groups = {own: groups[own]} | groups
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+
+        def opened() -> Store:
+            if collection is None:
+                return store_of("eval", None, folder)
+            return store_of(collection, url, path) if passages is not None else existing_store(collection, url, path)
+
+        store = opened()
+        if store.exists():
+            check_vector(store, using)
+        elif vector_name(using) != "bm25" and dense is None:
+            raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
+        store.close()
+        initialization, base, tokenizer = load(init, model)
+        settings: dict[str, Any] = {
+            "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
+            "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
+            "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
+            "filter_field": filter_field, "batch": batch, "collection": collection, "url": url,
+            "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
+            "icl_init": icl_init, "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
+            "base_model": model or initialization.base.name, "space": initialization.fingerprint,
+        }  # fmt: skip
+        found: list[Evaluation] = []
+        report = None
+        swept: dict[int, list[Evaluation]] = {k: [] for k in further}
+        retrieving = [mode for mode in chosen if OTHERS.get(mode, mode) not in WITHOUT_DOCUMENTS]
+        asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
+        with progress("Answering", asked) as advance:
+            for name, group in groups.items():
+                if name == RAW:
+                    ours = _raw(base, tokenizer, initialization, passages)
+                else:
+                    ours = initialization if name == init else MetaInitialization.load(name)
+                    ours.check_model(base)
+                main = name == own
+                key = payload_key if main else f"{payload_key}_{ours.fingerprint}"
+                on_missing = "store" if collection is None else "skip" if main else "compute"
+                with bank_of(opened(), ours, key, dense, text_path, using, sidecar) as bank:
+                    is_new = collection is None and not bank.store.exists()
+                    if is_new:
+                        bank.create()
+                    regrad = regrad_of(base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=codec)
+                    if is_new and passages is not None:
+                        add_passages(regrad, passages)  # their atoms are computed when they are retrieved
+                    elif passages is not None and collection is not None and main:
+                        report = ingest_corpus(regrad, passages, codec)
+
+                    def ask(k: int, modes: list[Any], regrad: ReGrad = regrad) -> Evaluation:
+                        return evaluate(
+                            regrad, questions, modes, top_k=k, using=using, filter_field=filter_field, oracle=oracle,
+                            distractors=distractors, batch=batch, on_progress=lambda _: advance(1),
+                        )  # fmt: skip
+
+                    found.append(ask(top_k, list(group)).named(group))
+                    for k in further:
+                        if retrieving_here := [mode for mode, name in group.items() if name in retrieving]:
+                            swept[k].append(ask(k, retrieving_here).named(group))
+                    settings |= {"layout": str(bank.layout)}
+                    if main:
+                        settings |= {"codec": bank.status().codec, "merge": asdict(regrad.merge)}
+                    regrad.adapter.model.unload()
+
+    def ordered(parts: list[Evaluation]) -> list[Prediction]:
+        return sorted((p for part in parts for p in part.predictions), key=lambda p: chosen.index(p.mode))
+
+    others = tuple((k, Evaluation(settings, ordered(parts), None)) for k, parts in swept.items() if parts)
+    result = Evaluation(settings, ordered(found), found[0].recall_at_k, tuple(references), others)
+    console.print(scores_table(result))
+    if others:
+        console.print(sweep_table(result))
+    if references:
+        console.print(differences_table(result))
+    if report is not None:
+        print_report(report)
+    if predictions:
+        write_predictions(result, predictions)
+    if plot_out is not None:
+        plot(result, plot_out)
+    write_json(json_out, result.as_dict())
+
+
+def _baseline(mode: str) -> str | None:
+    """The fine-tuned adapter of a mode that stands in the repository, where this is run from a clone of it."""
+    folder = Path(__file__).parents[3] / "benchmarks" / "baselines" / mode
+    return os.path.relpath(folder) if folder.is_dir() else None
+
+
+def _raw(model: Any, tokenizer: Any, like: MetaInitialization, passages: list[Passage] | None) -> MetaInitialization:
+    from regrad_loaders.training.meta_learner import raw_initialization
+
+    if passages is None:
+        raise DataError("the mode raw chooses its step size on passages of the corpus: give --corpus")
+    ids = [tokenizer(passage.text).input_ids[: like.max_length] for passage in passages[:CALIBRATED_ON]]
+    return raw_initialization(model, like, ids)

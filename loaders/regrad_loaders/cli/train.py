@@ -1,0 +1,94 @@
+"""The commands that make initializations: `regrad-qdrant train` and `regrad-qdrant import-checkpoint`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regrad_qdrant.cli.console import console, errors, progress
+from regrad_qdrant.cli.options import DEFAULT_INIT
+from regrad_qdrant.errors import DataError
+
+
+def train(
+    recipe: Annotated[Path, typer.Option("--recipe", help="YAML file that says everything about the run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the run; runs/<recipe's name> by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the folder's checkpoint.")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Folder of the data, instead of the recipe's.")
+    ] = None,
+    refit_step_sizes: Annotated[
+        bool,
+        typer.Option(
+            "--refit-step-sizes",
+            help="Learn the step sizes and the merge temperature of --init alone, through the recipe's codecs: every "
+            "stored atom stays valid.",
+        ),
+    ] = False,
+    init: Annotated[
+        str | None, typer.Option("--init", help="Go on from this initialization instead of the recipe's `start`.")
+    ] = None,
+) -> None:
+    """Meta-train an initialization for a base model: the gradients' own learning to be useful."""
+    from dataclasses import replace
+
+    from regrad_loaders.training.recipe import Recipe
+    from regrad_loaders.training.trainer import run
+    from regrad_qdrant.model.base_model import load_base_model
+    from regrad_qdrant.model.initialization import BaseModel
+
+    settings = Recipe.load(recipe)
+    if data_dir is not None:
+        settings = replace(settings, data_dir=str(data_dir))
+    if init is not None:
+        settings = replace(settings, start=init)
+    if refit_step_sizes:
+        settings = replace(settings, start=settings.start or DEFAULT_INIT, learn="step_sizes")
+    folder = out or Path("runs") / settings.name
+    if (folder / "checkpoint.pt").exists() and not resume:
+        raise DataError(f"{folder} holds a checkpoint: go on from it with --resume, or choose another --out")
+    for name, value in settings.as_dict().items():
+        console.print(f"  {name:<24} {value}", highlight=False, markup=False)
+    with console.status("Loading the base model"):
+        model, tokenizer = load_base_model(settings.base_model)
+    base = BaseModel.of(model, settings.base_model)
+    console.quiet = errors.quiet = os.environ.get("RANK", "0") != "0"  # the first of several processes speaks
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False)
+
+    with progress("Training", settings.steps) as advance:
+        initialization = run(settings, model, tokenizer, base, folder, resume=resume, on_step=advance, say=say)
+    console.print(
+        f"{folder / 'initialization'}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom"
+    )
+
+
+def import_checkpoint(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Folder with peft_config.json, learner_config.json and meta_state_dict.pth.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write the initialization to.")],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Base model, instead of the one that learner_config.json names.")
+    ] = None,
+    max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens of a document at ingestion.")] = 2048,
+) -> None:
+    """Convert a checkpoint of the ReGrad authors' released code into an initialization."""
+    from regrad_loaders.training.released_checkpoint import base_model_of, read
+    from regrad_qdrant.model.base_model import load_base_model
+    from regrad_qdrant.model.initialization import BaseModel
+
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty: choose another --out")
+    name = model or base_model_of(checkpoint)
+    with console.status(f"Loading {name}"):
+        base, _ = load_base_model(name)
+    initialization = read(checkpoint, BaseModel.of(base, name), max_length=max_length)
+    initialization.save(out)
+    console.print(f"{out}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom")

@@ -1,0 +1,46 @@
+"""The mean of two meta-initializations, one of which was trained on from the other: it keeps more of what each knows
+than either does of the other's (Wortsman et al. 2022, model soups).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from regrad_qdrant.errors import InitializationError
+from regrad_qdrant.model.initialization import MetaInitialization
+from regrad_qdrant.model.space import LoraModule
+
+
+def mean_of(first: MetaInitialization, second: MetaInitialization) -> MetaInitialization:
+    """φ₀ and U as the means of both; of α and τ, which training moves by factors, the geometric means.
+
+    Raises:
+        InitializationError: if the two have other spaces or shapes, or a step size for every number.
+    """
+    if (first.kind, first.lora_alpha) != (second.kind, second.lora_alpha) or _shapes(first) != _shapes(second):
+        raise InitializationError(
+            "only initializations of one space, on the same layers in the same ranks, have a mean"
+        )
+    if first.has_full_step_sizes or second.has_full_step_sizes:
+        raise InitializationError("with a step size for every number two initializations can't be averaged")
+    modules = {name: _mean(module, second.modules[name]) for name, module in first.modules.items()}
+    step_sizes: dict[str, float | Tensor] = {
+        name: math.sqrt(float(size) * float(second.step_sizes[name])) for name, size in first.step_sizes.items()
+    }
+    merge = replace(first.merge, temperature=math.sqrt(first.merge.temperature * second.merge.temperature))
+    return replace(first, modules=modules, step_sizes=step_sizes, merge=merge, card={})
+
+
+def _mean(one: LoraModule, other: LoraModule) -> LoraModule:
+    basis = None if one.basis is None or other.basis is None else torch.lerp(one.basis, other.basis, 0.5)
+    lora_a, lora_b = torch.lerp(one.lora_a, other.lora_a, 0.5), torch.lerp(one.lora_b, other.lora_b, 0.5)
+    return replace(one, lora_a=lora_a, lora_b=lora_b, basis=basis)
+
+
+def _shapes(initialization: MetaInitialization) -> dict[str, tuple[int, ...]]:
+    ranks = {name: (module.rank, module.d_in, module.d_out) for name, module in initialization.modules.items()}
+    return ranks | dict(initialization.space.shapes)

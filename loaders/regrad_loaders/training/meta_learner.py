@@ -1,0 +1,294 @@
+"""Meta-training: min over φ₀, α, U of Σ −log p(answer | question; θ, φ₀ − α ⊙ Σ wᵢ·g(dᵢ)), second order.
+
+One step works on an episode: all its passages go through the model in one batch, a zero change of the atom
+space in every row; the gradient of each row's loss by its own zero change is that passage's atom, and stays in
+the graph. Then all questions go through the model in one batch, row q with the update of the passages that q
+retrieved. Layers below the first adapted one never enter the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from regrad_loaders.data.episodes import Episode, Example
+from regrad_qdrant.atoms.codec import get_codec
+from regrad_qdrant.atoms.merge import MergeRule, merge_weights
+from regrad_qdrant.errors import InitializationError
+from regrad_qdrant.model.gradients import BATCH_TOKENS, batches, document_losses, hidden_states, pad
+from regrad_qdrant.model.initialization import MetaInitialization
+from regrad_qdrant.model.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
+from regrad_qdrant.model.space import SPACES, LoraModule
+
+STEP_SIZE_GRID = tuple(10 ** (i / 4) for i in range(-8, 13))  # 0.01 to 1000, four a decade
+
+
+class MetaLearner(nn.Module):
+    """The outer parameters φ₀, log α, log τ (and U) over a live model, and the objective of one episode."""
+
+    def __init__(
+        self, model: nn.Module, initialization: MetaInitialization, merge: str, step_size_mode: str = "tensor"
+    ) -> None:
+        super().__init__()
+        self.initialization = initialization
+        self.model = [plug_in(model, initialization)]  # in a list: the base model's weights are no parameters of ours
+        self.merge = merge
+        layers = lora_layers(self.model[0])
+        live = live_space(self.model[0], initialization)
+        self.names = list(live.modules)
+        self.lora_a = nn.ParameterList(lora_weight(layers[name], "lora_A").requires_grad_(True) for name in self.names)
+        self.lora_b = nn.ParameterList(lora_weight(layers[name], "lora_B").requires_grad_(True) for name in self.names)
+        bases = [live.modules[name].basis for name in self.names]
+        self.basis = nn.ParameterList(nn.Parameter(basis.clone()) for basis in bases if basis is not None)
+        self.log_step_size = nn.Parameter(self._log_step_sizes(step_size_mode), step_size_mode != "fixed")
+        self.log_temperature = nn.Parameter(self.lora_a[0].new_tensor(math.log(initialization.merge.temperature)))
+        self.space = SPACES[initialization.kind](self.plug_in_modules())
+
+    def plug_in_modules(self) -> dict[str, LoraModule]:
+        scaling = self.initialization.lora_alpha / self.initialization.rank
+        bases: Sequence[Tensor | None] = list(self.basis) or [None] * len(self.names)
+        return {
+            name: LoraModule(a, b, scaling, u)
+            for name, a, b, u in zip(self.names, self.lora_a, self.lora_b, bases, strict=True)
+        }
+
+    def _log_step_sizes(self, mode: str) -> Tensor:
+        """Where log α starts: one for all tensors, one for each, or one for each number."""
+        start = self.initialization
+        sizes = start.flat_step_sizes().to(self.lora_a[0])
+        if bool((sizes <= 0).any()):
+            raise InitializationError("training learns log α: it can't go on from step sizes that are not positive")
+        if mode == "full" or (mode == "fixed" and start.has_full_step_sizes):
+            return sizes.log()
+        if start.has_full_step_sizes:
+            raise InitializationError("the initialization has a step size for every number: go on in the mode full")
+        of_tensors = sizes.new_tensor([start.step_sizes[name] for name in start.space.shapes]).log()
+        return of_tensors.mean().unsqueeze(0) if mode == "one" else of_tensors
+
+    def step_sizes(self) -> dict[str, Tensor]:
+        """α of each tensor of the space: one number, or its shape in the mode `full`."""
+        sizes = self.log_step_size.exp()
+        if len(sizes) == self.space.numel:
+            return self.space.unflatten(sizes)
+        return dict(zip(self.space.shapes, sizes.expand(len(self.space.shapes)), strict=True))
+
+    def atoms(self, passages: Sequence[Sequence[int]], *, create_graph: bool) -> tuple[dict[str, Tensor], Tensor]:
+        """The atom of each passage, (passages, *shape) a tensor, and each passage's loss (passages,)."""
+        zeros = {
+            name: self.lora_a[0].new_zeros(len(passages), *shape).requires_grad_(True)
+            for name, shape in self.space.shapes.items()
+        }
+        ids, mask = pad(passages, self.pad_id, self.device)
+        with row_updates(self.model[0], self.space, zeros), sdpa_kernel(SDPBackend.MATH):
+            losses = document_losses(self.model[0], ids, mask)
+        grads = torch.autograd.grad(losses.sum(), list(zeros.values()), create_graph=create_graph)
+        return dict(zip(zeros, grads, strict=True)), losses
+
+    def projected_atoms(self, passages: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+        """The same atoms, differentiable through the space's own projections (A and U in the core space) alone.
+
+        The first-order option: what the network does with a changed φ₀ on the way to its inputs and gradients is
+        held fixed, so no graph is made of the backward pass.
+        """
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+
+        def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], None]:
+            def keep(_module: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+                inputs[name], outputs[name] = given[0].detach(), output
+
+            return keep
+
+        layers = lora_layers(self.model[0])
+        handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
+        try:
+            losses = document_losses(self.model[0], *pad(passages, self.pad_id, self.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        deltas = torch.autograd.grad(losses.sum(), [outputs[name] for name in self.names])
+        atoms: dict[str, Tensor] = {}
+        for name, delta in zip(self.names, deltas, strict=True):
+            self.space.accumulate(atoms, self.space.from_gradients(name, self.space.keep(name, inputs[name]), delta))
+        return atoms
+
+    @property
+    def device(self) -> torch.device:
+        return self.lora_a[0].device
+
+    @property
+    def pad_id(self) -> int:
+        return int(self.model[0].config.pad_token_id or 0)
+
+    def answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """For every question, run with its own row of `rows`, or with φ₀ alone: the answer's mean negative
+        log-likelihood and whether greedy decoding would give it (questions,).
+
+        They run in batches of like length: with passages in the prompt, half of one batch would be padding.
+        """
+        lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+        groups = list(batches(lengths, BATCH_TOKENS))
+        parts = []
+        for group in groups:
+            own = None if rows is None else {name: tensor[group] for name, tensor in rows.items()}
+            parts.append(self._answer_losses([examples[i] for i in group], own))
+        order = torch.tensor([i for group in groups for i in group], device=self.device).argsort()
+        losses, right = (torch.cat(tensors)[order] for tensors in zip(*parts, strict=True))
+        return losses, right
+
+    def _answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """`answer_losses` of one padded batch."""
+        ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id, self.device)
+        with nullcontext() if rows is None else row_updates(self.model[0], self.space, rows):
+            hidden = hidden_states(self.model[0], ids, mask)
+        owner, position, target = [], [], []
+        for i, example in enumerate(examples):
+            owner += [i] * len(example.answer_ids)
+            position += range(len(example.prompt_ids) - 1, len(example.prompt_ids) + len(example.answer_ids) - 1)
+            target += example.answer_ids
+        index, at, goal = (torch.tensor(numbers, device=self.device) for numbers in (owner, position, target))
+        logits = self.model[0].get_output_embeddings()(hidden[index, at])
+        token_losses = nn.functional.cross_entropy(logits, goal, reduction="none")
+        lengths = torch.bincount(index, minlength=len(examples))
+        losses = token_losses.new_zeros(len(examples)).index_add(0, index, token_losses) / lengths
+        hits = (logits.detach().argmax(-1) == goal).float()
+        right = hits.new_zeros(len(examples)).index_add(0, index, hits)
+        return losses, (right == lengths).float()
+
+    def updates(self, examples: Sequence[Example], atoms: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """−α ⊙ Σ wᵢ·g(dᵢ) for every question: (questions, *shape) a tensor."""
+        count = next(iter(atoms.values())).shape[0]
+        scores = self.lora_a[0].new_zeros(len(examples), count)
+        present = torch.zeros(len(examples), count, dtype=torch.bool, device=self.device)
+        for i, example in enumerate(examples):
+            scores[i, example.rows], present[i, example.rows] = scores.new_tensor(example.scores), True
+        weights = merge_weights(self.merge, scores, present, self.log_temperature.exp())
+        sizes = self.step_sizes()
+        return {name: -sizes[name] * torch.einsum("qn,n...->q...", weights, atom) for name, atom in atoms.items()}
+
+    def coded(self, atoms: Mapping[str, Tensor], codec: str) -> dict[str, Tensor]:
+        """The atoms as a bank gives them back from this codec; gradients pass straight through its rounding."""
+        flat = self.space.flatten(atoms)
+        return self.space.unflatten(get_codec(codec).straight_through(flat, self.space.layout))
+
+    def objective(self, episode: Episode, codec: str = "fp32", order: Literal[0, 1, 2] = 2) -> tuple[Tensor, Tensor]:
+        """The episode's answer losses and greedy hits, (questions,) each; arguments as `episode_updates`."""
+        return self.answer_losses(episode.examples, self.episode_updates(episode, codec, order))
+
+    def episode_updates(self, episode: Episode, codec: str, order: Literal[0, 1, 2]) -> dict[str, Tensor]:
+        """The update of every question of the episode, its passages' atoms read from this codec.
+
+        Args:
+            order: what is differentiated of the atoms: 2 all of the inner step; 1 its projections
+                (`projected_atoms`); 0 nothing, so that the losses depend on α and τ alone.
+        """
+        if order == 1:
+            atoms = self.projected_atoms(episode.passages)
+        else:
+            atoms, _ = self.atoms(episode.passages, create_graph=order == 2)
+        return self.updates(episode.examples, self.coded(atoms, codec))
+
+    def refitted(self, card: Mapping[str, Any]) -> MetaInitialization:
+        """The initialization that it started from with the learned α and τ: its fingerprint stays."""
+        return replace(
+            self.initialization.with_step_sizes(self._learned_step_sizes(), self._learned_merge()), card=dict(card)
+        )
+
+    def trained(self, card: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> MetaInitialization:
+        """The meta-initialization as learned so far, its tensors rounded to `dtype` as they are saved."""
+
+        def rounded(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(dtype).float().cpu()
+
+        start = self.initialization
+        modules = {
+            name: LoraModule(
+                rounded(m.lora_a), rounded(m.lora_b), m.scaling, None if m.basis is None else rounded(m.basis)
+            )
+            for name, m in self.plug_in_modules().items()
+        }
+        return MetaInitialization(
+            base=start.base,
+            kind=start.kind,
+            lora_alpha=start.lora_alpha,
+            modules=modules,
+            step_sizes=self._learned_step_sizes(),
+            max_length=start.max_length,
+            merge=self._learned_merge(),
+            passages_in_prompt=start.passages_in_prompt,
+            card=dict(card),
+        )
+
+    def _learned_step_sizes(self) -> dict[str, float | Tensor]:
+        sizes = {name: size.detach() for name, size in self.step_sizes().items()}
+        return {name: size.cpu().clone() if size.dim() else float(size) for name, size in sizes.items()}
+
+    def _learned_merge(self) -> MergeRule:
+        return MergeRule(self.merge, float(self.log_temperature.detach().exp()))
+
+
+def raw_initialization(
+    model: nn.Module, like: MetaInitialization, passages: Sequence[Sequence[int]]
+) -> MetaInitialization:
+    """An initialization of the same layers and ranks without meta-training: fresh tensors, and the step size that
+    `calibrate` finds on some passages (token ids). The control that shows what meta-training does.
+
+    Raises:
+        InitializationError: if no step size lowers the passages' loss.
+    """
+    basis = next(iter(like.modules.values())).basis
+    fresh = MetaInitialization.fresh(
+        model,
+        like.base,
+        kind=like.kind,
+        targets=sorted({name.rsplit(".", 1)[-1] for name in like.modules}),
+        layers=like.layers,
+        rank=like.rank,
+        basis_rank=0 if basis is None else int(basis.shape[1]),
+        lora_alpha=like.lora_alpha,
+        step_size=1.0,
+        max_length=like.max_length,
+    )
+    learner = MetaLearner(model, fresh, like.merge.rule)
+    try:
+        size, _ = calibrate(learner, passages)
+    finally:
+        learner.model[0].unload()
+    return fresh.with_step_sizes(dict.fromkeys(fresh.step_sizes, size), like.merge)
+
+
+def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[float, list[dict[str, float]]]:
+    """The step size that lowers the documents' own loss most within a trust region.
+
+    Each document's atom is applied with every size of the grid; `own` is the mean change of the document's
+    loss, `other` that of a document which the atom knows nothing of (the one half the list away). The trust
+    region: `other` may rise by no more than half of what `own` falls. Returns the size and the whole table.
+    """
+    atoms, before = learner.atoms(passages, create_graph=False)
+    batch = pad(passages, learner.pad_id, learner.device)
+    half = len(passages) // 2
+    table = []
+    with torch.no_grad():
+        for size in STEP_SIZE_GRID:
+            changes = []
+            for shift in (0, half):
+                rows = {name: -size * atom.roll(shift, 0) for name, atom in atoms.items()}
+                with row_updates(learner.model[0], learner.space, rows):
+                    changes.append(float((document_losses(learner.model[0], *batch) - before).mean()))
+            own, other = changes
+            table.append({"step_size": size, "own": own, "other": other})
+            if own > 0.5:
+                break  # far past the minimum
+    trusted = [row for row in table if row["own"] < 0 and row["other"] <= -0.5 * row["own"]]
+    if not trusted:
+        raise InitializationError(
+            f"no step size lowers the documents' loss; tried {[row['step_size'] for row in table]}"
+        )
+    return min(trusted, key=lambda row: row["own"])["step_size"], table

@@ -1,0 +1,170 @@
+"""A recipe: one YAML file that says everything about a meta-training run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from regrad_qdrant.atoms.codec import get_codec
+from regrad_qdrant.atoms.merge import RULES
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.space import SPACES
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of the mixture: a folder, a dataset of the Hugging Face Hub, or a world of invented facts."""
+
+    weight: float
+    folder: str | None = None  # below the recipe's data_dir
+    hub: str | None = None  # as `datasets.load_dataset` takes it
+    config: str | None = None  # of a dataset that has several
+    fields: dict[str, str] = field(default_factory=dict)  # where its rows hold what a question needs (hub.FIELDS)
+    split: str = "train"
+    types: tuple[str, ...] = ()  # only questions of these types; empty: all
+    facts: dict[str, int] | None = None  # {"people": …, "seed": …}
+    cloze: int = 0  # at most so many further questions of each gold passage, made of its own sentences
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "types", tuple(self.types))
+        if [self.folder, self.hub, self.facts].count(None) != 2:
+            raise DataError("a source of data is either a `folder`, a dataset of the `hub` or a world of `facts`")
+        if self.split in ("dev", "test", "validation"):
+            raise DataError(
+                f"{self.folder or self.hub}: the split {self.split!r} is for evaluation, never for training"
+            )
+        if not isinstance(self.cloze, int) or self.cloze < 0:
+            raise DataError(f"cloze counts questions of each gold passage, 0 or more, found {self.cloze!r}")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a run; the names are those of the YAML file."""
+
+    name: str
+    base_model: str
+    # plug-in parameters and atom space
+    space: str
+    rank: int
+    lora_alpha: int
+    targets: tuple[str, ...]
+    layers: tuple[int, int]  # first and last adapted layer
+    basis_rank: int = 0  # p of the core space
+    max_length: int = 256  # tokens of a document at ingestion
+    merge: str = "margin"
+    temperature: float = 0.2
+    step_size: float | None = None  # None: calibrated
+    # where it starts, and what it learns
+    start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
+    averaged_with: str | None = None  # a second one of the same shape: training begins with the mean of the two
+    learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
+    passages_in_prompt: float = 0.0  # of this share of the questions; true, of all: for regrad+icl
+    atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
+    step_size_mode: str = "tensor"  # α: one for each tensor, `one` for all, `full`: one for each number; `fixed`
+    order: int = 2  # derivatives through the inner step: 2 all; 1 its projections alone, faster
+    codecs: tuple[str, ...] = ("fp32",)  # one is drawn for each episode, and its atoms are read through it
+    # data
+    data: tuple[Source, ...] = ()
+    data_dir: str = "../shared/data"
+    passage_tokens: int = 112  # longer passages are cut to a window in training
+    # episodes
+    passages: int = 16
+    questions_per_passage: int = 2
+    top_k: tuple[int, ...] = (1, 2, 3, 5)
+    accumulate: int = 1  # episodes of one step, on each process
+    # optimisation
+    steps: int = 300
+    warmup: int = 20
+    learning_rate: float = 1e-3  # of φ₀ and U
+    step_size_learning_rate: float = 2e-2  # of log α and log τ
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    seed: int = 1
+    autocast: bool = False  # bf16; pays where the processor multiplies bf16 faster than fp32
+    checkpoint_every: int = 20
+    evaluate_every: int = 50
+    dev_questions: int = 0  # of each source's dev split to evaluate on; 0: on training questions, and no best is kept
+    patience: int = 0  # evaluations without a better dev loss before the run stops; 0: it never does
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            object.__setattr__(self, setting.name, _checked(setting.name, setting.type, getattr(self, setting.name)))
+        if len(self.layers) != 2 or self.layers[0] > self.layers[1]:
+            raise DataError(f"layers are the first and the last adapted layer, found {list(self.layers)}")
+        if self.space not in SPACES:
+            raise DataError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
+        if self.merge not in RULES:
+            raise DataError(f"merge {self.merge!r} is not one of {', '.join(RULES)}")
+        if SPACES[self.space].uses_basis and self.basis_rank < 1:
+            raise DataError(f"the {self.space} space needs a basis_rank of at least 1")
+        if not self.data:
+            raise DataError("the recipe names no data")
+        if self.learn not in ("all", "step_sizes"):
+            raise DataError(f"learn {self.learn!r} is neither 'all' nor 'step_sizes'")
+        if self.step_size_mode not in ("tensor", "one", "full", "fixed"):
+            raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, full, fixed")
+        if not 0 <= self.passages_in_prompt <= 1:
+            raise DataError(f"passages_in_prompt is a share of the questions, 0 to 1, found {self.passages_in_prompt}")
+        if self.accumulate < 1:
+            raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
+        if self.patience and not self.dev_questions:
+            raise DataError("patience needs dev_questions to evaluate on")
+        if self.learn == "step_sizes" and not self.atoms:
+            raise DataError("step sizes can't be learned without atoms")
+        if self.order not in (1, 2):
+            raise DataError(f"order {self.order} is neither 1 nor 2")
+        if self.learn == "step_sizes" and self.start is None:
+            raise DataError("step sizes alone can't be learned from nothing: name the initialization in `start`")
+        if self.averaged_with is not None and self.start is None:
+            raise DataError("averaged_with names the second of two initializations: name the first in `start`")
+        if not self.codecs:
+            raise DataError("the recipe names no codec: fp32 is none at all")
+        for codec in self.codecs:
+            get_codec(codec)
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read and check a recipe.
+
+        Raises:
+            DataError: for an unknown setting, a missing one, or a value that makes no sense.
+        """
+        try:
+            import yaml
+        except ImportError as error:
+            raise DataError("reading a recipe needs PyYAML: pip install 'regrad-qdrant[loaders]'") from error
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError(f"can't read the recipe {path}: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{path}: a recipe is a mapping of settings")
+        known = {setting.name for setting in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise DataError(f"{path}: unknown settings {unknown}; known are {sorted(known)}")
+        try:
+            values["data"] = tuple(Source(**source) for source in values.get("data") or ())
+            for name in ("targets", "layers", "top_k", "codecs"):
+                if name in values:
+                    values[name] = tuple(values[name])
+            return cls(**values)
+        except TypeError as error:
+            raise DataError(f"{path}: {error}") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _checked(name: str, kind: Any, value: Any) -> Any:
+    """A number as the setting's type has it. YAML reads 1e-3, without a point, as text."""
+    if kind not in ("int", "float", "float | None") or (value is None and kind == "float | None"):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{name} must be a number, found {value!r}") from error
+    if kind == "int" and number != int(number):
+        raise DataError(f"{name} must be a whole number, found {value!r}")
+    return int(number) if kind == "int" else number

@@ -1,0 +1,461 @@
+"""A meta-training run: a recipe's steps, with metrics, checkpoints and exact resumption.
+
+Under `accelerate launch` every process draws its own episodes and the gradients are averaged; alone it is one process.
+What a step draws depends on the seed, the process and the number of the step alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from regrad_loaders.data.cloze import cloze_questions
+from regrad_loaders.data.episodes import Episode, EpisodeSource
+from regrad_loaders.data.facts import generate
+from regrad_loaders.data.folders import Dataset, Question, read_folder
+from regrad_loaders.data.hub import read_hub
+from regrad_loaders.training.average import mean_of
+from regrad_loaders.training.meta_learner import MetaLearner, calibrate
+from regrad_loaders.training.narrow import narrow, values_of
+from regrad_loaders.training.recipe import Recipe, Source
+from regrad_qdrant.atoms.merge import MergeRule
+from regrad_qdrant.errors import DataError, InitializationError
+from regrad_qdrant.model.initialization import BaseModel, MetaInitialization, adapted_layers
+from regrad_qdrant.model.memory import keep_freed_memory
+from regrad_qdrant.model.space import SPACES
+
+SAMPLE = 48  # passages of each source whose atoms say which directions narrowing keeps
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one meta-training step measured."""
+
+    step: int
+    data: tuple[str, ...]  # the sets that its episodes came from
+    loss: float  # mean over questions of the token-mean negative log-likelihood of the answer
+    exact: float  # share of questions whose every answer token is the most likely one
+    grad_norm: float
+    seconds: float
+    seconds_of_atoms: float  # the inner step: drawing, forward, backward with its graph
+    seconds_of_answers: float  # forward of the questions
+    questions: int
+    passages: int
+
+    @property
+    def tasks_per_second(self) -> float:
+        return self.questions / self.seconds
+
+
+class Trainer:
+    """One run of a recipe: steps, checkpoints and metrics in a folder."""
+
+    def __init__(self, recipe: Recipe, model: nn.Module, tokenizer: Any, base: BaseModel, out: Path) -> None:
+        self.recipe, self.out = recipe, out
+        self.accelerator = Accelerator()
+        model.to(self.accelerator.device)
+        self.sources, self.weights = load_sources(recipe, tokenizer)
+        self.dev_sources = load_dev_sources(recipe, tokenizer)
+        initialization = self._start(model, base)
+        self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode)
+        self.step = 0
+        self.seen: set[str] = set()
+        self.best = math.inf  # the lowest mean dev loss
+        self.waited = 0  # evaluations since
+        learned = self.learner
+        if recipe.learn == "step_sizes":
+            for parameter in (*learned.lora_a, *learned.lora_b, *learned.basis):
+                parameter.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [*learned.lora_a, *learned.lora_b, *learned.basis], "lr": recipe.learning_rate},
+                {"params": [learned.log_step_size, learned.log_temperature], "lr": recipe.step_size_learning_rate},
+            ],
+            betas=(0.9, 0.95),
+            weight_decay=recipe.weight_decay,
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
+
+    def _start(self, model: nn.Module, base: BaseModel) -> MetaInitialization:
+        """What training begins with: fresh from the model's own singular vectors, or an initialization made before,
+        narrowed where the recipe's space, ranks and layers hold less; of LoRA tensors of the same rank B A stays.
+
+        Raises:
+            InitializationError: if that one has another shape than the recipe says.
+            WrongModelError: if it belongs to another base model.
+        """
+        recipe = self.recipe
+        layers = range(recipe.layers[0], recipe.layers[1] + 1)
+        if recipe.start is None:
+            fresh = MetaInitialization.fresh(
+                model,
+                base,
+                kind=recipe.space,
+                targets=recipe.targets,
+                layers=layers,
+                rank=recipe.rank,
+                basis_rank=recipe.basis_rank,
+                lora_alpha=recipe.lora_alpha,
+                step_size=recipe.step_size or 1.0,
+                max_length=recipe.max_length,
+                passages_in_prompt=recipe.passages_in_prompt > 0,
+            )
+            return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
+        start = MetaInitialization.load(recipe.start)
+        if recipe.averaged_with is not None:
+            start = mean_of(start, MetaInitialization.load(recipe.averaged_with))
+        start.check_model(model)
+        modules = list(adapted_layers(model, recipe.targets, layers))
+        wanted = (recipe.rank, recipe.basis_rank, set(modules))
+        if start.kind == "lora" and recipe.space in ("core", "values"):
+            start = values_of(start, modules)
+        if recipe.space == "core" and start.kind in ("core", "values") and _plan(start) != wanted:
+            atoms = self._sample_atoms(model, start)
+            start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=modules)
+        found: dict[str, tuple[Any, Any]] = {
+            "kind": (start.kind, recipe.space),
+            "lora_alpha": (start.lora_alpha, recipe.lora_alpha),
+            "max_length": (start.max_length, recipe.max_length),
+            "rank": (start.rank, recipe.rank),
+            "layers": (set(start.modules), set(modules)),
+        }
+        if SPACES[recipe.space].uses_basis:
+            found["basis_rank"] = (_plan(start)[1], recipe.basis_rank)
+        differing = [name for name, (there, here) in found.items() if there != here]
+        if differing:
+            raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
+        merge = MergeRule(recipe.merge, start.merge.temperature)
+        return replace(start, merge=merge, passages_in_prompt=recipe.passages_in_prompt > 0)
+
+    def _sample_atoms(self, model: nn.Module, start: MetaInitialization) -> Tensor:
+        """Atoms of passages of every source in the space of `start`, each source's of mean length 1."""
+        rng = random.Random(self.recipe.seed + 3)
+        learner = MetaLearner(model, start, self.recipe.merge)
+        atoms = []
+        for source in self.sources:
+            found: list[Tensor] = []
+            while len(found) < SAMPLE:
+                episode = source.episode(rng, self.recipe.passages, 1, self.recipe.top_k)
+                found += learner.space.flatten(learner.atoms(episode.passages, create_graph=False)[0])
+            rows = torch.stack(found)
+            atoms.append(rows / rows.norm(dim=1).mean())
+        learner.model[0].unload()
+        return torch.cat(atoms)
+
+    def _decay(self, step: int) -> float:
+        """Linear warm-up, then linear decay to zero."""
+        if step < self.recipe.warmup:
+            return (step + 1) / self.recipe.warmup
+        return max(0.0, (self.recipe.steps - step) / max(1, self.recipe.steps - self.recipe.warmup))
+
+    def calibrate(self) -> list[dict[str, float]]:
+        """Set the initial step size, unless the recipe gives one; returns the table it was chosen from."""
+        if self.recipe.step_size is not None or self.recipe.start is not None:
+            return []
+        rng = random.Random(self.recipe.seed + 1)
+        size, table = calibrate(self.learner, [self._draw(rng).passages[i] for i in (0, -1) for _ in range(4)])
+        with torch.no_grad():
+            self.learner.log_step_size.fill_(math.log(size))
+        return table
+
+    def _draw(self, rng: random.Random) -> Episode:
+        source = rng.choices(self.sources, self.weights)[0]
+        return source.episode(rng, self.recipe.passages, self.recipe.questions_per_passage, self.recipe.top_k)
+
+    def train_step(self) -> StepMetrics:
+        """Some episodes: forward, backward, and one update."""
+        recipe, start = self.recipe, time.perf_counter()
+        order = 0 if recipe.learn == "step_sizes" else recipe.order
+        losses, exact, data, passages, of_atoms, of_answers = [], [], [], 0, 0.0, 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in range(recipe.accumulate):
+            times = [time.perf_counter()]
+            rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
+            episode, codec = self._draw(rng), rng.choice(recipe.codecs)
+            with torch.autocast(self.learner.device.type, torch.bfloat16, enabled=recipe.autocast):
+                rows = self.learner.episode_updates(episode, codec, order) if recipe.atoms else None
+                times.append(time.perf_counter())
+                found, right = self.learner.answer_losses(episode.examples, rows)
+                times.append(time.perf_counter())
+            (found.mean() / recipe.accumulate).backward()
+            of_atoms += times[1] - times[0]
+            of_answers += times[2] - times[1]
+            losses.append(float(found.detach().mean()))
+            exact.append(right)
+            data.append(episode.source)
+            passages += len(episode.passages)
+            self.seen.update(example.question_id for example in episode.examples)
+        self._average_gradients()
+        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
+        if math.isfinite(float(norm)):
+            self.optimizer.step()
+        self.schedule.step()
+        self.step += 1
+        return StepMetrics(
+            step=self.step,
+            data=tuple(data),
+            loss=sum(losses) / len(losses),
+            exact=float(torch.cat(exact).mean()),
+            grad_norm=float(norm),
+            seconds=time.perf_counter() - start,
+            seconds_of_atoms=of_atoms,
+            seconds_of_answers=of_answers,
+            questions=sum(map(len, exact)),
+            passages=passages,
+        )
+
+    def _average_gradients(self) -> None:
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.learner.parameters():
+            if parameter.requires_grad:
+                gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.accelerator.reduce(gradient, "mean")
+
+    def save(self) -> None:
+        """A checkpoint that `resume` continues from exactly; the old one stays until the new one is whole."""
+        seen = self._seen_by_all()
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "learner": self.learner.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "step": self.step,
+            "seen": sorted(seen),
+            "best": self.best,
+            "waited": self.waited,
+            "recipe": self.recipe.as_dict(),
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        partial = self.out / "checkpoint.pt.partial"
+        torch.save(state, partial)
+        partial.replace(self.out / "checkpoint.pt")
+
+    def resume(self) -> bool:
+        """Continue from the folder's checkpoint; False where there is none."""
+        path = self.out / "checkpoint.pt"
+        if not path.is_file():
+            return False
+        state = torch.load(path, weights_only=True, map_location=self.accelerator.device)
+        if state["recipe"] != self.recipe.as_dict():
+            changed = [name for name, value in self.recipe.as_dict().items() if state["recipe"].get(name) != value]
+            raise DataError(f"{path} is of another recipe: {', '.join(changed)} differ; choose another --out folder")
+        self.learner.load_state_dict(state["learner"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.step, self.seen = state["step"], set(state["seen"])
+        self.best, self.waited = state["best"], state["waited"]
+        return True
+
+    def _seen_by_all(self) -> set[str]:
+        """The questions that any process has trained on."""
+        if self.accelerator.num_processes == 1:
+            return self.seen
+        return set(gather_object(sorted(self.seen)))
+
+    def evaluate(self, episodes: int = 2) -> dict[str, dict[str, float]]:
+        """Per source, on episodes of its dev questions (of training questions where the recipe wants none): the
+        answer's loss, and how often greedy decoding is exact with the right atoms and with those of other passages.
+        The gold passages are always there: scores come from `regrad-qdrant eval`, with what retrieval returns.
+        """
+        results = {}
+        for source in self.dev_sources or self.sources:
+            rng = random.Random(self.recipe.seed + 2)
+            rows = []
+            for _ in range(episodes):
+                episode = source.episode(rng, self.recipe.passages, self.recipe.questions_per_passage, [3])
+                updates: list[dict[str, Tensor] | None] = [None, None]  # right and wrong ones
+                if self.recipe.atoms:
+                    atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
+                    shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
+                    with torch.no_grad():
+                        updates = [self.learner.updates(episode.examples, either) for either in (atoms, shifted)]
+                with torch.no_grad():
+                    (loss, exact), (_, random_exact) = (
+                        self.learner.answer_losses(episode.examples, either) for either in updates
+                    )
+                rows.append((float(loss.mean()), float(exact.mean()), float(random_exact.mean())))
+            loss, right, wrong = (sum(values) / len(values) for values in zip(*rows, strict=True))
+            results[source.name] = {"loss": loss, "exact": right, "random_exact": wrong}
+        return results
+
+    def is_better(self, evaluation: dict[str, dict[str, float]]) -> bool:
+        """Whether this is the lowest dev loss so far, the mean over sources; counts the evaluations that are not."""
+        loss = sum(source["loss"] for source in evaluation.values()) / len(evaluation)
+        better = loss < self.best
+        self.best, self.waited = (loss, 0) if better else (self.best, self.waited + 1)
+        return better
+
+    def card(self) -> dict[str, Any]:
+        """What goes into the initialization's card: the recipe, and what it has seen so far."""
+        return {"recipe": self.recipe.as_dict(), "steps": self.step, "questions_seen": len(self._seen_by_all())}
+
+    def made(self) -> MetaInitialization:
+        """The initialization as learned so far."""
+        card = self.card()
+        return self.learner.trained(card) if self.recipe.learn == "all" else self.learner.refitted(card)
+
+
+def _plan(initialization: MetaInitialization) -> tuple[int, int, set[str]]:
+    """Its r, its p (0 without a basis) and its modules."""
+    basis = next(iter(initialization.modules.values())).basis
+    return initialization.rank, 0 if basis is None else int(basis.shape[1]), set(initialization.modules)
+
+
+def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:
+    """The recipe's mixture: one episode source a data set, and the weights to draw them with."""
+    sources = []
+    for source in recipe.data:
+        dataset = _dataset(recipe, source)
+        questions = _of_types(dataset.split(source.split), source)
+        if not questions:
+            raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
+        if source.cloze:
+            questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
+        sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
+    return sources, [source.weight for source in recipe.data]
+
+
+def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
+    """Sources of dev questions, to evaluate on: of each folder that has any, and invented people that training has
+    not met. None where the recipe wants none."""
+    sources: list[EpisodeSource] = []
+    if not recipe.dev_questions:
+        return sources
+    rng = random.Random(recipe.seed + 4)
+    for source in recipe.data:
+        dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
+        questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
+        if questions:
+            chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
+            sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
+    return sources
+
+
+def _dataset(recipe: Recipe, source: Source) -> Dataset:
+    if source.facts is not None:
+        return generate("train", **source.facts)
+    if source.hub is not None:
+        return read_hub(source.hub, source.split, source.fields, source.config)
+    return read_folder(Path(recipe.data_dir) / str(source.folder))
+
+
+def _of_types(questions: list[Question], source: Source) -> list[Question]:
+    return [question for question in questions if not source.types or question.type in source.types]
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop what was logged after a checkpoint's step: those steps are done again. A step of −1 drops all."""
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
+
+
+def run(
+    recipe: Recipe,
+    model: nn.Module,
+    tokenizer: Any,
+    base: BaseModel,
+    out: Path,
+    *,
+    resume: bool = False,
+    on_step: Callable[[int], None] = lambda _: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> MetaInitialization:
+    """Train as the recipe says, in the folder `out`: metrics.jsonl (and TensorBoard's events, where it is installed),
+    checkpoint.pt and the initialization itself: the best on dev questions, or the last without any.
+
+    `on_step` is called with the number of steps just done, those before a resume included, and `say` with a line now
+    and then.
+    """
+    keep_freed_memory()
+    trainer = Trainer(recipe, model, tokenizer, base, out)
+    out.mkdir(parents=True, exist_ok=True)
+    resumed = resume and trainer.resume()
+    with _Log(out, trainer.step if resumed else -1, trainer.accelerator.is_main_process) as log:
+        if not resumed:
+            table = trainer.calibrate()
+            size = float(trainer.learner.log_step_size.detach().exp()[0])
+            log.write("calibration", {"table": table, "step_size": size})
+        on_step(trainer.step)
+        while trainer.step < recipe.steps and not (recipe.patience and trainer.waited >= recipe.patience):
+            metrics = trainer.train_step()
+            on_step(1)
+            log.write("step", asdict(metrics) | {"tasks_per_second": metrics.tasks_per_second})
+            last = trainer.step == recipe.steps
+            if last or trainer.step % recipe.evaluate_every == 0:
+                evaluation = trainer.evaluate()
+                log.write("evaluation", {"step": trainer.step, "sources": evaluation})
+                say(f"step {trainer.step}: " + ", ".join(f"{n} {100 * v['exact']:.0f}" for n, v in evaluation.items()))
+                if recipe.dev_questions and trainer.is_better(evaluation):
+                    _save(trainer, out / "initialization")
+            if last or trainer.step % recipe.checkpoint_every == 0:
+                trainer.save()
+    if not recipe.dev_questions:
+        return _save(trainer, out / "initialization")
+    trainer.accelerator.wait_for_everyone()
+    return MetaInitialization.load(out / "initialization")
+
+
+def _save(trainer: Trainer, folder: Path) -> MetaInitialization:
+    initialization = trainer.made()
+    if trainer.accelerator.is_main_process:
+        initialization.save(folder)
+    return initialization
+
+
+class _Log:
+    """metrics.jsonl, one object a line, and TensorBoard's events beside it."""
+
+    def __init__(self, out: Path, step: int, is_main: bool) -> None:
+        self.is_main = is_main
+        if not is_main:
+            return
+        _forget_after(out / "metrics.jsonl", step)
+        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=max(0, step))
+        except ImportError:
+            self.board = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_main:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.file.flush()
+        if self.board is None:
+            return
+        for name, value in _numbers(values.get("sources", values)):
+            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+
+
+def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a nested mapping by their paths."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{before}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            yield f"{before}{name}", float(value)

@@ -1,0 +1,234 @@
+"""The adapter: φ₀ plus the update of one query on the live model, and exact restore.
+
+    φ' = φ₀ − α ⊙ Σ wᵢ·g(dᵢ)
+
+Every record is decoded and checked before the first weight changes. The update is written into buffers that are
+allocated once; a LoRA parameter points at its buffer inside the block and at φ₀ again after it, so restoring copies
+nothing and is exact on every way out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regrad_qdrant.answer.atom_cache import AtomCache
+from regrad_qdrant.atoms.record import decode_sum
+from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
+from regrad_qdrant.model.initialization import PEFT_PREFIX
+from regrad_qdrant.model.plugin import ADAPTER, lean_forward, live_space, lora_layers, lora_weight, plug_in, row_updates
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from regrad_qdrant.atoms.record import Record
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+
+class Adapter:
+    """The plug-in of one meta-initialization on one model; one query at a time uses it.
+
+    Other threads wait for their turn; the same thread gets an `AdapterInUseError` instead of a deadlock.
+
+    Args:
+        model: the plain base model; it gets LoRA layers, its own weights stay as they are.
+        initialization: φ₀, α and the atom space.
+        check_model: compare the model's weights with those that the initialization was trained for.
+        cache_bytes: of decoded atoms to keep for the next query (`AtomCache`); by default none, and a query's atoms are
+            summed packed.
+
+    Raises:
+        WrongModelError: if they differ.
+        AdapterError: if the model carries adapters already.
+    """
+
+    def __init__(
+        self, model: nn.Module, initialization: MetaInitialization, *, check_model: bool = True, cache_bytes: int = 0
+    ) -> None:
+
+        if check_model:
+            initialization.check_model(model)
+        self.initialization = initialization
+        self.model = plug_in(model, initialization)
+        self.space = live_space(self.model, initialization)
+        layers = lora_layers(self.model)
+        self._parameters = {
+            f"{name}.{part}": lora_weight(layer, part)
+            for name, layer in layers.items()
+            for part in ("lora_A", "lora_B")
+        }
+        self._lean = {layer: lean_forward(layer) for layer in layers.values()}
+        self._buffers: dict[str, Tensor] = {}
+        self.cache = AtomCache(cache_bytes)
+        self.step_sizes = initialization.flat_step_sizes()
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+
+    def decode(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Tensor:
+        """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on the model's device; wᵢ = 1 by default.
+
+        Raises:
+            RecordError: one of its kinds, if a record can't be used.
+        """
+        if weights is None:
+            weights = [1.0] * len(records)
+        if len(weights) != len(records):
+            raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
+        fingerprint, layout, device = self.initialization.fingerprint, self.space.layout, self.model.device
+        if not self.cache.limit:
+            return decode_sum(records, weights, fingerprint, layout, device)
+
+        def decoded(record: Record) -> Tensor:
+            return record.decode(fingerprint, layout).to(device)
+
+        total = decode_sum([], [], fingerprint, layout, device)
+        atoms = [self.cache.get(record, decoded) for record in records]
+        for atom, weight in zip(atoms, weights, strict=True):
+            total.add_(atom, alpha=weight)
+        return total
+
+    @contextlib.contextmanager
+    def applied(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Iterator[None]:
+        """Inside the block the model runs with φ' of these records; after it with φ₀, bit for bit.
+
+        Raises:
+            RecordError: if a record can't be used; no weight has changed then.
+            AdapterInUseError: if this thread is inside such a block already.
+        """
+        with self.applied_sum(self.decode(records, weights)):
+            yield
+
+    @contextlib.contextmanager
+    def applied_sum(self, atom_sum: Tensor) -> Iterator[None]:
+        """As `applied`, for an atom sum (numel,) that `decode` made."""
+        self._check(atom_sum)
+        with self._turn():
+            before: list[tuple[nn.Parameter, Tensor]] = []
+            try:
+                for name, update in self._update(atom_sum).items():
+                    parameter = self._parameters[name]
+                    before.append((parameter, parameter.data))
+                    parameter.data = self._written(name, parameter.data, update)
+                for layer, forward in self._lean.items():
+                    layer.forward = forward
+                yield
+            finally:
+                for layer in self._lean:
+                    layer.__dict__.pop("forward", None)
+                for parameter, initial in before:
+                    parameter.data = initial
+
+    def to_tensors(self, atom_sum: Tensor) -> dict[str, Tensor]:
+        """φ' = φ₀ − α ⊙ sum as the tensors of an ordinary LoRA adapter, by the names that PEFT's files have.
+
+        Args:
+            atom_sum: (numel,), of `decode`.
+        """
+        with self._turn():
+            tensors = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+        for name, update in self._update(atom_sum).items():
+            tensors[name] += update
+        return {f"{PEFT_PREFIX}{name}.weight": tensor.contiguous() for name, tensor in tensors.items()}
+
+    def export(self, folder: str | Path, records: Sequence[Record], weights: Sequence[float] | None = None) -> None:
+        """Write the merged update as an ordinary PEFT LoRA adapter, for a server that loads adapters at run time.
+
+        `PeftModel.from_pretrained(base, folder)` then runs as the model does inside `applied`, without this library.
+
+        Raises:
+            RecordError: if a record can't be used; nothing is written then.
+        """
+        from safetensors.torch import save_file
+
+        tensors = self.to_tensors(self.decode(records, weights))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+        config = json.dumps(self.initialization.peft_config(), indent=1) + "\n"
+        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+
+    @contextlib.contextmanager
+    def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> Iterator[list[str] | None]:
+        """Inside the block row i of every batch runs with φ₀ and the update of its own atom sum (numel,), or without
+        one; rows that are `bare` run as the base model. No weight is written.
+
+        Yields what the model's `generate` and `forward` need as `adapter_names`, None where all rows are alike.
+
+        Raises:
+            AdapterInUseError: if this thread is inside such a block already.
+        """
+        import torch
+
+        for atom_sum in atom_sums:
+            if atom_sum is not None:
+                self._check(atom_sum)
+        with contextlib.ExitStack() as stack:
+            if all(bare):
+                stack.enter_context(self.disabled())
+            else:
+                stack.enter_context(self._turn())
+            given = [atom_sum for atom_sum in atom_sums if atom_sum is not None]
+            if given:
+                zeros = torch.zeros_like(given[0])
+                sums = torch.stack([zeros if atom_sum is None else atom_sum for atom_sum in atom_sums])
+                stack.enter_context(row_updates(self.model, self.space, self._change(sums)))
+            mixed = any(bare) and not all(bare)
+            yield ["__base__" if row else ADAPTER for row in bare] if mixed else None
+
+    @contextlib.contextmanager
+    def initial(self) -> Iterator[None]:
+        """Inside the block the model runs with φ₀ and no atoms."""
+        with self._turn():
+            yield
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the model is the bare base model."""
+        with self._turn():
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:
+                for parameter in self._parameters.values():  # peft makes them trainable when it enables them again
+                    parameter.requires_grad_(False)
+
+    def _check(self, atom_sum: Tensor) -> None:
+        if atom_sum.shape != (self.space.numel,):
+            raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
+
+    def _change(self, sums: Tensor) -> dict[str, Tensor]:
+        """−α ⊙ sums (…, numel) as the space's tensors, where the model is."""
+        like = next(iter(self._parameters.values()))
+        change = (-self.step_sizes.to(sums.device) * sums).to(device=like.device, dtype=like.dtype)
+        return self.space.unflatten(change)
+
+    def _update(self, atom_sum: Tensor) -> dict[str, Tensor]:
+        """The change of the LoRA tensors, −α ⊙ sum mapped back by the space."""
+        return self.space.to_update(self._change(atom_sum))
+
+    def _written(self, name: str, initial: Tensor, update: Tensor) -> Tensor:
+        """φ₀ + update in the tensor's buffer, which is made anew only where the model has moved."""
+        import torch
+
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.device != initial.device or buffer.dtype != initial.dtype:
+            with torch.inference_mode(False):  # the buffer outlives a caller's inference mode
+                buffer = self._buffers[name] = torch.empty_like(initial)
+        with torch.no_grad():
+            return torch.add(initial, update, out=buffer)
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        me = threading.get_ident()
+        if self._owner == me:
+            raise AdapterInUseError("an update is applied already in this thread: leave its block before the next one")
+        with self._lock:
+            self._owner = me
+            try:
+                yield
+            finally:
+                self._owner = None

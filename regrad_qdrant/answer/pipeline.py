@@ -1,0 +1,375 @@
+"""The way of a question: search, decode and merge, apply, generate, restore.
+
+direct      the bare model                         rag         the bare model, passages in the prompt
+pe-rag      as rag, with a stronger prompt
+regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
+online      atoms computed now, none stored        random      atoms of other documents of the bank (a control)
+init        φ₀ with no atoms (a control)           init+icl    φ₀ with no atoms, passages in the prompt
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from regrad_qdrant.answer.adapter import Adapter
+from regrad_qdrant.answer.generation import generate
+from regrad_qdrant.atoms.codec import DEFAULT_CODEC, get_codec
+from regrad_qdrant.atoms.record import Record, make_records
+from regrad_qdrant.bank.bank import GradientBank
+from regrad_qdrant.errors import DataError, RegradError, StaleAtomError, WrongSpaceError
+from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer
+from regrad_qdrant.model.prompts import Prompt, QuestionType
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
+    from torch import Tensor, nn
+
+    from regrad_qdrant.atoms.merge import MergeRule
+    from regrad_qdrant.bank.async_bank import AsyncGradientBank
+    from regrad_qdrant.bank.documents import Hit
+    from regrad_qdrant.bank.stores.base import PointId, Vector
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "random", "init", "init+icl"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+WITHOUT_DOCUMENTS = ("direct", "init")
+BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
+WITHOUT_ATOMS = (*BARE, "init", "init+icl")
+WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
+COUNTED = 100_000  # points without an atom whose retrievals are counted
+OnStale = Literal["skip", "recompute", "refuse"]
+OnMissing = Literal["skip", "compute", "store"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question, with what of `ReGrad.answer` belongs to it alone."""
+
+    question: str
+    mode: Mode = "regrad"
+    type: QuestionType = "open"
+    choices: tuple[str, ...] = ()
+    query_filter: Filter | None = None
+    query: str | Vector | Mapping[str, Vector] | None = None
+    hits: Sequence[Hit] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise RegradError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+
+    def prompt(self, hits: Sequence[Hit]) -> Prompt:
+        """What the model is asked, with the passages in the modes that show them."""
+        passages = tuple(hit.text for hit in hits) if self.mode in WITH_PASSAGES else ()
+        return Prompt(self.question, self.type, self.choices, passages, engineered=self.mode == "pe-rag")
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of each part of one answer; a part that the mode does not have is 0."""
+
+    search: float = 0.0
+    decode: float = 0.0
+    apply: float = 0.0
+    generate: float = 0.0
+    restore: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.search + self.decode + self.apply + self.generate + self.restore
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with what it came from."""
+
+    text: str
+    mode: Mode
+    hits: list[Hit] = field(repr=False)  # best first; those of `random` are the documents whose atoms were applied
+    timings: Timings
+    prompt_tokens: int
+
+
+class ReGrad:
+    """Answers questions with the retrieved documents' gradients in the model's weights.
+
+    Args:
+        model: the plain base model; it gets the plug-in, and is frozen.
+        tokenizer: of the model.
+        bank: whose space is the initialization's; with an `AsyncGradientBank` use `aanswer`.
+        initialization: φ₀, α and the merge rule that fit the model.
+        merge: another rule than the one the initialization was trained with.
+        on_stale: what to do with an atom whose text has changed since: `skip` it with a warning, `recompute` it
+            for this query, or `refuse` the query.
+        on_missing: what to do with a retrieved point that has no atom: `skip` it with a warning, `compute` its atom for
+            this query, or also `store` it, so that a bank fills by use and needs no ingestion; where an atom of another
+            space stands under the bank's key, it stays.
+        store_after: with on_missing="store", how often a point must be retrieved before its atom is stored, so that
+            the bank holds what is asked for often. Counted by this object, for the points met last.
+        codec: of atoms that are computed at query time.
+        check_model: compare the model's weights with those that the initialization was trained for.
+        cache_bytes: of decoded atoms to keep from query to query, where a few documents are retrieved again and again.
+
+    Raises:
+        WrongModelError: if the initialization was trained for another model.
+        WrongSpaceError: if the bank holds another space.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        bank: GradientBank | AsyncGradientBank,
+        initialization: MetaInitialization,
+        *,
+        merge: MergeRule | None = None,
+        on_stale: OnStale = "skip",
+        on_missing: OnMissing = "skip",
+        store_after: int = 1,
+        codec: str = DEFAULT_CODEC,
+        check_model: bool = True,
+        cache_bytes: int = 0,
+    ) -> None:
+        if bank.space != initialization.fingerprint:
+            raise WrongSpaceError(
+                f"the bank reads space {bank.space}, the initialization is {initialization.fingerprint}"
+            )
+        if on_stale not in get_args(OnStale):
+            raise RegradError(f"on_stale {on_stale!r} is not one of {', '.join(get_args(OnStale))}")
+        if on_missing not in get_args(OnMissing):
+            raise RegradError(f"on_missing {on_missing!r} is not one of {', '.join(get_args(OnMissing))}")
+        if store_after < 1:
+            raise RegradError(f"store_after must be at least 1, not {store_after}")
+        get_codec(codec)
+        self.adapter = Adapter(model, initialization, check_model=check_model, cache_bytes=cache_bytes)
+        self.tokenizer = tokenizer
+        self._async_bank = None if isinstance(bank, GradientBank) else bank
+        self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
+        self.initialization = initialization
+        self.merge = merge or initialization.merge
+        self.on_stale = on_stale
+        self.on_missing = on_missing
+        self.store_after = store_after
+        self.codec = codec
+        self._retrieved: dict[PointId, int] = {}  # of points without an atom, how often; the latest last
+        if on_missing == "store" and self._async_bank is None:
+            self.bank.index()
+        # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
+        self.gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
+        self._all_ids: list[PointId] | None = None
+
+    def answer(
+        self,
+        question: str,
+        *,
+        mode: Mode = "regrad",
+        top_k: int = 3,
+        type: QuestionType = "open",
+        choices: Sequence[str] = (),
+        query_filter: Filter | None = None,
+        query: str | Vector | Mapping[str, Vector] | None = None,
+        using: str | Sequence[str] | None = None,
+        hits: Sequence[Hit] | None = None,
+        seed: int = 0,
+    ) -> Answer:
+        """Answer one question, greedily.
+
+        Args:
+            mode: one of `MODES`.
+            top_k: how many documents to retrieve.
+            type: `open`, `yesno` or `choice` (with `choices`).
+            query_filter: restricts the search.
+            query: what to search with, if not the question itself: a text, a vector, or vectors by name.
+            using: name of the vector to search; several names make it a hybrid search.
+            hits: of a retriever of your own, best first (`bank.fetch(ids, scores)`), instead of a search.
+            seed: of the documents that `random` draws.
+
+        Raises:
+            RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
+            ValueError: for a prompt that makes no sense, such as an empty question.
+        """
+        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits)
+        started = time.perf_counter()
+        found = self._retrieve(asked, top_k, using, seed)
+        searched = time.perf_counter()
+        prompt = asked.prompt(found)
+        with contextlib.ExitStack() as stack:
+            [atom_sum] = self._sums([(asked, found)])
+            decoded_at = searched if atom_sum is None else time.perf_counter()
+            if mode in BARE:
+                stack.enter_context(self.adapter.disabled())
+            elif atom_sum is None:
+                stack.enter_context(self.adapter.initial())
+            else:
+                stack.enter_context(self.adapter.applied_sum(atom_sum))
+            applied_at = time.perf_counter()
+            [said] = generate(self.adapter.model, self.tokenizer, [prompt])
+            generated_at = time.perf_counter()
+        restored_at = time.perf_counter()
+        timings = Timings(
+            search=searched - started,
+            decode=decoded_at - searched,
+            apply=applied_at - decoded_at,
+            generate=generated_at - applied_at,
+            restore=restored_at - generated_at,
+        )
+        return Answer(said.text, mode, found, timings, said.prompt_tokens)
+
+    def answer_many(
+        self,
+        questions: Sequence[str | Query],
+        *,
+        mode: Mode = "regrad",
+        top_k: int = 3,
+        using: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """Answer a batch of questions together: every forward pass serves all of them, each row with its own update.
+
+        The answers are those of `answer`. The batch is as large as what is given: memory for the keys and values of
+        all rows is needed at once. `timings` are the batch's, divided by its size.
+
+        Args:
+            questions: texts, all in `mode`, or a `Query` each, of any modes.
+
+        Raises:
+            RegradError, ValueError: as `answer`.
+        """
+        if not questions:
+            return []
+        asked = [question if isinstance(question, Query) else Query(question, mode) for question in questions]
+        times = [time.perf_counter()]
+        found = [self._retrieve(query, top_k, using, seed) for query in asked]
+        times.append(time.perf_counter())
+        pairs = list(zip(asked, found, strict=True))
+        sums = self._sums(pairs)
+        times.append(time.perf_counter())
+        with self.adapter.rows(sums, [query.mode in BARE for query in asked]) as names:
+            times.append(time.perf_counter())
+            prompts = [query.prompt(hits) for query, hits in pairs]
+            said = generate(self.adapter.model, self.tokenizer, prompts, adapter_names=names)
+            times.append(time.perf_counter())
+        times.append(time.perf_counter())
+        timings = Timings(*((end - start) / len(asked) for start, end in itertools.pairwise(times)))
+        return [
+            Answer(text.text, query.mode, hits, timings, text.prompt_tokens)
+            for text, (query, hits) in zip(said, pairs, strict=True)
+        ]
+
+    def _retrieve(self, asked: Query, top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Hit]:
+        """The documents that a question is answered from."""
+        if asked.mode in WITHOUT_DOCUMENTS:
+            return []
+        if asked.hits is not None:
+            found = list(asked.hits[:top_k])
+        else:
+            wants_atoms = asked.mode in ("regrad", "regrad+icl")  # not online: those are computed
+            query = asked.query or asked.question
+            found = self.bank.search(
+                query, top_k, using=using, query_filter=asked.query_filter, with_records=wants_atoms
+            )
+        return self._random_hits(found, top_k, f"{seed}-{asked.question}") if asked.mode == "random" else found
+
+    async def aanswer(self, question: str, **options: Any) -> Answer:
+        """`answer` for asyncio, with the same arguments: search and generation run in a worker thread, and the requests
+        of an `AsyncGradientBank` on the event loop. One answer at a time uses the model; the others wait for it.
+        """
+        import asyncio
+
+        if self._async_bank is not None:
+            self._async_bank.bind()
+        return await asyncio.to_thread(self.answer, question, **options)
+
+    def _sums(self, pairs: Sequence[tuple[Query, Sequence[Hit]]]) -> list[Tensor | None]:
+        """Σ wᵢ·g(dᵢ) over the usable hits of each question, (numel,); None in the modes without atoms."""
+        applied = [(query, hits) for query, hits in pairs if query.mode not in WITHOUT_ATOMS]
+        sums = iter([self._merged(usable) for usable in self._usable(applied)])
+        return [None if query.mode in WITHOUT_ATOMS else next(sums) for query, _ in pairs]
+
+    def _merged(self, usable: Sequence[Hit]) -> Tensor:
+        weights = self.merge.weights([hit.score for hit in usable])
+        return self.adapter.decode([hit.record for hit in usable if hit.record is not None], weights)
+
+    def _usable(self, pairs: Sequence[tuple[Query, Sequence[Hit]]]) -> list[list[Hit]]:
+        """For each question its hits that have an atom of their present text; what is to be computed is computed for
+        all questions together."""
+        online = {hit.id: hit for query, hits in pairs for hit in hits if query.mode == "online"}
+        lacking = {
+            hit.id: hit for query, hits in pairs for hit in hits if query.mode != "online" and self._to_compute(hit)
+        }
+        computed = self._computed(list((online | lacking).values()))
+        if self.on_missing == "store":
+            new = [(hit, record) for hit, record in computed if hit.id in lacking and hit.record is None]
+            self.bank.put([(hit, record) for hit, record in new if self._is_due(hit.id)], replace=False)
+        fresh = {hit.id: record for hit, record in computed}
+        found = []
+        for query, hits in pairs:
+            ours = online if query.mode == "online" else lacking
+            candidates = [replace(hit, record=fresh.get(hit.id)) if hit.id in ours else hit for hit in hits]
+            found.append([hit for hit in candidates if hit.record is not None and not hit.stale])
+            if hits and not found[-1]:
+                warnings.warn(
+                    "none of the retrieved documents has a usable atom: answering with φ₀ alone", stacklevel=4
+                )
+        return found
+
+    def _to_compute(self, hit: Hit) -> bool:
+        """Whether a hit's atom is to be computed for this query; warns where it is to be left out."""
+        if hit.record is None:
+            if self.on_missing == "skip":
+                warnings.warn(
+                    f"point {hit.id!r} has no atom of space {self.bank.space}: run regrad-qdrant ingest", stacklevel=5
+                )
+            return self.on_missing != "skip"
+        if hit.stale and self.on_stale == "refuse":
+            raise StaleAtomError(f"the text of point {hit.id!r} has changed since its atom was computed: ingest again")
+        if hit.stale and self.on_stale == "skip":
+            warnings.warn(
+                f"the text of point {hit.id!r} has changed since its atom was computed: skipped", stacklevel=5
+            )
+        return hit.stale and self.on_stale == "recompute"
+
+    def _is_due(self, key: PointId) -> bool:
+        """Counts one more retrieval of a point without an atom; whether it is time to store one."""
+        count = self._retrieved.pop(key, 0) + 1
+        if count >= self.store_after:
+            return True
+        self._retrieved[key] = count
+        if len(self._retrieved) > COUNTED:
+            del self._retrieved[next(iter(self._retrieved))]
+        return False
+
+    def _computed(self, hits: Sequence[Hit]) -> list[tuple[Hit, Record]]:
+        """The atoms of the hits' texts, coded as ingestion codes them."""
+        encoded: list[tuple[Hit, EncodedDocument]] = []
+        for hit in hits:
+            try:
+                encoded.append((hit, self.gradients.encode(hit.text)))
+            except DataError as error:
+                warnings.warn(f"point {hit.id!r} can have no atom: {error}", stacklevel=6)
+        if not encoded:
+            return []
+        with self.adapter.initial():
+            flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
+        finite = flat.isfinite().all(dim=1)
+        kept = [hit for (hit, _), good in zip(encoded, finite.tolist(), strict=True) if good]
+        records = make_records(
+            flat[finite], [hit.text for hit in kept], self.bank.space, self.codec, self.adapter.space.layout
+        )
+        return list(zip(kept, records, strict=True))
+
+    def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
+        """Other documents' points under the scores of the retrieved ones."""
+        if self._all_ids is None:
+            self._all_ids = [hit.id for hit in self.bank.points()]
+        retrieved = {hit.id for hit in hits}
+        others = [key for key in self._all_ids if key not in retrieved]
+        drawn = random.Random(seed).sample(others, min(count, len(others)))
+        scores = [hit.score for hit in hits] + [1.0] * count
+        return [replace(hit, score=score) for hit, score in zip(self.bank.fetch(drawn), scores, strict=False)]

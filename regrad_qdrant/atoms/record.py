@@ -1,0 +1,215 @@
+"""The record: what stands under the payload key of a point.
+
+    {"v": 1, "space": "<fingerprint>", "sha": "<of the text>", "codec": "sign", "atom": "<base64 text>"}
+
+`atom` is base64(zstd(msgpack({part: bytes}))). Reading one trusts nothing: the size that the frame declares is
+checked before a byte is decompressed, zstd's own checksum guards the content, and msgpack yields bytes only.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import msgpack
+import zstandard
+
+from regrad_qdrant.atoms.codec import AtomLayout, Codec, get_codec
+from regrad_qdrant.errors import (
+    CorruptRecordError,
+    OversizedRecordError,
+    RecordError,
+    RecordVersionError,
+    TruncatedRecordError,
+    WrongShapeError,
+    WrongSpaceError,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+VERSION = 1
+DEFAULT_KEY = "regrad"
+ENVELOPE_BYTES = 256  # of msgpack around the parts, at most
+ZSTD_LEVEL = 3
+
+
+@dataclass(frozen=True)
+class Record:
+    """One stored atom, still packed."""
+
+    space: str  # fingerprint of the meta-initialization
+    sha: str  # text_sha of the text that it was computed from
+    codec: str
+    atom: str  # base64 text
+
+    def to_payload(self) -> dict[str, Any]:
+        """The value for the payload key."""
+        return {"v": VERSION, "space": self.space, "sha": self.sha, "codec": self.codec, "atom": self.atom}
+
+    @property
+    def payload_bytes(self) -> int:
+        """What it takes in the payload, as JSON."""
+        return len(json.dumps(self.to_payload()))
+
+    @classmethod
+    def from_payload(cls, value: Any) -> Record:
+        """Check the fields of a payload value; the atom stays packed.
+
+        Raises:
+            RecordVersionError: for a record of another version.
+            RecordError: for a value that is no record.
+        """
+        if not isinstance(value, Mapping):
+            raise RecordError(
+                f"expected a record (an object with v, space, sha, codec, atom), found {type(value).__name__}"
+            )
+        if value.get("v") != VERSION or isinstance(value.get("v"), bool):
+            raise RecordVersionError(
+                f"the record has version {value.get('v')!r}, this regrad-qdrant reads version {VERSION}"
+            )
+        fields = {name: value.get(name) for name in ("space", "sha", "codec", "atom")}
+        wrong = [name for name, text in fields.items() if not isinstance(text, str)]
+        if wrong:
+            raise RecordError(f"the record's fields {', '.join(wrong)} are missing or no text")
+        return cls(**{name: str(text) for name, text in fields.items()})
+
+    def parts(self, fingerprint: str, layout: AtomLayout) -> dict[str, bytes]:
+        """Unpack the codec's parts of an atom of this layout, within the memory that these can take.
+
+        Raises:
+            WrongSpaceError: if the atom was computed in another space than `fingerprint`.
+            RecordError: one of its kinds, if the record is damaged.
+        """
+        if self.space != fingerprint:
+            raise WrongSpaceError(
+                f"the atom belongs to space {self.space}, the initialization in use to {fingerprint}: ingest the "
+                "collection with this initialization, or load the one that made the atom"
+            )
+        limit = get_codec(self.codec).size(layout) + ENVELOPE_BYTES
+        return _unpack(_decompress(_from_base64(self.atom, limit), limit), limit)
+
+    def decode(self, fingerprint: str, layout: AtomLayout) -> Tensor:
+        """The atom's numbers (numel,) float32.
+
+        Raises:
+            WrongSpaceError: if the atom was computed in another space than `fingerprint`.
+            RecordError: one of its kinds, if the record is damaged.
+        """
+        return _finite(get_codec(self.codec).decode(self.parts(fingerprint, layout), layout))
+
+    def recoded(self, codec: str, fingerprint: str, layout: AtomLayout) -> Record:
+        """The same atom in another codec.
+
+        Raises:
+            RecordError: as `decode`.
+        """
+        [parts] = get_codec(codec).encode(self.decode(fingerprint, layout).unsqueeze(0), layout)
+        return replace(self, codec=codec, atom=_pack(parts))
+
+
+def decode_sum(
+    records: Sequence[Record], weights: Sequence[float], fingerprint: str, layout: AtomLayout, device: Any = None
+) -> Tensor:
+    """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on `device`; zeros for no records.
+
+    Every record is unpacked and checked before the first is decoded. They may be of several codecs.
+
+    Raises:
+        RecordError: as `Record.decode`.
+    """
+    import torch
+
+    by_codec: dict[str, list[tuple[dict[str, bytes], float]]] = {}
+    for record, weight in zip(records, weights, strict=True):
+        by_codec.setdefault(record.codec, []).append((record.parts(fingerprint, layout), weight))
+    total = torch.zeros(layout.numel, device=device)
+    for name, atoms in by_codec.items():
+        parts, of_parts = zip(*atoms, strict=True)
+        total += get_codec(name).decode_sum(parts, of_parts, layout, device)
+    return _finite(total)
+
+
+def _finite(atom: Tensor) -> Tensor:
+    if not bool(atom.isfinite().all()):
+        raise CorruptRecordError("the atom decodes to numbers that are not finite: ingest its document again")
+    return atom
+
+
+def make_records(
+    flat: Tensor, texts: Sequence[str], fingerprint: str, codec: str, layout: AtomLayout | None = None
+) -> list[Record]:
+    """Records of a batch of atoms (batch, numel) and the texts that they were computed from.
+
+    Args:
+        layout: of the atoms' space; without one, the numbers have no structure that a codec could use.
+    """
+    layout = layout or AtomLayout.flat(flat.shape[1])
+    coder: Codec = get_codec(codec)
+    return [
+        Record(fingerprint, text_sha(text), codec, _pack(parts))
+        for parts, text in zip(coder.encode(flat, layout), texts, strict=True)
+    ]
+
+
+def text_sha(text: str) -> str:
+    """16 hex digits of the SHA-256 of the text."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _pack(parts: Mapping[str, bytes]) -> str:
+    packed = msgpack.packb(dict(parts), use_bin_type=True)
+    compressed = zstandard.ZstdCompressor(level=ZSTD_LEVEL, write_checksum=True).compress(packed)
+    return base64.b64encode(compressed).decode("ascii")
+
+
+def _from_base64(atom: str, limit: int) -> bytes:
+    if len(atom) > 2 * limit + 1024:  # base64 adds a third, and zstd never adds as much again
+        raise OversizedRecordError(
+            f"the atom's text has {len(atom)} characters; its space needs at most {2 * limit + 1024}"
+        )
+    if not atom or len(atom) % 4:
+        raise TruncatedRecordError(
+            f"the atom's base64 text has {len(atom)} characters, no multiple of 4: it was cut short"
+        )
+    try:
+        return base64.b64decode(atom, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise CorruptRecordError(f"the atom is not base64 text: {error}") from error
+
+
+def _decompress(data: bytes, limit: int) -> bytes:
+    try:
+        declared = zstandard.get_frame_parameters(data)
+    except zstandard.ZstdError as error:
+        kind = TruncatedRecordError if len(data) < 18 else CorruptRecordError
+        raise kind(f"the atom holds no zstd frame ({len(data)} bytes): {error}") from error
+    if declared.content_size > limit or declared.window_size > max(2 * limit, 1024):
+        raise OversizedRecordError(f"the atom declares {declared.content_size} bytes, its space needs at most {limit}")
+    decompressor = zstandard.ZstdDecompressor().decompressobj()
+    try:
+        content = decompressor.decompress(data)
+    except zstandard.ZstdError as error:
+        raise CorruptRecordError(f"the atom does not match its checksum or is no zstd frame: {error}") from error
+    if not decompressor.eof or len(content) != declared.content_size:
+        raise TruncatedRecordError(f"the atom ends after {len(content)} of {declared.content_size} bytes")
+    if decompressor.unused_data:
+        raise CorruptRecordError(f"{len(decompressor.unused_data)} bytes follow the atom's zstd frame")
+    return content
+
+
+def _unpack(content: bytes, limit: int) -> dict[str, bytes]:
+    try:
+        parts = msgpack.unpackb(
+            content, raw=False, max_bin_len=limit, max_str_len=64, max_map_len=8, max_array_len=0, max_ext_len=0
+        )
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise CorruptRecordError(f"the atom's content is not the msgpack that was written: {error}") from error
+    if not isinstance(parts, dict) or not all(isinstance(k, str) and isinstance(v, bytes) for k, v in parts.items()):
+        raise WrongShapeError("the atom's content is no map of named byte strings")
+    return parts

@@ -1,0 +1,59 @@
+"""Documents as they are given to a bank, and as it finds them again."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field
+
+from regrad_qdrant.atoms.record import Record, text_sha
+from regrad_qdrant.bank.stores.base import Payload, PointId
+
+_ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document to add: the id that its owner knows it by, and its payload."""
+
+    id: str | int
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A retrieved point. `record` is None where it has no atom of this space, or where none was asked for."""
+
+    id: PointId
+    score: float
+    text: str
+    payload: Payload = field(repr=False)  # without the bank's own key
+    record: Record | None = field(default=None, repr=False)
+
+    @property
+    def document_id(self) -> str | int:
+        """The id that the document's owner knows it by: the payload's `id`, or else the point's."""
+        key = self.payload.get("id")
+        return key if isinstance(key, str | int) else self.id
+
+    @property
+    def stale(self) -> bool:
+        """Whether the text has changed since the atom was computed."""
+        return self.record is not None and self.record.sha != text_sha(self.text)
+
+
+def canonical_id(key: PointId | uuid.UUID) -> PointId:
+    """A point id as engines return it: UUIDs with their hyphens."""
+    try:
+        return key if isinstance(key, int) else str(uuid.UUID(str(key)))
+    except ValueError:
+        return str(key)
+
+
+def point_id(key: str | int) -> PointId:
+    """The point id of a document: integers and UUIDs as they are, any other name hashed to a UUID."""
+    if isinstance(key, int):
+        return key
+    try:
+        return str(uuid.UUID(key))
+    except ValueError:
+        return str(uuid.uuid5(_ID_NAMESPACE, key))

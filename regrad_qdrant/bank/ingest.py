@@ -1,0 +1,219 @@
+"""Ingestion: a corpus, or a collection that exists, to a bank. Resumable: what is there is not computed again."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from regrad_loaders.data.folders import Passage
+from regrad_qdrant.atoms.codec import get_codec
+from regrad_qdrant.atoms.record import make_records
+from regrad_qdrant.bank.bank import GradientBank
+from regrad_qdrant.bank.documents import Document, Hit
+from regrad_qdrant.bank.stores.base import PointId, json_bytes, pages
+from regrad_qdrant.errors import BankError, DataError
+from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches
+from regrad_qdrant.model.memory import give_back_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LongTexts = Literal["truncate", "window", "skip"]
+
+PAGE = 256  # points looked up at a time; within a page, documents are sorted by length
+WAITING = 2  # batches that may wait to be coded and written while the next one's gradients are computed
+
+
+@dataclass
+class IngestReport:
+    """What an ingestion did."""
+
+    points_added: int = 0
+    points_updated: int = 0  # whose text or fields the corpus has changed
+    atoms_written: int = 0
+    bytes_written: int = 0  # of those atoms, as they stand in the payload
+    passed_over: int = 0  # computed, but the point was gone or changed by then; the next run does them
+    present: int = 0  # atoms that were there already and fit their text
+    truncated: int = 0  # texts over max_length whose beginning alone the atom is of
+    windowed: int = 0  # … whose atom is the sum of several windows'
+    too_long: int = 0  # … that got no atom, as asked (`skip`)
+    skipped: dict[str, str] = field(default_factory=dict)  # document id → why it has no atom
+    seconds: float = 0.0  # of gradients, codec and writes
+
+    @property
+    def documents_per_second(self) -> float:
+        return self.atoms_written / self.seconds if self.seconds else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"documents_per_second": self.documents_per_second}
+
+
+def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: GradientComputer) -> tuple[int, int]:
+    """Make the collection if need be, add the passages that are new and update those that have changed.
+
+    Returns how many of each.
+
+    Every text is checked before anything is written.
+
+    Raises:
+        DataError: for a text that can't have a gradient; the collection is as before.
+    """
+    for passage in passages:
+        try:
+            gradients.encode(passage.text)
+        except DataError as error:
+            raise DataError(f"passage {passage.id!r}: {error}") from error
+    bank.create()
+    return bank.sync(Document(passage.id, passage.payload) for passage in passages)
+
+
+def attach_atoms(
+    bank: GradientBank,
+    gradients: GradientComputer,
+    codec: str,
+    on_progress: Callable[[int, int], None] = lambda _points, _bytes: None,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    long_texts: LongTexts = "truncate",
+    replace: bool = False,
+) -> IngestReport:
+    """Compute and attach the atom of every point that lacks one, or whose text has changed since.
+
+    Args:
+        on_progress: called with the number of points just dealt with, and the bytes written for them.
+        batch_tokens: bound of one gradient batch, with its padding.
+        long_texts: what a text over `max_length` tokens gets: the atom of its beginning (`truncate`), the sum of the
+            atoms of all its windows (`window`), or none (`skip`).
+        replace: write over atoms of other spaces under the same payload key.
+
+    Raises:
+        BankError: if there are such atoms, and they are not to be replaced.
+    """
+    get_codec(codec)
+    if long_texts not in get_args(LongTexts):
+        raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
+    others = 0 if replace else bank.count_of_other_spaces()
+    if others:
+        raise BankError(
+            f"{others} points carry atoms of another space under {bank.payload_key!r}: choose another payload key "
+            "(--payload-key NAME) to keep both, or --replace to write over them"
+        )
+    bank.index()
+    bank.describe(gradients.space)
+    report = IngestReport(present=bank.count_atoms())
+    stale = [hit.id for hit in bank.stale()]
+    report.present -= len(stale)
+    left_stale = 0
+    ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
+    started = time.perf_counter()
+    for page in pages(bank.missing(), PAGE):
+        ingestion.attach(page)
+    for ids in pages(stale, PAGE):
+        sent = ingestion.attach(bank.fetch(ids))
+        left_stale += sum(hit.stale for hit in bank.fetch(sent))
+    report.seconds = time.perf_counter() - started
+    report.passed_over = max(0, report.present + report.atoms_written - bank.count_atoms()) + left_stale
+    report.atoms_written -= report.passed_over
+    bank.optimize()
+    return report
+
+
+@dataclass
+class _Open:
+    """A point whose windows are being computed."""
+
+    hit: Hit
+    windows: int  # still to come
+    total: Tensor | None = None  # (numel,) of those that were computed
+
+
+@dataclass
+class _Ingestion:
+    bank: GradientBank
+    gradients: GradientComputer
+    codec: str
+    batch_tokens: int
+    long_texts: LongTexts
+    on_progress: Callable[[int, int], None]
+    report: IngestReport
+
+    def attach(self, page: Sequence[Hit]) -> list[PointId]:
+        """The atoms of one page of points, batch by batch of windows of like length; returns whose were sent.
+
+        Where the store allows it, a thread codes and writes a batch while the next one's gradients are computed; it is
+        idle when the page is done, so that nothing else meets it in the bank.
+        """
+        sent: list[PointId] = []
+        windows: list[tuple[_Open, EncodedDocument]] = []
+        for hit in page:
+            found = self._windows(hit)
+            opened = _Open(hit, len(found))
+            windows += [(opened, window) for window in found]
+            if not found:
+                self.on_progress(1, 0)
+        with ThreadPoolExecutor(1, "regrad-write") as writer:
+            waiting: deque[Future[list[PointId]]] = deque()
+            for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
+                atoms = self.gradients.atoms([windows[i][1] for i in batch])
+                whole = []
+                for atom, i in zip(atoms, batch, strict=True):
+                    opened = windows[i][0]
+                    opened.total = atom if opened.total is None else opened.total + atom
+                    opened.windows -= 1
+                    if opened.windows == 0:
+                        whole.append(opened)
+                if self.bank.atoms.one_thread:
+                    sent += self._put(whole)
+                else:
+                    waiting.append(writer.submit(self._put, whole))
+                    while len(waiting) > WAITING:
+                        sent += waiting.popleft().result()
+                give_back_memory()
+            while waiting:
+                sent += waiting.popleft().result()
+        return sent
+
+    def _windows(self, hit: Hit) -> list[EncodedDocument]:
+        """What of a text its atom is computed from: one window or several; none where it gets no atom."""
+        try:
+            if not hit.text:
+                raise DataError(f"no text for the layout {self.bank.layout}")
+            document = self.gradients.encode(hit.text)
+        except DataError as error:
+            self.report.skipped[str(hit.document_id)] = str(error)
+            return []
+        if document.truncated and self.long_texts == "skip":
+            self.report.too_long += 1
+            return []
+        if document.truncated and self.long_texts == "window":
+            self.report.windowed += 1
+            return self.gradients.windows(hit.text)
+        self.report.truncated += document.truncated
+        return [document]
+
+    def _put(self, whole: Sequence[_Open]) -> list[PointId]:
+        size = 0
+        finite: list[tuple[Hit, Tensor]] = []
+        for opened in whole:
+            if opened.total is not None and bool(opened.total.isfinite().all()):
+                finite.append((opened.hit, opened.total))
+            else:
+                self.report.skipped[str(opened.hit.document_id)] = "its gradient is not finite"
+        if finite:
+            import torch
+
+            hits = [hit for hit, _ in finite]
+            flat = torch.stack([atom for _, atom in finite])
+            records = make_records(
+                flat, [hit.text for hit in hits], self.bank.space, self.codec, self.gradients.space.layout
+            )
+            self.bank.put(zip(hits, records, strict=True))
+            self.report.atoms_written += len(hits)  # those that the bank passed over are taken off at the end
+            size = sum(json_bytes(record.to_payload()) for record in records)
+            self.report.bytes_written += size
+        self.on_progress(len(whole), size)
+        return [hit.id for hit, _ in finite]

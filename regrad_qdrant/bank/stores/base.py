@@ -1,0 +1,276 @@
+"""Stores: the few operations that a bank needs, and what they take and return.
+
+`client_store` has them over a Qdrant client (a running server, or in process), `edge_store` over an embedded
+Qdrant Edge shard. Filters are `qdrant_client.models.Filter` everywhere. Payloads are written through filters on
+ids, so that a point deleted in the meantime is passed over instead of failing its batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from regrad_qdrant.bank.layouts import value_at
+from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
+
+PointId = int | str
+Payload = dict[str, Any]
+Item = TypeVar("Item")
+
+MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
+
+CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
+
+
+@dataclass(frozen=True)
+class Without:
+    """What to read of a payload: all but these keys."""
+
+    keys: tuple[str, ...]
+
+
+WithPayload = bool | list[str] | Without  # all, nothing, these paths alone, or all but some keys
+
+
+@dataclass(frozen=True)
+class SparseVector:
+    """Indices and values of the non-zero numbers."""
+
+    indices: list[int]
+    values: list[float]
+
+
+Vector = list[float] | SparseVector
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point to write: its id, its named vectors and its payload."""
+
+    id: PointId
+    vectors: Mapping[str, Vector]
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class PayloadWrite:
+    """Top-level keys to set on an existing point, as long as the values at some of its paths are still these.
+
+    None stands for a path where there is nothing.
+    """
+
+    id: PointId
+    payload: Payload
+    unless_changed: Mapping[str, str | None] = field(default_factory=dict)
+
+    def target(self) -> Filter:
+        """The filter on that point in that state: engines check it in the same step as they write."""
+        from qdrant_client import models
+
+        same: list[Any] = [
+            models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
+            if value is None
+            else models.FieldCondition(key=path, match=models.MatchValue(value=value))
+            for path, value in self.unless_changed.items()
+        ]
+        return models.Filter(must=[models.HasIdCondition(has_id=[self.id]), *same])
+
+    def still_applies(self, payload: Payload) -> bool:
+        """Whether a payload is in the state that the write wants, as `target` asks the engine."""
+        return all(value_at(payload, path) == value for path, value in self.unless_changed.items())
+
+
+@dataclass(frozen=True)
+class StoredPoint:
+    """A point read: without vectors; `score` is 0 where no search was made."""
+
+    id: PointId
+    payload: Payload
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class VectorNames:
+    """The vectors of a collection: dense ones with their size, sparse ones by name. The unnamed one is ''."""
+
+    dense: dict[str, int] = field(default_factory=dict)
+    sparse: tuple[str, ...] = ()
+    distances: dict[str, str] = field(default_factory=dict)  # of dense ones, as Qdrant calls them, if not Cosine
+    without_idf: tuple[str, ...] = ()  # sparse ones that lack the IDF modifier
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.dense or name in self.sparse
+
+
+class Store(Protocol):
+    """One collection. Every method raises `StoreUnavailableError` if it can't be reached."""
+
+    name: str
+
+    @property
+    def one_thread(self) -> bool:
+        """Whether it may be used in the thread that made it alone."""
+
+    def sibling(self, name: str) -> Store:
+        """The collection of another name in the same place."""
+
+    def exists(self) -> bool: ...
+
+    def create(self, vectors: VectorNames) -> None: ...
+
+    def vectors(self) -> VectorNames: ...
+
+    def upsert(self, points: Sequence[Point]) -> None: ...
+
+    def update_vectors(self, points: Sequence[Point]) -> None:
+        """Replace the vectors of existing points; their payloads stay."""
+
+    def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
+        """Set top-level keys of existing points; points that are gone or have changed are passed over."""
+
+    def delete_keys(self, keys: list[str], query_filter: Filter) -> None: ...
+
+    def search(
+        self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
+    ) -> list[StoredPoint]: ...
+
+    def fuse(
+        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
+    ) -> list[StoredPoint]:
+        """The `limit` best points by reciprocal rank fusion of the `depth` best of each named vector, without payloads:
+        a fusion reads the payload of every candidate."""
+
+    def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]: ...
+
+    def scroll(
+        self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
+    ) -> tuple[list[StoredPoint], PointId | None]: ...
+
+    def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
+        """A page of whole points with their vectors, by rising ids."""
+
+    def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:
+        """Whole points with their vectors; ids that are not there are left out."""
+
+    def count(self, query_filter: Filter | None = None) -> int: ...
+
+    def create_keyword_index(self, key: str) -> None: ...
+
+    def read_metadata(self) -> dict[str, Any]: ...
+
+    def write_metadata(self, metadata: dict[str, Any]) -> None: ...
+
+    def optimize(self) -> None:
+        """Let the engine put its segments in order after a bulk load, where it does not do so by itself."""
+
+    def close(self) -> None: ...
+
+
+def open_store(
+    collection: str, *, url: str | None = None, api_key: str | None = None, path: str | Path | None = None
+) -> Store:
+    """The store of a collection: a running server for `url`; for `path` an embedded folder.
+
+    A folder that `QdrantClient(path=…)` made is opened by that client, any other one holds Edge shards.
+    """
+    from regrad_qdrant.bank.stores.client import ClientStore, client_errors
+    from regrad_qdrant.bank.stores.edge import EdgeStore
+
+    if url is not None:
+        from qdrant_client import QdrantClient
+
+        with client_errors(collection):
+            client = QdrantClient(url=url, api_key=api_key, timeout=CLIENT_TIMEOUT, check_compatibility=False)
+            client.get_collections()
+        return ClientStore(client, collection, owns_client=True)
+    folder = Path(path or "regrad_bank")
+    if not collection or Path(collection).name != collection or collection == "..":
+        raise BankError(f"{collection!r} is no collection name for a folder: it must not contain a path")
+    if (folder / "meta.json").is_file():
+        from qdrant_client import QdrantClient
+
+        try:
+            return ClientStore(QdrantClient(path=str(folder)), collection, owns_client=True)
+        except RuntimeError as error:
+            raise StoreUnavailableError(f"the folder {folder} is open in another process: {error}") from error
+    if folder.exists() and not folder.is_dir():
+        raise BankError(f"{folder} is a file; --path wants a folder")
+    return EdgeStore(folder / collection)
+
+
+def plain_id(key: Any) -> PointId:
+    return key if isinstance(key, int) else str(key)
+
+
+def whole_point(point: Any) -> Point:
+    """A point that an engine returned with its vectors."""
+    vectors = point.vector if isinstance(point.vector, dict) else {"": point.vector}
+    named = {name: _stored_vector(vector) for name, vector in vectors.items() if vector is not None}
+    return Point(plain_id(point.id), named, point.payload or {})
+
+
+def _stored_vector(vector: Any) -> Vector:
+    """A vector as an engine returns it.
+
+    Raises:
+        BankError: for a multi-vector, which these stores do not copy.
+    """
+    if hasattr(vector, "indices"):
+        return SparseVector(list(vector.indices), list(vector.values))
+    if len(vector) and isinstance(vector[0], list):
+        raise BankError("points with multi-vectors can't be copied: leave the vector out of the source collection")
+    return [float(number) for number in vector]
+
+
+def pages(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Lists of `size` items, the last one shorter; each is taken only when it is asked for."""
+    iterator = iter(items)
+    while page := list(itertools.islice(iterator, size)):
+        yield page
+
+
+def bounded(limit: int, items: Iterable[tuple[Item, int]], key_of: Callable[[Item], PointId]) -> Iterator[list[Item]]:
+    """Batches of items whose bytes stay within the limit of a request.
+
+    Raises:
+        RecordTooLargeError: for an item that is larger by itself; what came before it is yielded first.
+    """
+    batch: list[Item] = []
+    total = 0
+    for item, size in items:
+        size += 200  # the operation around it
+        if size > limit:
+            if batch:
+                yield batch
+            raise RecordTooLargeError(
+                f"point {key_of(item)!r}: {size} bytes are more than one request may hold ({limit}): use a coarser "
+                "codec, a smaller space, or raise max_request_bytes"
+            )
+        if batch and total + size > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += size
+    if batch:
+        yield batch
+
+
+def sized(points: Iterable[Point]) -> Iterator[tuple[Point, int]]:
+    """Points with the bytes that they take in a request."""
+    return ((point, json_bytes(point.payload) + _vector_bytes(point.vectors)) for point in points)
+
+
+def json_bytes(value: Any) -> int:
+    return len(json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+
+
+def _vector_bytes(vectors: Mapping[str, Vector]) -> int:
+    """About what the vectors take as JSON: a dozen characters a number."""
+    return sum(12 * (len(v) if isinstance(v, list) else 2 * len(v.values)) for v in vectors.values())

@@ -1,0 +1,268 @@
+"""A collection as an embedded Qdrant Edge shard on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrad_qdrant.bank.stores.base import (
+    PayloadWrite,
+    Point,
+    PointId,
+    SparseVector,
+    StoredPoint,
+    Vector,
+    VectorNames,
+    Without,
+    WithPayload,
+    plain_id,
+    whole_point,
+)
+from regrad_qdrant.bank.stores.edge_filter import edge_filter
+from regrad_qdrant.errors import BankError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
+
+RRF_K = 2  # the constant of reciprocal rank fusion, as a server has it
+UNUSED = "regrad-unused"  # a vector for the shards that need none
+METADATA_FILE = "regrad_metadata.json"
+
+
+class EdgeStore:
+    """A collection as an embedded Qdrant Edge shard in a folder of its own. One process opens it at a time."""
+
+    one_thread = False
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.name = folder.name
+        self._shard: Any = None
+        self._opening = threading.Lock()
+        self._siblings: dict[str, EdgeStore] = {}  # a folder can be opened once only
+
+    @property
+    def shard(self) -> Any:
+        """The open shard."""
+        with self._opening:
+            if self._shard is None:
+                from qdrant_edge import EdgeShard
+
+                if not self.exists():
+                    raise BankError(
+                        f"there is no collection {self.name!r} in {self.folder.parent}: ingest a corpus first"
+                    )
+                with self._errors():
+                    self._shard = EdgeShard.load(str(self.folder))
+            return self._shard
+
+    def sibling(self, name: str) -> EdgeStore:
+        return self._siblings.setdefault(name, EdgeStore(self.folder.parent / name))
+
+    def exists(self) -> bool:
+        return (self.folder / "edge_config.json").is_file()
+
+    def create(self, vectors: VectorNames) -> None:
+        import qdrant_edge as edge
+
+        sparse = vectors.sparse or (() if vectors.dense else (UNUSED,))  # a shard needs one vector at least
+        config = edge.EdgeConfig(
+            vectors={
+                name: edge.EdgeVectorParams(size, getattr(edge.Distance, vectors.distances.get(name, "Cosine")))
+                for name, size in vectors.dense.items()
+            },
+            sparse_vectors={
+                name: edge.EdgeSparseVectorParams(modifier=None if name in vectors.without_idf else edge.Modifier.Idf)
+                for name in sparse
+            },
+        )
+        with self._errors():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._shard = edge.EdgeShard.create(str(self.folder), config)
+            self._shard.flush()
+
+    def vectors(self) -> VectorNames:
+        _ = self.shard  # exists, and its configuration is on disk
+        config = json.loads((self.folder / "edge_config.json").read_text(encoding="utf-8"))
+        dense = config.get("vectors") or {}
+        named = {"": dense} if "size" in dense else dense
+        sparse = {name: vector for name, vector in (config.get("sparse_vectors") or {}).items() if name != UNUSED}
+        return VectorNames(
+            {name: vector["size"] for name, vector in named.items()},
+            tuple(sorted(sparse)),
+            {name: vector["distance"] for name, vector in named.items() if vector["distance"] != "Cosine"},
+            tuple(sorted(name for name, vector in sparse.items() if vector.get("modifier") != "idf")),
+        )
+
+    def upsert(self, points: Sequence[Point]) -> None:
+        import qdrant_edge as edge
+
+        rows = [
+            edge.Point(point.id, {name: _edge_vector(vector) for name, vector in point.vectors.items()}, point.payload)
+            for point in points
+        ]
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.upsert_points(rows))
+
+    def update_vectors(self, points: Sequence[Point]) -> None:
+        import qdrant_edge as edge
+
+        rows = [
+            edge.PointVectors(point.id, {name: _edge_vector(vector) for name, vector in point.vectors.items()})
+            for point in points
+        ]
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.update_vectors(rows))
+
+    def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            for write in writes:
+                only = edge_filter(write.target())
+                self.shard.update(edge.UpdateOperation.set_payload_by_filter(only, write.payload))
+            self.shard.flush()
+
+    def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.delete_payload_by_filter(edge_filter(query_filter), keys))
+            self.shard.flush()
+
+    def search(
+        self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
+    ) -> list[StoredPoint]:
+        import qdrant_edge as edge
+
+        request = edge.QueryRequest(
+            limit=limit,
+            query=edge.Query.Nearest(_edge_vector(vector), using=using or None),
+            filter=None if query_filter is None else edge_filter(query_filter),
+            with_payload=_selector(with_payload),
+        )
+        with self._errors():
+            found = self.shard.query(request)
+        return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found]
+
+    def fuse(
+        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
+    ) -> list[StoredPoint]:
+        import qdrant_edge as edge
+
+        only = None if query_filter is None else edge_filter(query_filter)
+        prefetches = [
+            edge.Prefetch(depth, query=edge.Query.Nearest(_edge_vector(vector), using=name or None), filter=only)
+            for name, vector in vectors.items()
+        ]
+        request = edge.QueryRequest(
+            limit=limit,
+            query=edge.Fusion.Rrf(RRF_K),  # type: ignore[arg-type] # the stub has it as no Fusion
+            prefetches=prefetches,
+            with_payload=False,
+        )
+        with self._errors():
+            found = self.shard.query(request)
+        return [StoredPoint(plain_id(point.id), {}, point.score) for point in found]
+
+    def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
+        with self._errors():
+            found = self.shard.retrieve(list(ids), _selector(with_payload), False)
+        return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
+
+    def scroll(
+        self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
+    ) -> tuple[list[StoredPoint], PointId | None]:
+        import qdrant_edge as edge
+
+        request = edge.ScrollRequest(
+            offset=offset,
+            limit=limit,
+            filter=None if query_filter is None else edge_filter(query_filter),
+            with_payload=_selector(with_payload),
+        )
+        with self._errors():
+            found, following = self.shard.scroll(request)
+        points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
+        return points, None if following is None else plain_id(following)
+
+    def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
+        import qdrant_edge as edge
+
+        request = edge.ScrollRequest(offset=offset, limit=limit, with_payload=True, with_vector=True)
+        with self._errors():
+            found, following = self.shard.scroll(request)
+        return [whole_point(point) for point in found], None if following is None else plain_id(following)
+
+    def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:
+        with self._errors():
+            found = self.shard.retrieve(list(ids), True, True)
+        return {point.id: point for point in map(whole_point, found)}
+
+    def count(self, query_filter: Filter | None = None) -> int:
+        import qdrant_edge as edge
+
+        with self._errors():
+            return int(
+                self.shard.count(
+                    edge.CountRequest(exact=True, filter=None if query_filter is None else edge_filter(query_filter))
+                )
+            )
+
+    def create_keyword_index(self, key: str) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.create_field_index(key, edge.PayloadSchemaType.Keyword))
+
+    def read_metadata(self) -> dict[str, Any]:
+        path = self.folder / METADATA_FILE
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+    def write_metadata(self, metadata: dict[str, Any]) -> None:
+        partial = self.folder / f"{METADATA_FILE}.partial"
+        partial.write_text(json.dumps(self.read_metadata() | metadata), encoding="utf-8")
+        os.replace(partial, self.folder / METADATA_FILE)
+
+    def optimize(self) -> None:
+        with self._errors():
+            self.shard.optimize()
+
+    def close(self) -> None:
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """The engine raises plain `Exception` with a message; sort it into ours."""
+        try:
+            yield
+        except BankError:
+            raise
+        except Exception as error:  # noqa: BLE001 (qdrant_edge has no exception type of its own)
+            message = str(error)
+            if "WouldBlock" in message or "lock" in message.lower():
+                raise StoreUnavailableError(
+                    f"the collection folder {self.folder} is open in another process: wait for it or stop it"
+                ) from error
+            raise BankError(f"collection {self.name!r} in {self.folder.parent}: {message}") from error
+
+
+def _selector(with_payload: WithPayload) -> Any:
+    import qdrant_edge as edge
+
+    if isinstance(with_payload, Without):
+        return edge.PayloadSelector.Exclude(list(with_payload.keys))  # type: ignore[attr-defined] # not in the stub
+    return with_payload
+
+
+def _edge_vector(vector: Vector) -> Any:
+    import qdrant_edge as edge
+
+    return edge.SparseVector(vector.indices, vector.values) if isinstance(vector, SparseVector) else vector

@@ -1,0 +1,1 @@
+"""The pipeline as a component of other frameworks: langchain, llama_index, haystack, each by itself."""

@@ -1,0 +1,228 @@
+"""Options that several commands share, and what they open: stores, banks, models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from regrad_qdrant.atoms.codec import CODECS
+from regrad_qdrant.atoms.merge import RULES
+from regrad_qdrant.cli.console import console, progress
+from regrad_qdrant.errors import DataError
+
+if TYPE_CHECKING:
+    from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.bank.bank import GradientBank
+    from regrad_qdrant.bank.ingest import IngestReport
+    from regrad_qdrant.bank.stores.base import Store
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+DEFAULT_INIT = "smollm2-135m-instruct"
+DEFAULT_ICL_INIT = "smollm2-135m-instruct-icl"  # trained with the passages in the prompt
+DEFAULT_PATH = "./regrad_bank"
+
+Collection = Annotated[str, typer.Option("--collection", "-c", help="Name of the Qdrant collection.")]
+Url = Annotated[str | None, typer.Option("--url", help="A running Qdrant server, such as http://localhost:6333.")]
+BankPath = Annotated[
+    Path | None, typer.Option("--path", help=f"Folder of an embedded bank; {DEFAULT_PATH} where there is no server.")
+]
+Init = Annotated[str, typer.Option("--init", help="Meta-initialization: a shipped name, or a folder.")]
+Model = Annotated[str | None, typer.Option("--model", help="Base model; by default the one the initialization names.")]
+Key = Annotated[str, typer.Option("--payload-key", help="The payload key that holds the atoms.")]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what is reported as one JSON object to this file.")]
+Using = Annotated[str | None, typer.Option("--using", help="Name of the vector to search; bm25 by default.")]
+TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many documents to retrieve.")]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, help="Questions answered together; less memory with fewer, the same answers.")
+]
+Dense = Annotated[
+    str | None,
+    typer.Option("--dense", help="sentence-transformers model for a dense vector named 'dense', beside bm25."),
+]
+Merge = Annotated[
+    str | None, typer.Option("--merge", help=f"Merge rule instead of the trained one: {', '.join(RULES)}.")
+]
+Sidecar = Annotated[
+    str | None,
+    typer.Option("--sidecar", help="Keep the atoms in this collection beside the documents' (same ids, no vectors)."),
+]
+TextPath = Annotated[
+    str | None,
+    typer.Option(
+        "--text-path",
+        help="Where payloads keep the text, such as metadata.text; found by itself for LangChain, LlamaIndex, "
+        "Haystack, mcp-server-qdrant and plain payloads.",
+    ),
+]
+CodecName = Annotated[str, typer.Option("--codec", help=f"How atoms are coded: {', '.join(CODECS)}.")]
+
+
+def store_of(collection: str, url: str | None, path: Path | None) -> Store:
+    """The store that the options and the environment name."""
+    from regrad_qdrant.bank.stores.base import open_store
+
+    if url is not None and path is not None:
+        raise DataError("give either --url or --path")
+    if path is None:
+        url = url or os.environ.get("QDRANT_URL") or None
+    return open_store(collection, url=url, api_key=os.environ.get("QDRANT_API_KEY") or None, path=path or DEFAULT_PATH)
+
+
+def existing_store(collection: str, url: str | None, path: Path | None) -> Store:
+    from regrad_qdrant.errors import BankError
+
+    store = store_of(collection, url, path)
+    if not store.exists():
+        raise BankError(
+            f"there is no collection {collection!r}: make it with regrad-qdrant ingest, or check --url and --path"
+        )
+    return store
+
+
+def check_vector(store: Store, using: str | None) -> None:
+    """Refuse a vector that the collection lacks, before the model is loaded."""
+    from regrad_qdrant.errors import BankError
+
+    present = store.vectors()
+    if vector_name(using) not in present:
+        names = [name or "the unnamed one" for name in (*present.dense, *present.sparse)]
+        raise BankError(
+            f"collection {store.name!r} has no vector {vector_name(using)!r}; it has {', '.join(names) or 'none'}: "
+            "choose with --using NAME (and --dense MODEL for a dense one)"
+        )
+
+
+def load(init: str, model: str | None) -> tuple[MetaInitialization, Any, Any]:
+    from regrad_qdrant.model.base_model import load_base_model
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+    initialization = MetaInitialization.load(init)
+    with console.status(f"Loading {model or initialization.base.name}"):
+        base, tokenizer = load_base_model(model or initialization.base.name)
+    initialization.check_model(base)
+    return initialization, base, tokenizer
+
+
+@contextmanager
+def bank_of(
+    store: Store,
+    initialization: MetaInitialization,
+    payload_key: str,
+    dense: str | None,
+    text_path: str | None = None,
+    using: str | None = None,
+    sidecar: str | None = None,
+) -> Iterator[GradientBank]:
+    from regrad_qdrant.bank.bank import GradientBank
+    from regrad_qdrant.bank.embed import Bm25, DenseEmbedder, Embedder
+    from regrad_qdrant.bank.layouts import CORPUS, Layout
+
+    embedders: dict[str, Embedder] = {"bm25": Bm25()}
+    if dense is not None:
+        embedders["dense" if using in (None, "bm25") else str(using)] = DenseEmbedder(dense)
+    layout = CORPUS if text_path in (None, CORPUS.text) else Layout("given", str(text_path))
+    bank = GradientBank(
+        store,
+        store.name,
+        initialization.fingerprint,
+        payload_key=payload_key,
+        layout=layout,
+        embedders=embedders,
+        sidecar=sidecar,
+    )
+    try:
+        if text_path is None and store.exists():
+            bank.detect_layout()
+        yield bank
+    finally:
+        bank.close()
+
+
+def regrad_of(
+    model: Any,
+    tokenizer: Any,
+    bank: GradientBank,
+    initialization: MetaInitialization,
+    merge: str | None,
+    **options: Any,
+) -> ReGrad:
+    """With the merge rule of that name instead of the trained one; options as those of `ReGrad`."""
+    from regrad_qdrant.answer.pipeline import ReGrad
+
+    try:
+        rule = replace(initialization.merge, rule=merge) if merge else None
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    return ReGrad(model, tokenizer, bank, initialization, merge=rule, check_model=False, **options)
+
+
+def ingest_corpus(regrad: ReGrad, passages: Any, codec: str, **options: Any) -> IngestReport:
+    """Add the passages and attach their atoms; options as those of `attach_atoms`."""
+    added = add_passages(regrad, passages)
+    report = attach(regrad, codec, **options)
+    report.points_added, report.points_updated = added
+    return report
+
+
+def add_passages(regrad: ReGrad, passages: Any) -> tuple[int, int]:
+    """Add or update the passages without their atoms; returns how many of each."""
+    from regrad_qdrant.bank.ingest import add_corpus
+
+    with console.status("Adding passages"):
+        return add_corpus(regrad.bank, passages, regrad.gradients)
+
+
+def attach(regrad: ReGrad, codec: str, **options: Any) -> IngestReport:
+    from regrad_qdrant.bank.ingest import attach_atoms
+
+    bank = regrad.bank
+    with progress("Computing atoms", bank.store.count() - bank.count_atoms()) as advance:
+        return attach_atoms(bank, regrad.gradients, codec, advance, **options)
+
+
+def collection_summary(bank: GradientBank) -> str:
+    """What a collection that exists holds, in one line."""
+    vectors = bank.store.vectors()
+    dense = [f"{name or 'the unnamed one'} ({size})" for name, size in vectors.dense.items()]
+    sparse = [f"{name} (sparse)" for name in vectors.sparse]
+    return f"{bank.store.name}: {bank.store.count()} points, {bank.layout}, vectors {', '.join(dense + sparse)}"
+
+
+def vector_name(using: str | None) -> str:
+    return "bm25" if using is None else using
+
+
+def check_outputs(*paths: Path | None) -> None:
+    """Refuse files that can't be written before the long work begins."""
+    for path in paths:
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            raise DataError(
+                f"can't write {path}: there is no folder {path.parent} to write to, or it is a folder itself"
+            )
+
+
+def write_json(path: Path | None, value: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def whole_numbers(text: str, option: str) -> list[int]:
+    """The positive numbers of a comma-separated option, rising.
+
+    Raises:
+        DataError: for anything else.
+    """
+    try:
+        numbers = sorted({int(part) for part in text.split(",")} if text.strip() else set())
+    except ValueError:
+        numbers = [0]
+    if numbers and numbers[0] < 1:
+        raise DataError(f"{option} wants positive whole numbers with commas between, found {text!r}")
+    return numbers

@@ -1,0 +1,179 @@
+"""From texts to knowledge atoms: exact gradients of every document of a batch in one backward pass.
+
+A LoRA module's gradient for one document is a sum over its tokens of outer products of the module's input and
+the loss's gradient at its output. Hooks keep both for a whole padded batch, and a batched matrix product joins
+them row by row: no loop over documents, no gradient that sums documents, nothing computed for frozen weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.plugin import base_of, lora_layers
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor, nn
+
+    from regrad_qdrant.model.space import AtomSpace
+
+BATCH_TOKENS = 2048  # of one batch, with padding; lower it where memory is short
+
+
+def hidden_states(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """The last hidden states (batch, tokens, hidden) of right-padded token ids."""
+    states: Tensor = base_of(peft_model).get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
+    return states
+
+
+def document_losses(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
+    """L(d) of every row: the mean over its tokens of the next-token cross-entropy (batch,).
+
+    `ids` and `mask` are (batch, tokens), padded on the right; each row has at least two tokens.
+    """
+
+    from regrad_qdrant.model.loss import token_cross_entropy
+
+    hidden = hidden_states(peft_model, ids, mask)[:, :-1]
+    row, position = mask[:, 1:].nonzero(as_tuple=True)  # padding never reaches the vocabulary
+    weight = cast("Tensor", base_of(peft_model).get_output_embeddings().weight)
+    losses = token_cross_entropy(hidden[row, position], weight, ids[:, 1:][row, position])
+    lengths = mask[:, 1:].sum(dim=1)
+    return losses.new_zeros(len(ids)).index_add(0, row, losses) / lengths
+
+
+def pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (batch, longest), padded on the right."""
+    import torch
+
+    longest = max(len(row) for row in rows)
+    ids = torch.full((len(rows), longest), pad_id)
+    mask = torch.zeros((len(rows), longest), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = 1
+    return ids.to(device), mask.to(device)
+
+
+@dataclass(frozen=True)
+class EncodedDocument:
+    """A document as its gradient sees it."""
+
+    ids: list[int]
+    truncated: bool  # the text had more than `max_length` tokens
+
+
+class GradientComputer:
+    """Computes the knowledge atoms of texts in one meta-initialization's space.
+
+    Args:
+        peft_model: the base model with the plug-in (`plugin.plug_in`), carrying φ₀ unchanged.
+        tokenizer: of the base model.
+        space: over the model's own tensors (`plugin.live_space`).
+        max_length: tokens of a document that its gradient sees; longer ones are cut.
+    """
+
+    def __init__(self, peft_model: PeftModel, tokenizer: Any, space: AtomSpace, max_length: int) -> None:
+        self.model = peft_model
+        self.tokenizer = tokenizer
+        self.space = space
+        self.max_length = max_length
+
+    def encode(self, text: str) -> EncodedDocument:
+        """Tokenize by the model's own rule (its BOS, no chat template).
+
+        Raises:
+            DataError: for a text of fewer than two tokens: there is no next token to predict.
+        """
+        ids = self._ids(text)
+        return EncodedDocument(ids[: self.max_length], len(ids) > self.max_length)
+
+    def windows(self, text: str) -> list[EncodedDocument]:
+        """The whole text in as few windows of like length as it needs; each begins as a text does (BOS).
+
+        Raises:
+            DataError: as `encode`.
+        """
+        ids = self._ids(text)
+        start = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        rest = ids[len(start) :]
+        count = math.ceil(len(rest) / (self.max_length - len(start)))
+        size = math.ceil(len(rest) / count)
+        return [EncodedDocument(start + rest[at : at + size], False) for at in range(0, len(rest), size)]
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            ids: list[int] = self.tokenizer(text, verbose=False).input_ids
+        except (TypeError, UnicodeError) as error:  # a lone surrogate
+            raise DataError(f"the text {text[:40]!r} is no valid Unicode: {error}") from error
+        if len(ids) < 2:
+            raise DataError(f"the text {text[:40]!r} has {len(ids)} token(s); a gradient needs at least 2")
+        return ids
+
+    def atoms(self, documents: Sequence[EncodedDocument]) -> Tensor:
+        """g(d) = ∇_φ L(d; θ, φ₀) of every document of one padded batch (paper, section 3): (batch, numel) float32.
+
+        One forward and one backward pass, exact for each document; parameters and their `grad` stay untouched.
+        """
+        import torch
+
+        device = next(self.model.parameters()).device
+        atoms: dict[str, Tensor] = {}
+        with torch.inference_mode(False), torch.enable_grad(), _capture(self.model, self.space, atoms):
+            ids, mask = pad([document.ids for document in documents], self.tokenizer.pad_token_id or 0, device)
+            document_losses(self.model, ids, mask).sum().backward()
+            return self.space.flatten({name: atom.float() for name, atom in atoms.items()})
+
+    def atoms_in_batches(
+        self,
+        documents: Sequence[EncodedDocument],
+        max_tokens: int,
+        on_batch: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
+        """As `atoms`, for any number of documents, in batches of like length of at most `max_tokens` tokens each."""
+        import torch
+
+        atoms = torch.empty(len(documents), self.space.numel)
+        for batch in batches([len(document.ids) for document in documents], max_tokens):
+            atoms[batch] = self.atoms([documents[i] for i in batch]).to(atoms.device)
+            on_batch(len(batch))
+        return atoms
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of like length that hold at most `max_tokens` tokens with their padding."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if batch and lengths[index] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _capture(peft_model: PeftModel, space: AtomSpace, atoms: dict[str, Tensor]) -> Iterator[None]:
+    """Inside the block a backward pass leaves every module's part of the atoms in `atoms`."""
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            kept = space.keep(name, inputs[0].detach())
+            if not output.requires_grad:  # a first adapted layer: the graph begins here, at its output
+                output.requires_grad_(True)
+            output.register_hook(lambda delta: space.accumulate(atoms, space.from_gradients(name, kept, delta)))
+            return output
+
+        return keep
+
+    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in lora_layers(peft_model).items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,382 @@
+"""The meta-initialization: φ₀, the step sizes α, the basis U, and everything that a gradient depends on.
+
+On disk it is an ordinary PEFT adapter folder with two files more:
+
+    adapter_config.json, adapter_model.safetensors   φ₀: `PeftModel.from_pretrained` reads them by itself
+    regrad.json                                      space, base model, loss, merge rule, card
+    regrad.safetensors                               α (one a tensor of the space, or one a number) and the basis U
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrad_qdrant.atoms.merge import MergeRule
+from regrad_qdrant.errors import InitializationError, WrongModelError
+from regrad_qdrant.model.space import SPACES, AtomSpace, LoraModule
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FORMAT = 1
+SHIPPED = Path(__file__).parents[1] / "initializations"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Identity of the base model θ: where it is loaded from, and what its weights and architecture hash to."""
+
+    name: str
+    digest: str
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> BaseModel:
+        return cls(name, weights_digest(model))
+
+
+@dataclass(frozen=True)
+class MetaInitialization:
+    """φ₀, α and U with the settings they were trained for.
+
+    `modules` holds the LoRA tensors of each adapted layer, by its name in the base model; `step_sizes` one number for
+    each tensor of the atom space (DESIGN: α), or a tensor of its shape.
+    """
+
+    base: BaseModel
+    kind: str  # of the atom space: a key of SPACES
+    lora_alpha: int
+    modules: dict[str, LoraModule]
+    step_sizes: dict[str, float | Tensor]
+    max_length: int  # tokens of a document that its gradient sees
+    merge: MergeRule = MergeRule()
+    passages_in_prompt: bool = False  # trained for ReGrad + ICL
+    card: dict[str, Any] = field(default_factory=dict)  # recipe, seed, data, scores
+
+    def __post_init__(self) -> None:
+        if self.kind not in SPACES:
+            raise InitializationError(f"atom space {self.kind!r} is not one of {', '.join(SPACES)}")
+        if not self.modules:
+            raise InitializationError("the meta-initialization adapts no layer")
+        expected, found = set(self.space.shapes), set(self.step_sizes)
+        if expected != found:
+            raise InitializationError(
+                f"need one step size for each of the {len(expected)} tensors of the space; missing "
+                f"{sorted(expected - found)[:3]}, unknown {sorted(found - expected)[:3]}"
+            )
+        for name, size in self.step_sizes.items():
+            if isinstance(size, float | int):
+                good, has = math.isfinite(size), str(size)
+            else:
+                good = size.shape == self.space.shapes[name] and bool(size.isfinite().all())
+                has = f"a tensor of {tuple(size.shape)} for one of {self.space.shapes[name]}, or not finite in part"
+            if not good:
+                raise InitializationError(f"step sizes must be finite, one a tensor or one a number; {name} is {has}")
+
+    @property
+    def rank(self) -> int:
+        return next(iter(self.modules.values())).rank
+
+    @property
+    def layers(self) -> list[int]:
+        """The numbers of the adapted transformer layers, rising."""
+        return sorted({int(part) for name in self.modules for part in name.split(".") if part.isdigit()})
+
+    @cached_property
+    def space(self) -> AtomSpace:
+        """The atom space over this initialization's own tensors."""
+        return SPACES[self.kind](self.modules)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of everything that a gradient depends on. The step sizes are not among it."""
+        digest = hashlib.sha256()
+        settings = {
+            "base": self.base.digest,
+            "space": self.kind,
+            "scaling": {name: module.scaling for name, module in self.modules.items()},
+            "loss": "token-mean next-token cross-entropy",
+            "max_length": self.max_length,
+        }
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for name, tensor in sorted(_tensors(self.modules).items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def check_model(self, model: nn.Module) -> None:
+        """Refuse a base model other than the one that this initialization was trained for.
+
+        Raises:
+            WrongModelError: with the digests of both.
+        """
+        found = weights_digest(model)
+        if found != self.base.digest:
+            raise WrongModelError(
+                f"this initialization was trained for {self.base.name} (weights {self.base.digest}); the model given "
+                f"has weights {found}. Load that base model, or train an initialization for yours: regrad-qdrant train"
+            )
+
+    @property
+    def has_full_step_sizes(self) -> bool:
+        """Whether some tensor has a step size for every number."""
+        return not all(isinstance(size, float | int) for size in self.step_sizes.values())
+
+    def flat_step_sizes(self) -> Tensor:
+        """α, one for each number of an atom: (numel,) float32."""
+        import torch
+
+        sizes = {name: torch.as_tensor(size).float().cpu() for name, size in self.step_sizes.items()}
+        return torch.cat([sizes[name].expand(shape).flatten() for name, shape in self.space.shapes.items()])
+
+    def with_step_sizes(
+        self, step_sizes: Mapping[str, float | Tensor], merge: MergeRule | None = None
+    ) -> MetaInitialization:
+        """The same initialization with other step sizes; its fingerprint, so every stored atom, stays valid."""
+        return replace(self, step_sizes=dict(step_sizes), merge=merge or self.merge)
+
+    # -- on disk -------------------------------------------------------------------------------------
+
+    def save(self, folder: Path | str) -> None:
+        """Write the PEFT adapter folder; an existing one is replaced file by file."""
+        import torch
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapter, own = {}, {"step_sizes": self.flat_step_sizes()}
+        if not self.has_full_step_sizes:
+            own["step_sizes"] = torch.tensor([self.step_sizes[name] for name in self.space.shapes])
+        for name, module in self.modules.items():
+            adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _compact(module.lora_a)
+            adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _compact(module.lora_b)
+            if module.basis is not None:
+                own[f"{name}.basis"] = _compact(module.basis)
+        regrad = {
+            "format": FORMAT,
+            "fingerprint": self.fingerprint,
+            "base": asdict(self.base),
+            "space": self.kind,
+            "max_length": self.max_length,
+            "merge": asdict(self.merge),
+            "passages_in_prompt": self.passages_in_prompt,
+            "card": self.card,
+        }
+        (folder / "adapter_config.json").write_text(json.dumps(self.peft_config(), indent=1) + "\n", encoding="utf-8")
+        save_file(adapter, folder / "adapter_model.safetensors")
+        save_file(own, folder / "regrad.safetensors")
+        (folder / "regrad.json").write_text(json.dumps(regrad, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+    def peft_config(self) -> dict[str, Any]:
+        """`adapter_config.json` of a LoRA adapter on this initialization's modules."""
+        return {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base.name,
+            "r": self.rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+            "target_modules": list(self.modules),
+        }
+
+    @classmethod
+    def load(cls, name_or_folder: str | Path) -> MetaInitialization:
+        """Load a folder, or a shipped initialization by its name.
+
+        Raises:
+            InitializationError: if there is none, if a file is damaged, or if the tensors do not hash to the
+                fingerprint written beside them.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = _find(name_or_folder)
+        try:
+            regrad = json.loads((folder / "regrad.json").read_text(encoding="utf-8"))
+            adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+            adapter = load_file(folder / "adapter_model.safetensors")
+            own = load_file(folder / "regrad.safetensors")
+        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+            raise InitializationError(f"{folder}: can't read the meta-initialization: {error}") from error
+        if regrad.get("format") != FORMAT:
+            raise InitializationError(f"{folder}: format {regrad.get('format')!r}, this version reads format {FORMAT}")
+        try:
+            initialization = cls._from_files(regrad, adapter_config, adapter, own)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InitializationError(f"{folder}: the meta-initialization is incomplete: {error!r}") from error
+        if initialization.fingerprint != regrad["fingerprint"]:
+            raise InitializationError(
+                f"{folder}: the tensors hash to {initialization.fingerprint}, regrad.json says "
+                f"{regrad['fingerprint']}; the folder was changed or copied in part: restore it from its source"
+            )
+        return initialization
+
+    @classmethod
+    def _from_files(
+        cls, regrad: dict[str, Any], adapter_config: dict[str, Any], adapter: dict[str, Tensor], own: dict[str, Tensor]
+    ) -> MetaInitialization:
+        scaling = adapter_config["lora_alpha"] / adapter_config["r"]
+        modules = {
+            name: LoraModule(
+                lora_a=adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"].float(),
+                lora_b=adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"].float(),
+                scaling=scaling,
+                basis=own[f"{name}.basis"].float() if f"{name}.basis" in own else None,
+            )
+            for name in adapter_config["target_modules"]
+        }
+        space, sizes = SPACES[regrad["space"]](modules), own["step_sizes"]
+        step_sizes: dict[str, float | Tensor] = dict(space.unflatten(sizes)) if len(sizes) == space.numel else {}
+        return cls(
+            base=BaseModel(**regrad["base"]),
+            kind=regrad["space"],
+            lora_alpha=adapter_config["lora_alpha"],
+            modules=modules,
+            step_sizes=step_sizes or dict(zip(space.shapes, sizes.tolist(), strict=True)),
+            max_length=regrad["max_length"],
+            merge=MergeRule(**regrad["merge"]),
+            passages_in_prompt=regrad["passages_in_prompt"],
+            card=regrad["card"],
+        )
+
+    # -- the start of meta-training ---------------------------------------------------------------------
+
+    @classmethod
+    def fresh(
+        cls,
+        model: nn.Module,
+        base: BaseModel,
+        *,
+        kind: str,
+        targets: Sequence[str],
+        layers: Sequence[int],
+        rank: int,
+        basis_rank: int,
+        lora_alpha: int,
+        step_size: float,
+        max_length: int,
+        passages_in_prompt: bool = False,
+    ) -> MetaInitialization:
+        """Untrained: A and U from the top singular vectors of each weight, B zero, so the model is unchanged.
+
+        Args:
+            model: the plain base model.
+            targets: last parts of the adapted layers' names, such as `gate_proj`.
+            layers: numbers of the adapted transformer layers.
+
+        Raises:
+            InitializationError: if the model has no such layers, or the rank is larger than they are.
+        """
+        import torch
+
+        chosen = adapted_layers(model, targets, layers)
+        modules = {}
+        for name, linear in chosen.items():
+            weight = linear.weight.detach().float()
+            if max(rank, basis_rank) > min(weight.shape):
+                raise InitializationError(
+                    f"rank {max(rank, basis_rank)} is larger than {name} is: {tuple(weight.shape)}"
+                )
+            left, _, right = torch.linalg.svd(weight, full_matrices=False)
+            modules[name] = LoraModule(
+                lora_a=right[:rank].contiguous(),
+                lora_b=torch.zeros(weight.shape[0], rank),
+                scaling=lora_alpha / rank,
+                basis=left[:, :basis_rank].contiguous() if SPACES[kind].uses_basis else None,
+            )
+        step_sizes: dict[str, float | Tensor] = dict.fromkeys(SPACES[kind](modules).shapes, step_size)
+        return cls(base, kind, lora_alpha, modules, step_sizes, max_length, passages_in_prompt=passages_in_prompt)
+
+
+def adapted_layers(model: nn.Module, targets: Sequence[str], layers: Sequence[int]) -> dict[str, nn.Linear]:
+    """The linear layers whose name ends in one of `targets`, in the transformer layers `layers`.
+
+    Raises:
+        InitializationError: if there is none; the error lists what the model has.
+    """
+    from torch import nn
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {
+        name: module
+        for name, module in linears.items()
+        if name.rsplit(".", 1)[-1] in targets
+        and any(part.isdigit() and int(part) in layers for part in name.split("."))
+    }
+    if not chosen:
+        kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
+        raise InitializationError(
+            f"no layer matches targets {list(targets)} in layers {list(layers)}; the model has {kinds}"
+        )
+    return chosen
+
+
+def weights_digest(model: nn.Module) -> str:
+    """16 hex digits of the base model's weights and of the settings its forward pass depends on.
+
+    Weights are hashed as bfloat16, so that a checkpoint loaded in bfloat16 and in float32 is the same model.
+    LoRA tensors are left out: a model that carries an adapter hashes as the plain one.
+    """
+    import torch
+
+    digest = hashlib.sha256(json.dumps(_architecture(model), sort_keys=True, default=str).encode())
+    for name, parameter in sorted((name.replace(".base_layer", ""), p) for name, p in model.named_parameters()):
+        name = name.removeprefix(PEFT_PREFIX)
+        if ".lora_" in name:
+            continue
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        values = parameter.detach()
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16).view(torch.int16)
+        digest.update(values.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+_ARCHITECTURE = (
+    "model_type", "hidden_act", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "layer_norm_eps",
+    "rope_parameters", "sliding_window", "tie_word_embeddings",
+)  # fmt: skip
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """Settings that change the forward pass though no weight's shape shows them."""
+    config = getattr(model, "config", None)
+    return {name: getattr(config, name, None) for name in _ARCHITECTURE}
+
+
+def _tensors(modules: Mapping[str, LoraModule]) -> dict[str, Tensor]:
+    found = {}
+    for name, module in modules.items():
+        found[f"{name}.lora_A"], found[f"{name}.lora_B"] = module.lora_a, module.lora_b
+        if module.basis is not None:
+            found[f"{name}.basis"] = module.basis
+    return found
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The tensor in float16 where that holds its numbers exactly, as training rounds them; else as it is."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    half = tensor.to(torch.float16)
+    return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+
+
+def _find(name_or_folder: str | Path) -> Path:
+    for folder in (Path(name_or_folder), SHIPPED / str(name_or_folder)):
+        if (folder / "regrad.json").is_file():
+            return folder
+    shipped = sorted(folder.name for folder in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+    raise InitializationError(
+        f"no meta-initialization at {name_or_folder!s}: neither a folder with regrad.json nor a shipped name "
+        f"({', '.join(shipped) or 'none shipped'})"
+    )

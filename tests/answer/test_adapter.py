@@ -1,0 +1,202 @@
+import hashlib
+import threading
+
+import pytest
+import torch
+from conftest import tiny_initialization, tiny_model
+
+from regrad_qdrant import Adapter
+from regrad_qdrant.answer.atom_cache import AtomCache
+from regrad_qdrant.atoms.record import Record, make_records
+from regrad_qdrant.errors import AdapterInUseError, CorruptRecordError, WrongShapeError, WrongSpaceError
+from regrad_qdrant.model.plugin import lora_layers
+
+IDS = torch.arange(3, 30).unsqueeze(0)
+
+
+def digest(adapter):
+    state = hashlib.sha256()
+    for name, parameter in adapter.model.named_parameters():
+        state.update(name.encode() + parameter.detach().numpy().tobytes())
+    return state.hexdigest()
+
+
+@pytest.fixture
+def adapter(model, initialization):
+    return Adapter(model, initialization)
+
+
+def records(adapter, count=2, codec="fp32"):
+    torch.manual_seed(3)
+    flat = torch.randn(count, adapter.space.numel)
+    return flat, make_records(flat, ["t"] * count, adapter.initialization.fingerprint, codec)
+
+
+def test_the_weights_inside_are_those_of_the_formula(model, kind):
+    """φ' = φ₀ − α ⊙ Σ wᵢ·g(dᵢ), computed here by hand."""
+    initialization = tiny_initialization(model, kind)
+    sizes = {name: 0.1 * (i + 1) for i, name in enumerate(initialization.step_sizes)}
+    adapter = Adapter(model, initialization.with_step_sizes(sizes))
+    flat, stored = records(adapter)
+    change = adapter.space.unflatten(2.0 * flat[0] + 0.5 * flat[1])
+    update = adapter.space.to_update({name: -sizes[name] * tensor for name, tensor in change.items()})
+    before = {name: parameter.detach().clone() for name, parameter in adapter._parameters.items()}
+    with adapter.applied(stored, [2.0, 0.5]):
+        for name, parameter in adapter._parameters.items():
+            torch.testing.assert_close(parameter.detach(), before[name] + update.get(name, 0.0))
+
+
+def test_restores_every_weight_bit_for_bit(adapter):
+    before, (_, stored) = digest(adapter), records(adapter)
+    plain = adapter.model(input_ids=IDS).logits
+    with adapter.applied(stored):
+        inside = digest(adapter)
+        assert not torch.allclose(adapter.model(input_ids=IDS).logits, plain)
+    assert inside != before == digest(adapter)
+    assert torch.equal(adapter.model(input_ids=IDS).logits, plain)
+
+
+def test_restores_after_an_exception_inside(adapter):
+    before, (_, stored) = digest(adapter), records(adapter)
+    with pytest.raises(RuntimeError, match="inside"), adapter.applied(stored):
+        raise RuntimeError("inside")
+    assert digest(adapter) == before
+    with adapter.applied(stored):
+        pass
+
+
+def test_restores_after_a_failure_in_the_middle_of_writing(adapter, monkeypatch):
+    before, (_, stored) = digest(adapter), records(adapter)
+    calls = []
+
+    def fail_at_third(name, initial, update):
+        calls.append(name)
+        if len(calls) == 3:
+            raise MemoryError
+        return initial + update
+
+    monkeypatch.setattr(adapter, "_written", fail_at_third)
+    with pytest.raises(MemoryError), adapter.applied(stored):
+        pass
+    assert digest(adapter) == before
+
+
+def test_nested_use_is_refused_and_harms_nothing(adapter):
+    before, (_, stored) = digest(adapter), records(adapter)
+    with adapter.applied(stored):
+        inside = digest(adapter)
+        for block in (adapter.applied(stored), adapter.disabled(), adapter.initial()):
+            with pytest.raises(AdapterInUseError), block:
+                pass
+        assert digest(adapter) == inside
+    assert digest(adapter) == before
+
+
+def test_threads_take_turns(adapter):
+    before = digest(adapter)
+    seen, errors = {}, []
+    space, fingerprint = adapter.space, adapter.initialization.fingerprint
+    stored = {i: make_records(torch.full((1, space.numel), float(i)), ["t"], fingerprint, "fp32") for i in (1, 2, 3)}
+
+    def work(name):
+        try:
+            for _ in range(10):
+                with adapter.applied(stored[name]):
+                    first = digest(adapter)
+                    seen.setdefault(name, set()).add(first)
+                    assert digest(adapter) == first
+        except Exception as error:  # noqa: BLE001 (a thread's failure must reach the test)
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in stored]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(len(states) == 1 for states in seen.values()) and len(set.union(*seen.values())) == 3
+    assert digest(adapter) == before
+
+
+def test_inside_the_block_the_model_computes_what_peft_would(adapter):
+    _, stored = records(adapter)
+    ids = torch.randint(3, 600, (2, 9), generator=torch.Generator().manual_seed(0))
+    layers = lora_layers(adapter.model)
+    with adapter.applied(stored):
+        with torch.inference_mode():
+            lean = adapter.model(input_ids=ids).logits
+        assert all("forward" in layer.__dict__ for layer in layers.values())
+        with torch.enable_grad():
+            whole = adapter.model(input_ids=ids).logits
+        with torch.inference_mode(), adapter.model.disable_adapter():
+            bare = adapter.model(input_ids=ids).logits
+    assert not any("forward" in layer.__dict__ for layer in layers.values())
+    torch.testing.assert_close(lean, whole.detach(), rtol=1e-4, atol=1e-5)
+    with adapter.disabled(), torch.inference_mode():
+        torch.testing.assert_close(bare, adapter.model(input_ids=ids).logits, rtol=1e-5, atol=1e-6)
+    assert (lean - bare).abs().max() > 1e-3
+
+
+def test_decoded_atoms_are_kept_within_their_bytes(model, initialization):
+    adapter = Adapter(model, initialization)
+    _, stored = records(adapter, 3)
+    expected = adapter.decode(stored, [1.0, 0.5, -2.0])
+    size = len(stored[0].atom) + 4 * adapter.space.numel
+    adapter.cache = AtomCache(int(2.5 * size))
+    for _ in range(2):
+        torch.testing.assert_close(adapter.decode(stored, [1.0, 0.5, -2.0]), expected)
+        assert len(adapter.cache) == 2 and adapter.cache.bytes <= adapter.cache.limit
+    asked = []
+    for record in (stored[2], stored[1], stored[0], stored[1]):
+        adapter.cache.get(record, lambda r: asked.append(r) or adapter.decode([r]))
+    assert asked == [stored[0]]  # the two used last were at hand
+    with pytest.raises(WrongSpaceError):
+        adapter.decode([Record("f" * 16, stored[0].sha, stored[0].codec, stored[0].atom)])
+
+
+def test_the_order_of_the_atoms_does_not_matter(adapter):
+    _, stored = records(adapter, 3)
+    torch.testing.assert_close(adapter.decode(stored), adapter.decode(stored[::-1]))
+
+
+def test_bad_records_are_refused_before_any_weight_changes(adapter):
+    before, (_, stored) = digest(adapter), records(adapter)
+    other_space = Record("f" * 16, stored[0].sha, stored[0].codec, stored[0].atom)
+    damaged = Record(stored[0].space, stored[0].sha, stored[0].codec, stored[0].atom[:-40] + "A" * 40)
+    for bad, kind in ((other_space, WrongSpaceError), (damaged, CorruptRecordError)):
+        with pytest.raises(kind), adapter.applied([stored[1], bad]):
+            pass
+    with pytest.raises(WrongShapeError), adapter.applied(stored, [1.0]):
+        pass
+    assert digest(adapter) == before
+
+
+def test_disabled_is_the_bare_model(model, initialization):
+    plain = model(input_ids=IDS).logits
+    adapter = Adapter(model, initialization)
+    assert not torch.equal(adapter.model(input_ids=IDS).logits, plain)
+    with adapter.disabled():
+        assert torch.equal(adapter.model(input_ids=IDS).logits, plain)
+    assert not any(parameter.requires_grad for parameter in adapter.model.parameters())
+
+
+def test_follows_a_model_that_moves_to_another_type(adapter):
+    _, stored = records(adapter)
+    with adapter.applied(stored):
+        pass
+    adapter.model.to(torch.bfloat16)
+    with adapter.applied(stored):
+        assert all(parameter.dtype == torch.bfloat16 for parameter in adapter._parameters.values())
+
+
+def test_an_exported_update_runs_in_plain_peft(model, kind, tmp_path):
+    from peft import PeftModel
+
+    adapter = Adapter(model, tiny_initialization(model, kind))
+    before, (_, stored) = digest(adapter), records(adapter)
+    with adapter.applied(stored, [1.0, 0.5]):
+        expected = adapter.model(input_ids=IDS).logits
+    adapter.export(tmp_path / "update", stored, [1.0, 0.5])
+    assert digest(adapter) == before
+    plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "update")
+    torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,238 @@
+import hashlib
+
+import pytest
+import torch
+from conftest import tiny_initialization, tiny_model
+
+from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
+from regrad_qdrant.answer.generation import generate
+from regrad_qdrant.answer.pipeline import MODES, Query
+from regrad_qdrant.bank.documents import point_id
+from regrad_qdrant.bank.ingest import attach_atoms
+from regrad_qdrant.bank.stores.base import PayloadWrite
+from regrad_qdrant.errors import RegradError, StaleAtomError, WrongModelError, WrongSpaceError
+from regrad_qdrant.model.prompts import Prompt
+
+TEXTS = (
+    "Ida Corvand works as a baker.",
+    "Noor Selowan works as a diver.",
+    "Orla Thornaby plays the harp.",
+    "Galen Zimuken likes plum cake.",
+)
+
+
+@pytest.fixture
+def regrad(model, tokenizer, initialization, tmp_path):
+    bank = GradientBank.open(tmp_path, "docs", initialization.fingerprint)
+    bank.create()
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    regrad = ReGrad(model, tokenizer, bank, initialization)
+    attach_atoms(bank, regrad.gradients, "int8")
+    yield regrad
+    bank.close()
+
+
+def weights(regrad):
+    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in regrad.adapter.model.parameters())).hexdigest()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_answers_and_leaves_the_weights_as_they_were(regrad, mode):
+    before = weights(regrad)
+    answer = regrad.answer("What is the job of Ida Corvand?", mode=mode, top_k=2)
+    assert weights(regrad) == before
+    assert answer.mode == mode and answer.prompt_tokens > 0 and answer.timings.generate > 0
+    assert answer.timings.total < 60
+    hits = [hit.document_id for hit in answer.hits]
+    if mode in ("direct", "init"):
+        assert not hits
+    elif mode == "random":
+        assert hits and "d0" not in hits
+    else:
+        assert hits[0] == "d0"
+
+
+def test_the_prompt_holds_the_passages_in_rag_alone_and_in_icl(regrad):
+    lengths = {mode: regrad.answer("Who is Ida Corvand?", mode=mode, top_k=1).prompt_tokens for mode in MODES}
+    assert lengths["direct"] == lengths["regrad"] == lengths["random"] == lengths["init"]
+    assert lengths["rag"] == lengths["regrad+icl"] > lengths["direct"]
+
+
+def test_direct_is_the_bare_model_though_the_plug_in_is_there(regrad, tokenizer):
+    from regrad_qdrant.model.prompts import Prompt
+
+    prompt = Prompt("Who is Ida?")
+    ids = tokenizer(prompt.render(tokenizer), return_tensors="pt", add_special_tokens=False).input_ids
+    output = tiny_model().generate(ids, do_sample=False, max_new_tokens=prompt.max_new_tokens, pad_token_id=2)
+    expected = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip().split("\n")[0].strip()
+    assert regrad.answer("Who is Ida?", mode="direct").text == expected
+
+
+def test_answers_are_the_same_each_time(regrad):
+    for mode in ("regrad", "random"):
+        first = regrad.answer("What is the job of Ida Corvand?", mode=mode)
+        again = regrad.answer("What is the job of Ida Corvand?", mode=mode)
+        assert first.text == again.text and [h.id for h in first.hits] == [h.id for h in again.hits]
+
+
+def test_a_callers_inference_mode_leaves_nothing_behind(regrad):
+    question = "What is the job of Ida Corvand?"
+    with torch.inference_mode():
+        first = regrad.answer(question, top_k=1)
+        flat = regrad.gradients.atoms([regrad.gradients.encode(TEXTS[0])])
+    assert regrad.answer(question, top_k=1).text == first.text
+    torch.testing.assert_close(flat, regrad.gradients.atoms([regrad.gradients.encode(TEXTS[0])]))
+
+
+def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
+    question = "Who works as a baker, Ida Corvand or Noor Selowan?"
+    regrad.bank.store.set_payload([PayloadWrite(point_id("d0"), {"text": "Ida Corvand works as a judge."})])
+    with pytest.warns(UserWarning, match="has changed"):
+        regrad.answer(question, top_k=2)
+    regrad.on_stale = "refuse"
+    with pytest.raises(StaleAtomError, match="ingest again"):
+        regrad.answer(question, top_k=2)
+    regrad.on_stale = "recompute"
+    before = weights(regrad)
+    regrad.answer(question, top_k=2)
+    assert weights(regrad) == before
+    [hit] = [hit for hit in regrad.bank.search(question, 2) if hit.stale]
+    expected = regrad.gradients.atoms([regrad.gradients.encode("Ida Corvand works as a judge.")])[0]
+    regrad.codec = "fp32"
+    torch.testing.assert_close(regrad._sums([(Query(question), [hit])])[0], expected)
+
+
+def test_documents_without_atoms_are_reported(regrad):
+    regrad.bank.drop()
+    with pytest.warns(UserWarning) as caught:
+        answer = regrad.answer("What is the job of Ida Corvand?", top_k=1)
+    messages = [str(warning.message) for warning in caught]
+    assert any("has no atom of space" in message for message in messages)
+    assert any("with φ₀ alone" in message for message in messages)
+    assert answer.text == regrad.answer("What is the job of Ida Corvand?", mode="init").text
+
+
+def test_another_merge_rule_can_be_given(model, tokenizer, initialization, regrad):
+    regrad.merge = MergeRule("top1")
+    query = Query("Ida Corvand works as a diver")
+    [alone] = regrad._sums([(query, regrad.bank.search(query.question, 2))])
+    best = regrad.bank.search(query.question, 1)
+    assert (alone == regrad._sums([(query, best)])[0]).all()
+
+
+def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
+    with pytest.raises(RegradError, match="regrad\\+icl"):
+        regrad.answer("x", mode="magic")
+    with pytest.raises(RegradError, match="recompute"):
+        ReGrad(tiny_model(), tokenizer, regrad.bank, initialization, on_stale="ignore")
+    with pytest.raises(WrongModelError):
+        ReGrad(tiny_model(seed=5), tokenizer, regrad.bank, initialization)
+    with pytest.raises(WrongSpaceError):
+        ReGrad(tiny_model(), tokenizer, regrad.bank, tiny_initialization(tiny_model(), "lora"))
+
+
+def test_atoms_computed_at_query_time_are_those_of_ingestion(regrad):
+    stored = regrad.answer(QUESTIONS[0], mode="regrad", top_k=2)
+    regrad.codec = "int8"  # as the fixture ingests
+    online = regrad.answer(QUESTIONS[0], mode="online", top_k=2)
+    assert online.text == stored.text and [hit.id for hit in online.hits] == [hit.id for hit in stored.hits]
+    assert all(hit.record is None for hit in online.hits)
+
+
+@pytest.mark.filterwarnings("ignore:point:UserWarning", "ignore:none of:UserWarning")
+def test_a_bank_without_atoms_fills_by_use(regrad):
+    expected = regrad.answer(QUESTIONS[0], top_k=2).text
+    regrad.bank.drop()
+    without = regrad.answer(QUESTIONS[0], mode="regrad", top_k=2).text
+    assert without == regrad.answer(QUESTIONS[0], mode="init").text
+    regrad.codec, regrad.on_missing = "int8", "compute"
+    assert regrad.answer(QUESTIONS[0], top_k=2).text == expected and regrad.bank.status().atoms == 0
+    regrad.on_missing = "store"
+    answer = regrad.answer(QUESTIONS[0], top_k=2)
+    assert answer.text == expected and regrad.bank.status().atoms == len(answer.hits) > 0
+    stored = regrad.bank.fetch([hit.id for hit in answer.hits])
+    assert all(hit.record is not None and not hit.stale for hit in stored)
+
+
+def test_only_what_is_asked_for_often_is_stored(regrad):
+    regrad.bank.drop()
+    regrad.codec, regrad.on_missing, regrad.store_after = "int8", "store", 3
+    for asked in (1, 2):
+        regrad.answer(QUESTIONS[0], top_k=1)
+        assert regrad.bank.status().atoms == 0, f"asked {asked} times"
+    regrad.answer(QUESTIONS[1], top_k=1)
+    regrad.answer(QUESTIONS[0], top_k=1)
+    assert regrad.bank.status().atoms == 1
+
+
+def test_a_batch_computes_what_is_missing_once_for_all_its_questions(regrad, monkeypatch):
+    expected = [answer.text for answer in regrad.answer_many(QUESTIONS, top_k=2)]
+    regrad.bank.drop()
+    regrad.codec, regrad.on_missing = "int8", "store"
+    atoms, computed = regrad.gradients.atoms, []
+    monkeypatch.setattr(regrad.gradients, "atoms", lambda documents: (computed.extend(documents), atoms(documents))[1])
+    answers = regrad.answer_many(QUESTIONS, top_k=2)
+    assert [answer.text for answer in answers] == expected
+    assert len(computed) == len({hit.id for answer in answers for hit in answer.hits}) == regrad.bank.status().atoms
+
+
+QUESTIONS = ["What is the job of Ida Corvand?", "Who plays the harp?", "Who likes plum cake, and of what kind?"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_is_answered_as_its_questions_one_by_one(regrad, mode):
+    before = weights(regrad)
+    batch = regrad.answer_many(QUESTIONS, mode=mode, top_k=2)
+    singles = [regrad.answer(question, mode=mode, top_k=2) for question in QUESTIONS]
+    assert [answer.text for answer in batch] == [answer.text for answer in singles]
+    assert [answer.hits for answer in batch] == [answer.hits for answer in singles]
+    assert [answer.prompt_tokens for answer in batch] == [answer.prompt_tokens for answer in singles]
+    assert weights(regrad) == before and batch[0].timings.generate > 0
+
+
+def test_a_batch_may_mix_modes_kinds_and_retrievers(regrad):
+    hits = regrad.bank.fetch([point_id("d2")], [1.0])
+    queries = [Query(QUESTIONS[0], mode) for mode in MODES]
+    queries += [Query("Is Ida a baker?", "regrad", "yesno"), Query(QUESTIONS[1], "regrad+icl", hits=hits)]
+    queries += [Query("Which?", "rag", "choice", ("red", "blue"))]
+    for query, found in zip(queries, regrad.answer_many(queries, top_k=2), strict=True):
+        expected = regrad.answer(
+            query.question, mode=query.mode, type=query.type, choices=query.choices, hits=query.hits, top_k=2
+        )
+        assert (found.text, found.mode, found.hits) == (expected.text, expected.mode, expected.hits)
+    assert regrad.answer_many([]) == []
+    with pytest.raises(RegradError, match="mode 'loud'"):
+        regrad.answer_many(QUESTIONS, mode="loud")
+
+
+def test_a_batch_ends_each_answer_at_its_own_end_though_padding_is_an_ordinary_token(regrad, tokenizer):
+    """Rows that end early are filled up; with a tokenizer that has no padding token that is token 0, some word."""
+    import copy
+
+    bare = copy.deepcopy(tokenizer)
+    bare.pad_token = None
+    ordinary = [i for i in range(len(bare)) if bare.convert_ids_to_tokens(i) not in bare.all_special_tokens]
+    prompts = [Prompt("Who is Ida?"), Prompt("Who is Noor, the diver of the harbour?")]
+
+    class Ends:
+        """Says one word and ends, or goes on."""
+
+        device = "cpu"
+
+        def generate(self, input_ids, generation_config, **_):
+            said = torch.tensor([[ordinary[5], bare.eos_token_id, 0, 0], [ordinary[5]] * 4])
+            return torch.cat([input_ids, said], dim=1)
+
+    found = generate(Ends(), bare, prompts)
+    assert found[0].text == bare.decode([ordinary[5]]).strip() and found[1].text != found[0].text
+
+
+@pytest.mark.filterwarnings("ignore:point:UserWarning", "ignore:none of:UserWarning")
+def test_a_retrieved_text_that_can_have_no_atom_is_passed_over(regrad, tokenizer):
+    short = next(token for token in ("a", "I", "x") if len(tokenizer(token).input_ids) == 1)
+    regrad.bank.store.set_payload([PayloadWrite(point_id("d0"), {"text": short})])
+    hits = [*regrad.bank.fetch([point_id("d0")], [2.0]), *regrad.bank.fetch([point_id("d1")], [1.0])]
+    both = regrad.answer_many([Query(QUESTIONS[0], "online", hits=hits), Query(QUESTIONS[1], "online", hits=hits[1:])])
+    with pytest.warns(UserWarning, match="can have no atom"):
+        single = regrad.answer(QUESTIONS[0], mode="online", hits=hits)
+    assert single.text == both[0].text

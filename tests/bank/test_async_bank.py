@@ -1,0 +1,134 @@
+import asyncio
+import inspect
+
+import pytest
+import torch
+from conftest import tiny_initialization, tiny_model
+from qdrant_client import AsyncQdrantClient, QdrantClient, models
+
+from regrad_qdrant import AsyncGradientBank, Document, GradientBank, ReGrad
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.atoms.record import make_records
+from regrad_qdrant.bank.documents import point_id
+from regrad_qdrant.bank.ingest import attach_atoms
+from regrad_qdrant.errors import BankError
+
+SPACE = "a" * 16
+TEXTS = ("Ida Corvand works as a baker.", "Noor Selowan works as a diver.", "Orla Thornaby plays the harp.")
+DOCUMENTS = [Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS)]
+
+
+def records():
+    torch.manual_seed(0)
+    made = make_records(torch.randn(2, 300), list(TEXTS[:2]), SPACE, "int8")
+    return [(point_id(f"d{i}"), record) for i, record in enumerate(made)]
+
+
+async def awaited(value):
+    if inspect.isasyncgen(value):
+        return [item async for item in value]
+    return await value if inspect.isawaitable(value) else list(value) if inspect.isgenerator(value) else value
+
+
+async def life(bank):
+    """What every step of a bank's life returns."""
+    odd = models.Filter(must=[models.HasIdCondition(has_id=[point_id("d1")])])
+    steps = [
+        lambda: bank.create(),
+        lambda: bank.add(DOCUMENTS),
+        lambda: bank.detect_layout(),
+        lambda: bank.put(records()),
+        lambda: bank.search("Noor the diver", 2),
+        lambda: bank.search("Noor the diver", 2, query_filter=odd, with_records=False),
+        lambda: bank.fetch([point_id("d1"), point_id("gone")], [0.5, 0.1]),
+        lambda: bank.points(),
+        lambda: bank.missing(),
+        lambda: bank.sync([Document("d0", {"id": "d0", "text": "Ida Corvand works as a judge."})]),
+        lambda: bank.stale(),
+        lambda: bank.status(),
+        lambda: bank.recode("sign", AtomLayout.flat(300)),
+        lambda: bank.drop(),
+        lambda: bank.status(),
+    ]
+    return [await awaited(step()) for step in steps]
+
+
+@pytest.mark.parametrize("sidecar", [None, "atoms"])
+def test_every_method_does_what_the_banks_own_does(sidecar):
+    async def over_async_client():
+        async with AsyncGradientBank(AsyncQdrantClient(":memory:"), "docs", SPACE, sidecar=sidecar) as bank:
+            return await life(bank)
+
+    async def over_client():
+        return await life(GradientBank(QdrantClient(":memory:"), "docs", SPACE, sidecar=sidecar))
+
+    assert asyncio.run(over_async_client()) == asyncio.run(over_client())
+
+
+def test_the_async_bank_has_every_public_method_of_the_bank():
+    def methods(kind):
+        return {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
+
+    inside = {
+        "index",
+        "describe",
+        "count_atoms",
+        "count_of_other_spaces",
+        "finer_than",
+        "open",
+    }  # parts of ingestion, which is a command
+    assert methods(GradientBank) - inside <= methods(AsyncGradientBank)
+
+
+@pytest.fixture
+def regrad(tokenizer):
+    """Answers over an async client whose collection was filled before."""
+    model = tiny_model()
+    initialization = tiny_initialization(model)
+
+    async def filled():
+        client = AsyncQdrantClient(":memory:")
+        bank = AsyncGradientBank(client, "docs", initialization.fingerprint)
+        await bank.create()
+        await bank.add(DOCUMENTS)
+        regrad = ReGrad(model, tokenizer, bank, initialization)
+        bank.bind()
+        await asyncio.to_thread(attach_atoms, bank.blocking, regrad.gradients, "sign")
+        return regrad
+
+    return filled
+
+
+def test_answers_are_those_of_the_blocking_call_and_the_loop_goes_on(regrad, tokenizer):
+    async def main():
+        over_loop = await regrad()
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0.001)
+
+        ticking = asyncio.create_task(tick())
+        questions = ["What does Ida do?", "What does Noor do?", "What does Orla play?"]
+        answers = await asyncio.gather(*(over_loop.aanswer(question, top_k=2) for question in questions))
+        ticking.cancel()
+        return questions, answers, ticks, [await asyncio.to_thread(over_loop.answer, q, top_k=2) for q in questions]
+
+    questions, answers, ticks, expected = asyncio.run(main())
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    assert [answer.hits for answer in answers] == [answer.hits for answer in expected]
+    assert ticks > 5  # the loop was free while the model worked
+
+
+def test_a_blocking_call_on_the_loop_is_refused_instead_of_waiting_for_ever(regrad):
+    async def main():
+        over_loop = await regrad()
+        with pytest.raises(BankError, match="without await"):
+            over_loop.answer("What does Ida do?")
+        return over_loop
+
+    over_loop = asyncio.run(main())
+    with pytest.raises(BankError, match="no event loop runs"):
+        over_loop.answer("What does Ida do?")

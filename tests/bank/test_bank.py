@@ -1,0 +1,518 @@
+"""The bank over every engine: in-process client, embedded Edge shard, and a server where QDRANT_URL names one."""
+
+import json
+import uuid
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import Letters
+from qdrant_client import models
+
+from regrad_qdrant import Bm25, Document, GradientBank
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.atoms.record import Record, make_records
+from regrad_qdrant.bank.documents import point_id
+from regrad_qdrant.bank.layouts import Layout
+from regrad_qdrant.bank.stores.base import PayloadWrite, SparseVector, open_store
+from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
+
+SPACE, OTHER = "a" * 16, "b" * 16
+PEOPLE = ("Ida Corvand the baker", "Noor Selowan the diver", "Galen Zimuken the potter", "Orla Thornaby the judge")
+
+
+def documents():
+    return [
+        Document(f"d{i}", {"id": f"d{i}", "text": text, "state": "odd" if i % 2 else "even", "nested": {"n": i}})
+        for i, text in enumerate(PEOPLE)
+    ]
+
+
+NUMBERS = AtomLayout.flat(128)
+
+
+def records(texts, space=SPACE, numel=128):
+    torch.manual_seed(0)
+    return make_records(torch.randn(len(texts), numel), list(texts), space, "int8")
+
+
+@pytest.fixture
+def bank(store):
+    bank = GradientBank(store, store.name, SPACE)
+    bank.create()
+    assert bank.add(documents()) == 4
+    return bank
+
+
+def fill(bank, count=4):
+    ids = [point_id(f"d{i}") for i in range(count)]
+    assert bank.put(zip(ids, records(PEOPLE[:count], bank.space), strict=True)) == count
+    return ids
+
+
+def payloads(bank):
+    return {point.id: point.payload for point in bank.store.scroll(None, 100, None, True)[0]}
+
+
+def test_search_returns_text_score_and_atom(bank):
+    fill(bank)
+    hits = bank.search("Which Noor is a diver?", 2)
+    assert hits[0].document_id == "d1" and hits[0].text == PEOPLE[1] and hits[0].score > 0
+    assert hits[0].record == records(PEOPLE)[1]
+    assert hits[0].payload == documents()[1].payload
+    assert not hits[0].stale
+
+
+def test_a_search_without_records_reads_everything_but_atoms(bank):
+    fill(bank)
+    [hit] = bank.search("Noor", 1, with_records=False)
+    assert hit.record is None and hit.payload == documents()[1].payload
+
+
+def test_texts_are_found_and_guarded_under_keys_of_any_name(store):
+    bank = GradientBank(store, store.name, SPACE, layout=Layout("spaced", '"full text"."a.b"'))
+    bank.create()
+    bank.add([Document(i, {"full text": {"a.b": text}}) for i, text in enumerate(PEOPLE)])
+    hits = list(bank.missing())
+    assert [hit.text for hit in hits] == list(PEOPLE)
+    bank.store.set_payload([PayloadWrite(1, {"full text": {"a.b": "Noor the judge"}})])
+    bank.put(zip(hits, records(PEOPLE), strict=True))
+    assert [hit.id for hit in bank.missing()] == [1] and not list(bank.stale())
+
+
+def test_an_atom_is_left_out_where_a_title_has_come_since(bank):
+    hits = sorted(bank.missing(), key=lambda hit: hit.text)
+    bank.store.set_payload([PayloadWrite(hits[0].id, {"title": "The baker"})])
+    bank.put(zip(hits, records([hit.text for hit in hits]), strict=True))
+    assert [hit.id for hit in bank.missing()] == [hits[0].id] and not list(bank.stale())
+
+
+@pytest.mark.parametrize("sidecar", [None, "regrad_test_atoms"])
+def test_atoms_of_another_space_are_counted_and_can_be_left_alone(store, sidecar):
+    first, second = (GradientBank(store, store.name, space, sidecar=sidecar) for space in (SPACE, OTHER))
+    first.create()
+    first.add(documents())
+    assert second.count_of_other_spaces() == 0
+    fill(first, 2)
+    assert (first.count_of_other_spaces(), second.count_of_other_spaces()) == (0, 2)
+    second.put(zip(list(second.missing()), records(PEOPLE, OTHER), strict=True), replace=False)
+    assert (first.count_atoms(), second.count_atoms()) == (2, 2)
+    fill(second, 2)
+    assert (first.count_atoms(), second.count_atoms()) == (0, 4)
+
+
+def test_search_takes_vectors_and_filters(bank):
+    even = models.Filter(must=[models.FieldCondition(key="state", match=models.MatchValue(value="even"))])
+    assert [hit.document_id for hit in bank.search("the baker diver potter judge", 4, query_filter=even)] != []
+    assert {hit.payload["state"] for hit in bank.search("Ida Noor Galen Orla", 4, query_filter=even)} <= {"even"}
+    vector = Bm25().query("Galen")
+    assert isinstance(vector, SparseVector)
+    assert bank.search(vector, 1)[0].document_id == "d2"
+
+
+def test_filters_of_every_kind_agree_on_all_engines(bank):
+    def found(**groups):
+        rule = models.Filter(**groups)
+        return sorted(point.payload["id"] for point in bank.store.scroll(rule, 10, None, True)[0])
+
+    field = models.FieldCondition
+    assert found(must=[field(key="id", match=models.MatchAny(any=["d0", "d3"]))]) == ["d0", "d3"]
+    assert found(must=[field(key="id", match=models.MatchExcept(**{"except": ["d0"]}))]) == ["d1", "d2", "d3"]
+    assert found(must=[field(key="nested.n", range=models.Range(gte=1, lt=3))]) == ["d1", "d2"]
+    assert found(must_not=[models.HasIdCondition(has_id=[point_id("d0")])]) == ["d1", "d2", "d3"]
+    assert found(must=[models.IsEmptyCondition(is_empty=models.PayloadField(key="regrad"))]) == ["d0", "d1", "d2", "d3"]
+    either = [field(key="id", match=models.MatchValue(value=key)) for key in ("d1", "d2")]
+    assert found(should=either, must_not=[models.Filter(must=[either[0]])]) == ["d2"]
+
+
+def test_filters_on_places_counts_words_and_vectors_agree_on_all_engines(bank):
+    cities = {"d0": (13.4, 52.5), "d1": (2.35, 48.85), "d2": (-0.1, 51.5)}
+    for i, (key, (lon, lat)) in enumerate(cities.items()):
+        extra = {"place": {"lon": lon, "lat": lat}, "tags": ["x"] * (i + 1)}
+        bank.store.set_payload([PayloadWrite(point_id(key), extra)])
+
+    def found(condition):
+        rule = models.Filter(must=[condition])
+        return sorted(point.payload["id"] for point in bank.store.scroll(rule, 10, None, True)[0])
+
+    field, point = models.FieldCondition, models.GeoPoint
+    paris = point(lon=2.35, lat=48.85)
+    box = models.GeoBoundingBox(top_left=point(lon=-1, lat=52), bottom_right=point(lon=3, lat=48))
+    corners = [(-2, 50), (1, 50), (1, 53), (-2, 53), (-2, 50)]
+    around = models.GeoPolygon(exterior=models.GeoLineString(points=[point(lon=x, lat=y) for x, y in corners]))
+    assert found(field(key="place", geo_radius=models.GeoRadius(center=paris, radius=1000))) == ["d1"]
+    assert found(field(key="place", geo_bounding_box=box)) == ["d1", "d2"]
+    assert found(field(key="place", geo_polygon=around)) == ["d2"]
+    assert found(field(key="tags", values_count=models.ValuesCount(gte=2))) == ["d1", "d2"]
+    assert found(field(key="text", match=models.MatchText(text="diver"))) == ["d1"]
+    assert found(models.HasVectorCondition(has_vector="bm25")) == ["d0", "d1", "d2", "d3"]
+
+
+def test_atoms_touch_nothing_but_their_own_key(bank):
+    before = payloads(bank)
+    fill(bank)
+    after = payloads(bank)
+    assert {key: {k: v for k, v in value.items() if k != "regrad"} for key, value in after.items()} == before
+    assert set(after[point_id("d0")]["regrad"]) == {"v", "space", "sha", "codec", "atom"}
+    assert bank.drop() == 4
+    assert payloads(bank) == before
+    assert bank.search("Noor", 1)[0].document_id == "d1"
+
+
+def test_missing_and_status_count_what_is_there(bank):
+    assert {hit.document_id for hit in bank.missing()} == {"d0", "d1", "d2", "d3"}
+    fill(bank, 3)
+    assert [(hit.document_id, hit.text) for hit in bank.missing()] == [("d3", PEOPLE[3])]
+    status = bank.status()
+    assert (status.points, status.atoms, status.missing, status.stale, status.codec) == (4, 3, 1, 0, "int8")
+    size = len(json.dumps(records(PEOPLE)[0].to_payload()))
+    assert status.bytes_median == pytest.approx(size, abs=8) and status.bytes_max >= status.bytes_median
+
+
+def test_missing_can_be_filled_while_it_iterates(bank):
+    seen = []
+    for hit in bank.missing():
+        bank.put([(hit.id, records([hit.text])[0])])
+        seen.append(hit.document_id)
+    assert sorted(seen) == ["d0", "d1", "d2", "d3"] and not list(bank.missing())
+
+
+def test_a_changed_text_makes_its_atom_stale_and_a_new_document_has_none(bank):
+    fill(bank)
+    bank.store.set_payload([PayloadWrite(point_id("d2"), {"text": "Galen Zimuken the sailor"})])
+    assert [hit.document_id for hit in bank.stale()] == ["d2"]
+    assert bank.status().stale == 1
+    assert bank.search("Galen", 1)[0].stale
+    bank.add(documents()[3:])  # the application writes a document again: its atom is gone
+    assert [hit.document_id for hit in bank.missing()] == ["d3"]
+    assert bank.sync(documents()) == (0, 1)  # the text that the application changed, and nothing else
+
+
+def test_sync_updates_a_point_and_keeps_what_the_application_added(bank):
+    fill(bank)
+    bank.store.set_payload([PayloadWrite(point_id("d1"), {"note": "theirs"})])
+    other = GradientBank(bank.store, bank.store.name, OTHER, payload_key="regrad_b")
+    fill(other)
+    changed = [
+        Document("d1", {"id": "d1", "text": "Noor Selowan the glazier", "state": "new"}),
+        Document("d9", {"text": "x y"}),
+    ]
+    assert bank.sync([*documents()[:1], *changed]) == (1, 1)
+    payload = payloads(bank)[point_id("d1")]
+    assert (payload["note"], payload["state"], payload["text"]) == ("theirs", "new", "Noor Selowan the glazier")
+    assert "regrad" in payload and "regrad_b" in payload
+    assert [hit.document_id for hit in bank.stale()] == ["d1"]
+    assert bank.search("glazier", 1)[0].document_id == "d1"  # the vector follows the text
+    assert bank.sync(changed) == (0, 0)
+
+
+def test_documents_that_would_lack_a_vector_are_refused(store):
+    class One:
+        size = 2
+
+        def documents(self, texts):
+            return [[1.0, 0.5] for _ in texts]
+
+        def query(self, text):
+            return [1.0, 0.5]
+
+    both = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "dense": One()})
+    both.create()
+    both.add(documents())
+    with pytest.raises(BankError, match="'dense' that nothing here makes"):
+        GradientBank(store, store.name, SPACE).create()
+
+
+@pytest.mark.parametrize("key", ["", "text", "id", "meta.regrad", "a[0]", "our key"])
+def test_a_payload_key_that_would_harm_the_document_is_refused(store, key):
+    with pytest.raises(BankError, match="payload key"):
+        GradientBank(store, store.name, SPACE, payload_key=key)
+
+
+def test_a_field_under_our_key_is_the_users(bank):
+    with pytest.raises(BankError, match="'regrad' of its own"):
+        bank.add([Document("x", {"text": "a b", "regrad": "mine"})])
+
+
+def test_closing_a_bank_leaves_the_users_client_open():
+    from qdrant_client import QdrantClient
+
+    client = QdrantClient(":memory:")
+    with GradientBank(client, "docs", SPACE) as bank:
+        bank.create()
+    assert client.collection_exists("docs")
+    client.close()
+
+
+def test_two_spaces_live_side_by_side_under_two_keys(bank):
+    fill(bank)
+    other = GradientBank(bank.store, bank.store.name, OTHER, payload_key="regrad_b")
+    assert len(list(other.missing())) == 4
+    fill(other)
+    assert bank.status().atoms == other.status().atoms == 4
+    other.drop()
+    assert bank.status().atoms == 4 and not any("regrad_b" in payload for payload in payloads(bank).values())
+
+
+def test_an_atom_of_another_space_is_not_taken_for_ours(bank):
+    fill(bank)
+    other = GradientBank(bank.store, bank.store.name, OTHER)
+    assert other.search("Noor", 1)[0].record is None
+    assert other.status().atoms == 0 and other.drop() == 0
+    assert bank.status().atoms == 4
+
+
+def test_requests_are_bounded_by_bytes(bank, monkeypatch):
+    bank.max_request_bytes = 1200
+    sizes = []
+    set_payload = bank.store.set_payload
+
+    def measured(writes):
+        sizes.append(len(json.dumps([write.payload for write in writes])))
+        set_payload(writes)
+
+    monkeypatch.setattr(bank.store, "set_payload", measured)
+    fill(bank)
+    assert len(sizes) == 2 and max(sizes) <= 1200 and bank.status().atoms == 4
+
+
+def test_a_record_over_the_bound_is_named_and_the_others_are_kept(bank):
+    bank.max_request_bytes = 1000
+    ids = [point_id(f"d{i}") for i in range(2)]
+    small, large = records(PEOPLE[:1])[0], records(["x"], numel=10_000)[0]
+    with pytest.raises(RecordTooLargeError, match=str(ids[1])):
+        bank.put(zip(ids, [small, large], strict=True))
+    assert bank.status().atoms == 1
+
+
+def test_points_deleted_in_the_meantime_are_passed_over(bank):
+    bank.put([(point_id("gone"), records(["x"])[0]), (point_id("d0"), records(PEOPLE)[0])])
+    assert bank.status().points == 4 and bank.status().atoms == 1
+    assert [hit.document_id for hit in bank.fetch([point_id("d0"), point_id("gone")])] == ["d0"]
+
+
+def test_a_missing_vector_is_named_with_those_there_are(bank):
+    with pytest.raises(BankError, match="no vector 'dense'.*bm25"):
+        bank.search([0.1, 0.2], 1, using="dense")
+    with pytest.raises(BankError, match="nothing embeds"):
+        bank.search("text", 1, using="dense")
+    again = GradientBank(bank.store, bank.store.name, SPACE, embedders={"words": Bm25()})
+    with pytest.raises(BankError, match="no vector 'words'"):
+        again.create()
+    with pytest.raises(BankError, match="k must be"):
+        bank.search("text", 0)
+
+
+def test_a_document_without_text_is_refused(bank):
+    with pytest.raises(BankError, match="'x'.*no text"):
+        bank.add([Document("x", {"title": "only"})])
+    assert bank.store.count() == 4
+
+
+def test_dense_vectors_beside_bm25(store):
+    bank = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "dense": Letters()})
+    bank.create()
+    bank.add(documents())
+    assert bank.search(PEOPLE[2], 1, using="dense")[0].document_id == "d2"
+    assert bank.search(Letters().query(PEOPLE[3]), 1, using="dense")[0].document_id == "d3"
+    assert bank.search("Orla", 1)[0].document_id == "d3"  # bm25 where nothing is named
+
+
+def test_metadata_is_kept_beside_the_collection(bank):
+    bank.store.write_metadata({"regrad": {"a": 1}})
+    bank.store.write_metadata({"other": 2})
+    assert bank.store.read_metadata() == {"regrad": {"a": 1}, "other": 2}
+
+
+def test_an_edge_bank_is_there_after_it_was_closed(tmp_path):
+    with GradientBank.open(tmp_path, "docs", SPACE) as bank:
+        bank.create()
+        bank.add(documents())
+        fill(bank)
+        with pytest.raises(StoreUnavailableError, match="open in another process"):
+            EdgeStore(tmp_path / "docs").count()
+    with GradientBank.open(tmp_path, "docs", SPACE) as bank:
+        assert bank.status().atoms == 4
+        assert bank.search("Noor", 1)[0].record == records(PEOPLE)[1]
+
+
+def test_collections_that_can_not_be_opened(tmp_path):
+    with pytest.raises(BankError, match="no collection 'docs'"):
+        EdgeStore(tmp_path / "docs").count()
+    with pytest.raises(StoreUnavailableError, match="can't reach"):
+        open_store("docs", url="http://127.0.0.1:9")
+    with pytest.raises(BankError, match="must not contain a path"):
+        open_store("../docs", path=tmp_path)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BankError, match="is a file"):
+        open_store("docs", path=tmp_path / "file")
+
+
+def test_a_folder_of_the_in_process_client_is_recognised(tmp_path):
+    from qdrant_client import QdrantClient
+
+    from regrad_qdrant.bank.stores.client import ClientStore
+
+    client = QdrantClient(path=str(tmp_path / "local"))
+    bank = GradientBank(client, "docs", SPACE)
+    bank.create()
+    bank.add(documents())
+    client.close()
+    again = open_store("docs", path=tmp_path / "local")
+    assert isinstance(again, ClientStore) and again.count() == 4
+    again.close()
+
+
+def test_ids_keep_what_qdrant_can_keep():
+    assert point_id(7) == 7
+    assert point_id("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90") == "5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90"
+    assert point_id("squad-d1") == point_id("squad-d1") != point_id("squad-d2")
+
+
+@pytest.fixture
+def beside(store):
+    """A bank whose atoms are in a collection of their own."""
+    if store.sibling("atoms").exists():  # on a server, from a run before
+        store.sibling("atoms").client.delete_collection("atoms")
+    bank = GradientBank(store, store.name, SPACE, sidecar="atoms")
+    bank.create()
+    assert bank.add(documents()) == 4
+    yield bank
+    bank.close()
+
+
+def test_a_sidecar_holds_the_atoms_and_the_documents_stay_as_they_were(beside):
+    before = payloads(beside)
+    assert [hit.document_id for hit in beside.missing()] and beside.status().missing == 4
+    fill(beside, 3)
+    assert payloads(beside) == before
+    assert [hit.document_id for hit in beside.missing()] == ["d3"]
+    assert [hit.record for hit in beside.search("Which Noor is a diver?", 1)] == [records(PEOPLE)[1]]
+    assert beside.fetch([point_id("d2")])[0].record == records(PEOPLE)[2]
+    status = beside.status()
+    assert (status.points, status.atoms, status.missing, status.stale, status.codec) == (4, 3, 1, 0, "int8")
+    assert beside.recode("sign", NUMBERS).recoded == 3 and beside.status().codec == "sign"
+    assert beside.drop() == 3 and beside.status().atoms == 0 and payloads(beside) == before
+
+
+def test_a_sidecar_sees_changed_and_deleted_documents(beside):
+    ids = fill(beside)
+    beside.store.set_payload([PayloadWrite(ids[2], {"text": "Galen Zimuken the sailor"})])
+    assert [hit.document_id for hit in beside.stale()] == ["d2"]
+    [hit] = beside.search("Galen Zimuken", 1)
+    assert hit.stale
+    beside.put([(point_id("gone"), records(["x"])[0])])
+    assert beside.status().atoms == 4  # an atom without a document is no atom of the bank
+    old = replace(hit, payload=documents()[2].payload)
+    before = beside.fetch([ids[2]])[0].record
+    beside.put([(old, records(["other"])[0])])  # computed from a text that is no longer there
+    assert beside.fetch([ids[2]])[0].record == before
+
+
+@pytest.fixture
+def hybrid(store):
+    """BM25 and a dense vector whose embedder counts letters."""
+    bank = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25(), "letters": Letters()})
+    bank.create()
+    bank.add(documents())
+    fill(bank)
+    return bank
+
+
+def test_hybrid_search_ranks_by_both_vectors_and_reads_k_atoms(hybrid, monkeypatch):
+    read = []
+    retrieve = hybrid.store.retrieve
+
+    def counted(ids, with_payload):
+        read.extend(ids)
+        return retrieve(ids, with_payload)
+
+    monkeypatch.setattr(hybrid.store, "retrieve", counted)
+    hits = hybrid.search("Noor Selowan the diver", 2, using=["bm25", "letters"])
+    assert hits[0].document_id == "d1" and len(hits) == 2 and len(read) == 2
+    assert all(hit.record is not None for hit in hits) and hits[0].score > hits[1].score > 0
+    vectors = {name: embedder.query("Noor Selowan the diver") for name, embedder in hybrid.embedders.items()}
+    assert [hit.id for hit in hybrid.search(vectors, 2)] == [hit.id for hit in hits]
+
+
+def test_hybrid_search_carries_the_filter_into_every_search(hybrid):
+    odd = models.Filter(must=[models.FieldCondition(key="state", match=models.MatchValue(value="odd"))])
+    hits = hybrid.search("Ida Corvand the baker", 4, using=["bm25", "letters"], query_filter=odd)
+    assert {hit.document_id for hit in hits} == {"d1", "d3"}
+
+
+def test_hits_of_a_retriever_of_ones_own_keep_its_order_and_scores(bank):
+    fill(bank)
+    hits = bank.fetch([point_id("d2"), point_id("gone"), point_id("d0")], [0.9, 0.8, 0.7])
+    assert [(hit.document_id, hit.score) for hit in hits] == [("d2", 0.9), ("d0", 0.7)]
+
+
+def test_recoding_makes_atoms_coarser_in_place_and_touches_nothing_else(bank):
+    ids = fill(bank)
+    before = payloads(bank)
+    coarse = make_records(torch.ones(1, 128), [PEOPLE[3]], SPACE, "sparse")[0]
+    bank.put([(ids[3], coarse)])
+    done = []
+    report = bank.recode("sign", NUMBERS, done.append)
+    assert (report.recoded, report.failed, sum(done)) == (3, {}, 3)
+    after = payloads(bank)
+    for key in ids[:3]:
+        old, new = before[key].pop("regrad"), after[key].pop("regrad")
+        assert new["codec"] == "sign" and (new["sha"], new["space"]) == (old["sha"], old["space"])
+        atoms = [Record.from_payload(value).decode(SPACE, NUMBERS) for value in (old, new)]
+        assert torch.cosine_similarity(*atoms, dim=0) > 0.7
+        assert after[key] == before[key]
+    assert after[ids[3]]["regrad"]["codec"] == "sparse"  # coarser already: left as it is
+    assert bank.recode("sign", NUMBERS).recoded == bank.recode("int8", NUMBERS).recoded == 0
+
+
+def test_recoding_leaves_what_it_can_not_read_and_names_it(bank):
+    ids = fill(bank)
+    broken = bank.fetch(ids[:1])[0].record
+    bank.put([(ids[0], replace(broken, atom=broken.atom[:-8]))])
+    report = bank.recode("int4", NUMBERS)
+    assert report.recoded == 3 and list(report.failed) == [str(ids[0])]
+    assert payloads(bank)[ids[0]]["regrad"]["codec"] == "int8"
+
+
+def test_recoding_that_was_stopped_goes_on_where_it_was(bank):
+    fill(bank)
+    bank.max_request_bytes = 2000  # two atoms a page
+
+    def stop(_count):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bank.recode("sign", NUMBERS, stop)
+    assert 0 < bank.store.count(bank.finer_than("sign", NUMBERS)) < 4
+    assert 0 < bank.recode("sign", NUMBERS).recoded < 4
+    assert bank.status().codec == "sign"
+
+
+def test_ids_are_found_however_a_uuid_is_spelled(bank):
+    ids = fill(bank)
+    bare = uuid.UUID(ids[1]).hex
+    assert [hit.document_id for hit in bank.fetch([bare, uuid.UUID(ids[0])])] == ["d1", "d0"]
+    with pytest.raises(BankError, match="1 scores for 2 ids"):
+        bank.fetch(ids[:2], [1.0])
+
+
+def test_fields_of_any_name_are_kept(bank):
+    odd = Document("odd", {"id": "odd", "text": "Ida Corvand", "publish date": "1 May", "a.b": 3})
+    assert bank.sync([odd]) == (1, 0) and bank.sync([odd]) == (0, 0)
+
+
+def test_a_recoded_atom_does_not_replace_one_that_was_written_meanwhile(bank, monkeypatch):
+    ids = fill(bank)
+    newer = records(["Ida Corvand the judge"])[0]
+    recoded = Record.recoded
+
+    def meanwhile(self, *arguments):
+        if self.sha == records(PEOPLE)[0].sha:
+            bank.put([(ids[0], newer)])
+        return recoded(self, *arguments)
+
+    monkeypatch.setattr(Record, "recoded", meanwhile)
+    bank.recode("sign", NUMBERS)
+    assert bank.fetch([ids[0]])[0].record == newer

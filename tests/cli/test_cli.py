@@ -1,0 +1,367 @@
+"""Commands on the tiny model: what they write, and how they refuse."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders.data.facts import generate
+from regrad_loaders.data.folders import Question
+from regrad_loaders.evaluation.evaluate import _of_others
+from regrad_qdrant import MetaInitialization
+from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.bank.stores.base import PayloadWrite
+from regrad_qdrant.cli import app as cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    """A base model, its initialization, a corpus and questions."""
+    folder = tmp_path_factory.mktemp("cli")
+    model = tiny_model()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    tiny_initialization(model).save(folder / "init")
+    other = tiny_model(seed=4)
+    other.save_pretrained(folder / "other")
+    tokenizer.save_pretrained(folder / "other")
+    world = generate("demo", 12, 1, questions_per_person=1)
+    rows = [{"id": p.id, "text": p.text, "state": str(i % 2)} for i, p in enumerate(world.passages)]
+    (folder / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    questions = [
+        {
+            "id": q.id,
+            "question": q.question,
+            "answers": q.answers,
+            "gold_ids": q.gold_ids,
+            "split": "dev",
+            "state": str(i % 2),
+        }
+        for i, q in enumerate(world.questions)
+    ]
+    (folder / "qa.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder; returns its exit code, output and error output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("QDRANT_URL", raising=False)
+
+    def run(*arguments, model="model"):
+        command = [str(argument) for argument in arguments]
+        if command[0] in ("ingest", "ask", "eval"):
+            command += ["--model", str(folder / model)]
+        if command[0] in ("ingest", "ask", "eval", "status", "recode", "drop"):
+            command += ["--init", str(folder / "init")]
+        monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        output = capsys.readouterr()
+        return code, output.out, output.err
+
+    return run
+
+
+def ingest(run, folder):
+    return run(
+        "ingest", "--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank", "--json", "in.json"
+    )
+
+
+def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
+    code, out, err = ingest(run, folder)
+    assert code == 0 and "12 points added, 0 updated, 12 atoms written" in out, err
+    report = json.loads((tmp_path / "in.json").read_text())
+    assert report["atoms_written"] == 12 and report["documents_per_second"] > 0
+
+    code, out, _ = ingest(run, folder)
+    assert code == 0 and "0 points added, 0 updated, 0 atoms written, 12 present" in out
+
+    code, out, _ = run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert code == 0 and list(status) == ["points", "atoms", "missing", "stale", "space", "codec", "bytes_per_atom"]
+    assert (status["points"], status["atoms"], status["missing"], status["codec"]) == (12, 12, 0, DEFAULT_CODEC)
+    assert 0 < status["bytes_per_atom"]["median"] <= status["bytes_per_atom"]["max"]
+
+    code, out, _ = run(
+        "ask", "Who is Ida?", "--collection", "docs", "--path", "bank", "--mode", "regrad+icl", "--json", "ask.json"
+    )
+    answer = json.loads((tmp_path / "ask.json").read_text())
+    assert code == 0 and answer["mode"] == "regrad+icl" and set(answer["timings"]) >= {"search", "generate", "restore"}
+
+    code, out, _ = run("recode", "--collection", "docs", "--path", "bank", "--codec", "sparse", "--json", "recode.json")
+    recoded = json.loads((tmp_path / "recode.json").read_text())
+    assert code == 0 and "12 atoms recoded, 0 were as coarse already, 0 failed" in out
+    assert recoded["after"]["codec"] == "sparse" and recoded["recoded"] == 12
+
+    code, out, _ = run("drop", "--collection", "docs", "--path", "bank", "--yes")
+    assert code == 0 and "12 atoms removed" in out
+    run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["points"], status["atoms"], status["missing"]) == (12, 0, 12)
+
+    code, out, _ = run("ingest", "--from-collection", "docs", "--path", "bank", "--codec", "int8")
+    assert code == 0 and "0 points added, 0 updated, 12 atoms written" in out
+
+
+def test_eval_writes_the_contract(run, folder, tmp_path):
+    code, out, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--split", "dev", "--limit", "3",
+        "--modes", "direct,rag,regrad,random", "--filter-field", "state", "--json", "out.json",
+        "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert set(result) == {"settings", "results", "recall_at_k", "intervals"} and 0 <= result["recall_at_k"] <= 1
+    rows = {(row["mode"], row["type"]): row for row in result["results"]}
+    assert {mode for mode, _ in rows} == {"direct", "rag", "regrad", "random"}
+    for row in rows.values():
+        assert set(row) == {"mode", "type", "n", "f1", "em", "accuracy", "seconds", "prompt_tokens"}
+        assert row["n"] == 3 and 0 <= row["f1"] <= 1
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert len(lines) == 12
+    assert set(lines[0]) == {"id", "mode", "question", "answers", "prediction", "f1", "em", "hits"}
+    assert not (tmp_path / "regrad_bank").exists()
+
+
+def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path):
+    modes = "rag,pe-rag,regrad,regrad+icl,ft-direct,ft-rag,raw"
+    code, out, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", modes,
+        "--icl-init", folder / "init", "--ft-direct", folder / "init", "--ft-rag", folder / "init",
+        "--against", "raw,rag", "--distractors", "2", "--top-k", "1",
+        "--json", "out.json", "--plot", "bars.png", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["mode"] for row in result["intervals"]] == modes.split(",")
+    pairs = [(mode, other) for other in ("raw", "rag") for mode in modes.split(",") if mode != other]
+    assert [(row["mode"], row["minus"]) for row in result["differences"]] == pairs
+    for row in result["differences"]:
+        assert row["f1_interval"][0] <= row["f1"] <= row["f1_interval"][1]
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert all(len(line["hits"]) == (0 if line["mode"] == "ft-direct" else 3) for line in lines)
+    assert "Paired over the same questions" in out
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_new_bank_is_filled_for_the_gradients_and_not_for_a_baseline(run, folder, tmp_path):
+    shorter = replace(MetaInitialization.load(folder / "init"), max_length=64)  # another space, so other atoms
+    shorter.save(tmp_path / "baseline")
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3",
+        "--collection", "docs", "--modes", "ft-rag,regrad+icl", "--ft-rag", "baseline", "--json", "out.json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["mode"] for row in result["intervals"]] == ["ft-rag", "regrad+icl"]
+    assert result["settings"]["codec"] == DEFAULT_CODEC
+    code, _, err = run("status", "--collection", "docs", "--json", "status.json")
+    assert code == 0, err
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["atoms"] == status["points"] == 12
+
+
+def test_eval_asks_with_further_k(run, folder, tmp_path):
+    code, out, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3", "--top-k", "2",
+        "--modes", "direct,regrad", "--sweep", "4,1", "--json", "out.json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["top_k"], row["mode"]) for row in result["sweep"]] == [(1, "regrad"), (4, "regrad")]
+    assert {row["mode"] for row in result["results"]} == {"direct", "regrad"} and "F1 and k" in out
+    code, _, err = run("eval", "--qa", "qa.jsonl", "--corpus", "c.jsonl", "--sweep", "0,3")
+    assert code == 2 and "--sweep wants positive whole numbers" in err
+
+
+def test_random_atoms_are_of_documents_that_other_questions_found(run, folder, tmp_path):
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--top-k", "2",
+        "--modes", "regrad,random", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    gold = {row["id"]: row["gold_ids"] for row in map(json.loads, (folder / "qa.jsonl").read_text().splitlines())}
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    found = {line["id"]: line["hits"] for line in lines if line["mode"] == "regrad"}
+    drawn = {line["id"]: line["hits"] for line in lines if line["mode"] == "random"}
+    everything = {key for keys in found.values() for key in keys}
+    assert list(found) == list(drawn) and all(len(keys) == 2 for keys in drawn.values())
+    for question, keys in drawn.items():
+        assert not set(keys) & {*found[question], *gold[question]} and set(keys) <= everything
+
+
+def test_the_draw_of_random_documents_does_not_depend_on_the_order_of_equal_hits():
+    questions = [Question(f"q{i}", "?", ("a",)) for i in range(4)]
+    used = [{f"{letter}{i}": 1.0 for letter in "abc"} for i in range(4)]
+    turned = [dict(reversed(points.items())) for points in used]
+    assert _of_others(None, questions, used) == _of_others(None, questions, turned)
+
+
+def test_eval_samples_questions_and_takes_one_type(run, folder, tmp_path):
+    asked = []
+    for _ in range(2):
+        code, _, err = run(
+            "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--modes", "init",
+            "--sample", "3", "--predictions", "lines.jsonl",
+        )  # fmt: skip
+        assert code == 0, err
+        asked.append([json.loads(line)["id"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()])
+    every = [json.loads(line)["id"] for line in (folder / "qa.jsonl").read_text().splitlines()]
+    assert asked[0] == asked[1] and len(set(asked[0])) == 3 and asked[0] != every[:3]
+    assert asked[0] == [key for key in every if key in asked[0]]
+
+
+def test_eval_tells_types_of_questions_apart(run, folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "qa.jsonl").read_text().splitlines()][:4]
+    for row, of_type in zip(rows, ("place", "place", "yesno", "open"), strict=True):
+        row["type"] = of_type
+    (tmp_path / "typed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    typed = ["eval", "--corpus", folder / "corpus.jsonl", "--qa", tmp_path / "typed.jsonl", "--modes", "init"]
+    code, out, err = run(*typed, "--json", "out.json")
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["type"], row["n"]) for row in result["types"]] == [("place", 2)]
+    found = {row["type"]: row for row in result["results"]}
+    assert {name: row["n"] for name, row in found.items()} == {"all": 4, "open": 3, "yesno": 1}
+    assert found["yesno"]["accuracy"] is not None and found["open"]["accuracy"] is None and "place" in out
+    code, _, err = run(*typed, "--type", "place", "--json", "out.json")
+    assert code == 0 and json.loads((tmp_path / "out.json").read_text())["results"][0]["n"] == 2
+    code, _, err = run(*typed, "--type", "poem")
+    assert code == 2 and "no questions of type 'poem'; types found: ['open', 'place', 'yesno']" in err
+
+
+def test_gradients_of_others_stand_for_as_many_as_the_gold_passages(run, folder, tmp_path):
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "1", "--oracle",
+        "--modes", "regrad,random", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    right, wrong = (json.loads(line)["hits"] for line in (tmp_path / "lines.jsonl").read_text().splitlines())
+    assert len(right) == len(wrong) == 1 and right != wrong  # from the whole bank: there is no other question
+
+
+def test_eval_can_be_given_the_gold_passages(run, folder, tmp_path):
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", "regrad",
+        "--oracle", "--predictions", "lines.jsonl",
+    )  # fmt: skip
+    assert code == 0, err
+    gold = {row["id"]: row["gold_ids"] for row in map(json.loads, (folder / "qa.jsonl").read_text().splitlines())}
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert all(line["hits"] == list(gold[line["id"]]) for line in lines)
+
+
+def test_help_teaches_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    for command in ("demo", "ingest", "status", "ask", "eval", "train", "drop"):
+        assert command in out
+        assert run(command, "--help")[0] == 0 if command in ("demo", "train") else True
+
+
+def test_a_bank_is_copied_to_another_folder(run, folder, tmp_path):
+    ingest(run, folder)
+    place = ("migrate", "--collection", "docs", "--path", "bank")
+    code, out, err = run(*place, "--to-path", "other", "--json", "copy.json")
+    assert code == 0 and "12 points: 12 written, 0 there already, 0 not as they were" in out, err
+    code, out, _ = run(*place, "--to-path", "other")
+    assert code == 0 and "0 written, 12 there already" in out
+    run("status", "--collection", "docs", "--path", "other", "--json", "status.json")
+    assert json.loads((tmp_path / "status.json").read_text())["atoms"] == 12
+    for wrong, message in (((), "either --to-url or --to-path"), (("--to-path", "bank"), "the same collection")):
+        code, _, err = run(*place, *wrong)
+        assert code == 2 and message in err
+
+
+def test_atoms_beside_the_documents(run, folder, tmp_path):
+    place = ("--collection", "docs", "--path", "bank")
+    code, out, err = run("ingest", "--corpus", folder / "corpus.jsonl", *place, "--sidecar", "atoms")
+    assert code == 0 and "12 atoms written" in out, err
+    code, out, _ = run("ask", "Who is Ida?", *place, "--sidecar", "atoms")
+    assert code == 0
+    run("status", *place, "--json", "in_place.json")
+    run("status", *place, "--sidecar", "atoms", "--json", "beside.json")
+    found = [json.loads((tmp_path / name).read_text())["atoms"] for name in ("in_place.json", "beside.json")]
+    assert found == [0, 12]
+
+
+CORPUS_ERRORS = [
+    ('{"id": "a"}', "field 'text' is missing"),
+    ('{"id": "a", "text": " "}', "is empty"),
+    ('{"id": "a", "text": "a"}', "1 token"),
+    ("{", "not valid JSON"),
+    ('{"id": "a", "text": "x \\ud800 y"}', "no valid Unicode"),
+    (b'{"id": "a", "text": "\xff"}', "not UTF-8"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), CORPUS_ERRORS)
+def test_a_bad_corpus_is_one_line_and_changes_nothing(run, tmp_path, line, message):
+    (tmp_path / "bad.jsonl").write_bytes(line if isinstance(line, bytes) else line.encode())
+    code, _, err = run("ingest", "--corpus", "bad.jsonl", "--collection", "docs", "--path", "bank")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "bank" / "docs").exists()
+
+
+def test_a_wrong_model_is_refused(run, folder, tmp_path):
+    arguments = ("--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
+    code, _, err = run("ingest", *arguments, model="other")
+    assert code == 2 and "was trained for tiny" in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "bank" / "docs").exists()
+
+
+def test_a_long_text_is_truncated_and_counted(run, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "a", "text": "Ida works as a baker. " * 60}))
+    code, out, _ = run("ingest", "--corpus", "long.jsonl", "--collection", "docs", "--path", "bank")
+    assert code == 0 and "1 truncated" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["ask", "x", "--collection", "docs", "--url", "http://127.0.0.1:9"], "can't reach the Qdrant server"),
+        (["status", "--collection", "docs", "--url", "http://127.0.0.1:9"], "can't reach the Qdrant server"),
+        (["status", "--collection", "none", "--path", "bank"], "no collection 'none'"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--mode", "magic"], "unknown modes"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--using", "dense"], "no vector 'dense'; it has bm25"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--type", "choice"], "0 choices"),
+        (["ask", " ", "--collection", "docs", "--path", "bank"], "question is empty"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--merge", "mean"], "merge rule 'mean'"),
+        (["ingest", "--collection", "docs"], "give either --corpus"),
+        (["ingest", "--corpus", "none.jsonl", "--collection", "docs"], "no such file"),
+        (["ingest", "--from-collection", "none", "--path", "bank"], "no collection 'none'"),
+        (["eval", "--qa", "none.jsonl", "--collection", "docs"], "no such file"),
+        (["eval", "--qa", "qa.jsonl", "--modes", "regrad", "--against", "rag"], "not among the modes"),
+        (["train", "--recipe", "none.yaml"], "can't read the recipe"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--payload-key", "text"], "payload key 'text'"),
+        (["status", "--collection", "..", "--path", "bank"], "must not contain a path"),
+        (["ingest", "--from-collection", "docs", "--path", "bank", "--json", "no/such/out.json"], "can't write"),
+    ],
+)
+def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, message):
+    ingest(run, folder)
+    code, _, err = run(*command)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1, err
+    _, out, _ = run("status", "--collection", "docs", "--path", "bank")
+    assert "│ 12     │ 12    │ 0       │ 0" in out
+
+
+def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
+    from regrad_qdrant.bank.documents import point_id
+    from regrad_qdrant.bank.stores.edge import EdgeStore
+
+    ingest(run, folder)
+    run("drop", "--collection", "docs", "--path", "bank", "--yes")
+    store = EdgeStore(tmp_path / "bank" / "docs")
+    store.set_payload([PayloadWrite(point_id("demo-p3"), {"text": ""})])
+    store.close()
+    code, out, err = run("ingest", "--from-collection", "docs", "--path", "bank")
+    assert code == 1 and "11 atoms written" in out and "skipped demo-p3" in err

@@ -1,0 +1,107 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import tiny_initialization, tiny_model
+
+from regrad_loaders.bench.figures import Figure, flops, in_turns, plot
+from regrad_loaders.bench.gradients import bench_gradients
+from regrad_loaders.bench.growth import bench_growth
+from regrad_loaders.bench.query import Bench, bench_batch, bench_query
+from regrad_loaders.bench.training import bench_training
+from regrad_loaders.data.episodes import EpisodeSource
+from regrad_loaders.data.facts import generate
+from regrad_loaders.training.meta_learner import MetaLearner
+from regrad_qdrant import GradientBank, ReGrad
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
+from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.cli.options import write_json
+
+
+def test_parties_take_turns_and_the_first_one_changes():
+    order = []
+    seconds = in_turns({name: lambda turn, name=name: order.append(f"{name}{turn}") for name in "abc"}, 3)
+    assert order == ["a0", "b0", "c0", "b1", "c1", "a1", "c2", "a2", "b2"]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+
+
+def test_a_figure_is_the_median_with_its_spread():
+    figure = Figure.ratio([2.0, 6.0, 9.0], [1.0, 2.0, 1.0], floor=2.5)
+    assert (figure.value, figure.floor) == (3.0, 2.5)
+    assert (figure.low, figure.high) == pytest.approx((2.2, 7.8))
+
+
+def test_matrix_products_are_counted():
+    a, b = torch.ones(2, 3, requires_grad=True), torch.ones(3, 4)
+    assert flops(lambda: a @ b) == 2 * 2 * 3 * 4
+    assert flops(lambda: (a @ b).sum().backward()) == 2 * (2 * 2 * 3 * 4)
+
+
+def test_the_loop_of_plain_autograd_computes_the_same_atoms(kind, tokenizer):
+    def load(dtype):
+        return tiny_model().to(getattr(torch, dtype)), tokenizer
+
+    texts = [passage.text for passage in generate("demo", 32, 1).passages]
+    figures, details = bench_gradients(tiny_initialization(tiny_model(), kind), load, texts)
+    assert {"gradients.speedup_over_one_at_a_time", "gradients.time_over_floor"} <= set(figures)
+    assert details["documents"] == 32 and details["largest_relative_difference"] < 1e-4
+    counted = details["gflop_a_document"]
+    assert counted["floor, bfloat16"] == counted["floor, float32"]
+    assert all(0.5 < value / counted["floor, float32"] < 2 for value in counted.values())
+
+
+def test_the_loop_of_one_passage_at_a_time_has_the_same_loss(kind, tokenizer):
+    world = generate("train", 30, 1)
+    model = tiny_model()
+    learner = MetaLearner(model, tiny_initialization(model, kind), "softmax")
+    source = EpisodeSource(world, world.questions, tokenizer, passage_tokens=40)
+    figures, details = bench_training(learner, source, 1, passages=3, questions_per_passage=2, top_k=2)
+    assert details["relative_difference_of_losses"] < 1e-4
+    assert figures["training.speedup_over_one_at_a_time"].floor > 1
+
+
+@pytest.fixture
+def parties(tokenizer, tmp_path):
+    world, model = generate("demo", 20, 1, questions_per_person=1), tiny_model()
+    initialization = tiny_initialization(model, "values", max_length=128)
+    with GradientBank(EdgeStore(tmp_path / "docs"), "docs", initialization.fingerprint) as bank:
+        regrad = ReGrad(model, tokenizer, bank, initialization, codec="sign-rank2")
+        add_corpus(bank, world.passages, regrad.gradients)
+        attach_atoms(bank, regrad.gradients, "sign-rank2")
+        yield Bench(regrad, tiny_model(), world.questions)
+
+
+def test_every_mode_gives_as_many_tokens(parties):
+    prompts = [parties.prompt(question) for question in parties.questions[:3]]
+    assert parties.speak(parties.bare, prompts, 7).shape == (3, 7)
+
+
+def test_one_answer_and_a_batch_are_measured_whole(parties):
+    figures, details = bench_query(parties, 2)
+    assert set(figures) == {
+        "query.own_share",
+        "query.regrad_over_direct",
+        "query.regrad_over_rag",
+        "query.first_token_over_rag",
+        "online.over_cached",
+    }
+    assert 0 < figures["query.own_share"].value < 1
+    assert set(details["ms_of_parts"]) == {"search", "decode", "apply", "generate", "restore"}
+    figures, details = bench_batch(parties, 1, size=4)
+    assert set(figures) == {"batch.throughput_over_bare", "batch.speedup_over_sequential"}
+    assert details["same_answers"] == "4 of 4"
+
+
+def test_growth_is_measured_from_small_to_large(tmp_path):
+    layout = AtomLayout(((20, 30), (30, 40)))
+    figures, details = bench_growth(layout, "sign-rank4", [40, 2000])
+    assert "growth.p50_2k_over_40" in figures
+    assert all(math.isfinite(figure.value) and figure.value > 0 for figure in figures.values())
+    assert details["2000"]["disk_bytes_per_point"] > 100
+    result = {"figures": {name: vars(figure) for name, figure in figures.items()}}
+    write_json(tmp_path / "growth.json", result)
+    assert json.loads((tmp_path / "growth.json").read_text())["figures"]
+    plot(result["figures"], tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 1000
