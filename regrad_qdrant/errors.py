@@ -1,6 +1,7 @@
 """The exceptions of regrad-qdrant; every one says what was found, what was expected and what mends it.
 
 RegradError
+├── MissingExtraError         a part whose optional dependencies are not installed
 ├── DataError                 a corpus, a question file or a text that can't be used
 ├── InitializationError       a meta-initialization that is missing or damaged
 │   └── WrongModelError       … or that was trained for another base model
@@ -25,6 +26,10 @@ from __future__ import annotations
 
 class RegradError(Exception):
     """Root of every error that this library raises on purpose."""
+
+
+class MissingExtraError(RegradError, ImportError):
+    """A part whose optional dependencies are not installed; the message names the extra."""
 
 
 class DataError(RegradError):

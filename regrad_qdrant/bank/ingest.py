@@ -9,10 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from regrad_loaders.data.folders import Passage
 from regrad_qdrant.atoms.codec import get_codec
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.bank import GradientBank
+from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import Document, Hit
 from regrad_qdrant.bank.stores.base import PointId, json_bytes, pages
 from regrad_qdrant.errors import BankError, DataError

@@ -1,56 +1,26 @@
-"""The command `regrad-qdrant`. Errors of use are one line and exit code 2; a partial failure is exit code 1."""
+"""The command `regrad-qdrant`. Errors of use are one line and exit code 2; a partial failure is exit code 1.
+
+The commands that need no more than this package stand in `bank` and `ask`; the others come by the entry point group
+`regrad_qdrant.commands`, whose members are functions or `typer.Typer`s.
+"""
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
-from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 import typer
-from rich.table import Table
 
-from regrad_loaders.cli.bench import bench
-from regrad_loaders.cli.eval import evaluation
-from regrad_loaders.cli.train import import_checkpoint, train
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC
-from regrad_qdrant.atoms.record import DEFAULT_KEY
-from regrad_qdrant.cli.console import answers_table, console, errors, print_report, progress, scores_table
-from regrad_qdrant.cli.options import (
-    DEFAULT_INIT,
-    DEFAULT_PATH,
-    BankPath,
-    Batch,
-    CodecName,
-    Collection,
-    Dense,
-    Init,
-    JsonOut,
-    Key,
-    Merge,
-    Model,
-    Sidecar,
-    TextPath,
-    TopK,
-    Url,
-    Using,
-    attach,
-    bank_of,
-    check_outputs,
-    check_vector,
-    collection_summary,
-    existing_store,
-    ingest_corpus,
-    load,
-    regrad_of,
-    store_of,
-    write_json,
-)
-from regrad_qdrant.errors import DataError, RegradError
+from regrad_qdrant.cli.ask import ask
+from regrad_qdrant.cli.bank import drop, ingest, migrate, recode, status
+from regrad_qdrant.cli.console import errors
+from regrad_qdrant.errors import MissingExtraError, RegradError
 
-DEMO_PEOPLE, DEMO_QUESTIONS, DEMO_SEED = 60, 48, 1
+GROUP = "regrad_qdrant.commands"
+UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 app = typer.Typer(
     help="Retrievable gradients: documents as knowledge atoms in the payloads of a Qdrant collection, applied to a "
@@ -60,349 +30,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(bench, name="bench")
 
 
-@app.command()
-def demo(
-    path: Annotated[Path, typer.Option("--path", help="Folder of the demo's bank; kept for the next run.")] = Path(
-        "regrad_bank"
-    ),
-    init: Init = DEFAULT_INIT,
-    modes: Annotated[str, typer.Option("--modes", help="Comma-separated.")] = "direct,rag,regrad,regrad+icl,random",
-    codec: CodecName = DEFAULT_CODEC,
-    top_k: TopK = 3,
-    limit: Annotated[int, typer.Option("--limit", min=1, help="How many questions.")] = DEMO_QUESTIONS,
-    batch: Batch = 8,
-    json_out: JsonOut = None,
-    predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
-) -> None:
-    """A real model answers questions about invented people, from gradients in an embedded Qdrant bank."""
-    from regrad_loaders.data.facts import generate
-    from regrad_loaders.evaluation.evaluate import evaluate, parse_modes, write_predictions
-
-    chosen = parse_modes(modes)
-    check_outputs(json_out, predictions)
-    world = generate("demo", DEMO_PEOPLE, DEMO_SEED, questions_per_person=1)
-    questions = world.questions[:limit]
-    initialization, model, tokenizer = load(init, None)
-    with bank_of(store_of("demo", None, path), initialization, DEFAULT_KEY, None) as bank:
-        regrad = regrad_of(model, tokenizer, bank, initialization, None)
-        report = ingest_corpus(regrad, world.passages, codec, replace=True)  # the demo's own bank
-        status = bank.status()
-        settings = {
-            "command": "demo",
-            "init": init,
-            "base_model": initialization.base.name,
-            "space": initialization.fingerprint,
-            "modes": chosen,
-            "top_k": top_k,
-            "batch": batch,
-            "codec": status.codec,
-            "merge": asdict(regrad.merge),
-            "people": DEMO_PEOPLE,
-            "seed": DEMO_SEED,
-        }
-        with progress("Answering", len(questions) * len(chosen)) as advance:
-            result = evaluate(
-                regrad,
-                questions,
-                chosen,
-                top_k=top_k,
-                batch=batch,
-                settings=settings,
-                on_progress=lambda _: advance(1),
-            )
-    console.print(answers_table(result, chosen))
-    console.print(scores_table(result))
-    console.print(
-        f"{status.atoms} atoms in {path}/demo, {status.bytes_median} bytes each in the payload (codec {status.codec}); "
-        + (
-            f"computed now, {report.documents_per_second:.1f} documents/s"
-            if report.atoms_written
-            else "found in the bank, none computed"
-        )
-    )
-    if predictions:
-        write_predictions(result, predictions)
-    write_json(json_out, result.as_dict() | {"bank": status.as_dict(), "ingest": report.as_dict()})
-
-
-@app.command()
-def ingest(
-    corpus: Annotated[
-        Path | None, typer.Option("--corpus", help="corpus.jsonl: one object a line with id and text.")
-    ] = None,
-    collection: Annotated[
-        str | None, typer.Option("--collection", "-c", help="Collection to fill from --corpus.")
-    ] = None,
-    from_collection: Annotated[
-        str | None, typer.Option("--from-collection", help="Attach atoms to the points of this collection, in place.")
-    ] = None,
-    text_path: TextPath = None,
-    url: Url = None,
-    path: BankPath = None,
-    init: Init = DEFAULT_INIT,
-    model: Model = None,
-    codec: CodecName = DEFAULT_CODEC,
-    dense: Dense = None,
-    payload_key: Key = DEFAULT_KEY,
-    sidecar: Sidecar = None,
-    batch_tokens: Annotated[
-        int, typer.Option("--batch-tokens", min=16, help="Tokens in one gradient batch; lower it to save memory.")
-    ] = 2048,
-    long_texts: Annotated[
-        str,
-        typer.Option(
-            "--long-texts",
-            help="A text over the initialization's max_length: truncate it, window (the sum of the atoms of all its "
-            "windows), or skip it.",
-        ),
-    ] = "truncate",
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Write over atoms of another initialization under the same payload key.")
-    ] = False,
-    json_out: JsonOut = None,
-) -> None:
-    """Compute and attach the knowledge atoms of a corpus, or of a collection that exists.
-
-    Safe to stop and to start again: what is there is not computed twice.
-    """
-    from regrad_loaders.data.folders import read_corpus
-    from regrad_qdrant.atoms.codec import get_codec
-    from regrad_qdrant.errors import BankError
-
-    get_codec(codec)
-    check_outputs(json_out)
-    if (corpus is None) == (from_collection is None):
-        raise DataError("give either --corpus FILE with --collection NAME, or --from-collection NAME")
-    if corpus is not None and collection is None:
-        raise DataError("--corpus needs --collection NAME to fill")
-    passages = read_corpus(corpus) if corpus is not None else None
-    store = store_of(str(collection or from_collection), url, path)
-    if passages is None and not store.exists():
-        raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
-    initialization, base, tokenizer = load(init, model)
-    with bank_of(store, initialization, payload_key, dense, text_path, sidecar=sidecar) as bank:
-        if passages is None:
-            console.print(collection_summary(bank), highlight=False, markup=False)
-        regrad = regrad_of(base, tokenizer, bank, initialization, None)
-        if passages is not None:
-            report = ingest_corpus(
-                regrad, passages, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace
-            )
-        else:
-            report = attach(regrad, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace)
-        status = bank.status()
-    print_report(report)
-    write_json(json_out, report.as_dict() | {"status": status.as_dict()})
-    if report.skipped:
-        raise typer.Exit(1)
-
-
-@app.command()
-def status(
-    collection: Collection,
-    url: Url = None,
-    path: BankPath = None,
-    init: Init = DEFAULT_INIT,
-    payload_key: Key = DEFAULT_KEY,
-    sidecar: Sidecar = None,
-    text_path: TextPath = None,
-    json_out: JsonOut = None,
-) -> None:
-    """Points, atoms, missing and stale ones, and what an atom takes."""
-    from regrad_qdrant.model.initialization import MetaInitialization
-
-    initialization = MetaInitialization.load(init)
-    with bank_of(
-        existing_store(collection, url, path), initialization, payload_key, None, text_path, sidecar=sidecar
-    ) as bank:
-        found = bank.status()
-    table = Table("points", "atoms", "missing", "stale", "space", "codec", "bytes per atom, median", "max")
-    table.add_row(*("–" if value is None else str(value) for value in asdict(found).values()))
-    console.print(table)
-    if found.missing or found.stale:
-        console.print("Attach what is missing or stale with: regrad-qdrant ingest")
-    write_json(json_out, found.as_dict())
-
-
-@app.command()
-def ask(
-    question: Annotated[str, typer.Argument(help="The question.")],
-    collection: Collection,
-    mode: Annotated[
-        str, typer.Option("--mode", "-m", help="direct, rag, regrad, regrad+icl, online, random or init.")
-    ] = "regrad",
-    top_k: TopK = 3,
-    type: Annotated[str, typer.Option("--type", help="open, yesno or choice.")] = "open",
-    choice: Annotated[list[str] | None, typer.Option("--choice", help="One of the choices; repeat it.")] = None,
-    url: Url = None,
-    path: BankPath = None,
-    init: Init = DEFAULT_INIT,
-    model: Model = None,
-    using: Using = None,
-    dense: Dense = None,
-    merge: Merge = None,
-    payload_key: Key = DEFAULT_KEY,
-    sidecar: Sidecar = None,
-    text_path: TextPath = None,
-    json_out: JsonOut = None,
-) -> None:
-    """Answer one question from the bank."""
-    from regrad_loaders.evaluation.evaluate import parse_modes
-    from regrad_qdrant.model.prompts import INSTRUCTIONS, Prompt
-
-    modes = parse_modes(mode)
-    if len(modes) > 1:
-        raise DataError(f"ask answers in one mode, found {mode!r}: compare modes with regrad-qdrant eval")
-    [chosen] = modes
-    if type not in INSTRUCTIONS:
-        raise DataError(f"type {type!r} is not one of {', '.join(INSTRUCTIONS)}")
+def _add(point: EntryPoint) -> None:
+    """Add a command of another package; where an extra is missing, one that says which."""
     try:
-        prompt = Prompt(question, type, tuple(choice or ()))  # type: ignore[arg-type] # checked above
-    except ValueError as error:
-        raise DataError(str(error)) from error
-    store = existing_store(collection, url, path)
-    if chosen not in ("direct", "init"):
-        check_vector(store, using)
-    initialization, base, tokenizer = load(init, model)
-    with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
-        regrad = regrad_of(base, tokenizer, bank, initialization, merge)
-        answer = regrad.answer(
-            prompt.question, mode=chosen, top_k=top_k, type=prompt.type, choices=prompt.choices, using=using
-        )
-    console.print(answer.text, style="bold", markup=False)
-    for hit in answer.hits:
-        console.print(f"  {hit.score:8.3f}  {hit.document_id}  {hit.text[:90]!r}", markup=False, highlight=False)
-    parts = "  ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in asdict(answer.timings).items())
-    console.print(f"  {parts}  ({answer.prompt_tokens} prompt tokens)", style="dim")
-    write_json(
-        json_out,
-        {
-            "question": question,
-            "mode": answer.mode,
-            "answer": answer.text,
-            "hits": [{"id": hit.document_id, "score": hit.score, "text": hit.text} for hit in answer.hits],
-            "timings": asdict(answer.timings),
-            "prompt_tokens": answer.prompt_tokens,
-        },
-    )
+        command = point.load()
+    except MissingExtraError as error:
+        app.command(point.name, help=f"Not installed: {error}", context_settings=UNREAD)(_refusing(error))
+        return
+    if isinstance(command, typer.Typer):
+        app.add_typer(command, name=point.name)
+    else:
+        app.command(point.name)(command)
 
 
-@app.command()
-def recode(
-    collection: Collection,
-    codec: CodecName,
-    url: Url = None,
-    path: BankPath = None,
-    init: Init = DEFAULT_INIT,
-    payload_key: Key = DEFAULT_KEY,
-    sidecar: Sidecar = None,
-    json_out: JsonOut = None,
-) -> None:
-    """Bring the atoms of a collection to a coarser codec, in place and without the model.
+def _refusing(error: MissingExtraError) -> Callable[[], Any]:
+    def command() -> None:
+        raise error
 
-    Safe to stop and to start again. What the coarser codec leaves out can't be brought back but by ingesting anew.
-    """
-    from regrad_qdrant.atoms.codec import get_codec
-    from regrad_qdrant.model.initialization import MetaInitialization
-
-    get_codec(codec)
-    check_outputs(json_out)
-    initialization = MetaInitialization.load(init)
-    layout = initialization.space.layout
-    store = existing_store(collection, url, path)
-    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
-        before = bank.status()
-        with progress("Recoding", bank.atoms.count(bank.finer_than(codec, layout))) as advance:
-            report = bank.recode(codec, layout, advance)
-        after = bank.status()
-    console.print(
-        f"{report.recoded} atoms recoded, {before.atoms - report.recoded - len(report.failed)} were as coarse already, "
-        f"{len(report.failed)} failed; {before.bytes_median} bytes an atom before, {after.bytes_median} now (median)",
-        highlight=False,
-    )
-    for key, reason in list(report.failed.items())[:20]:
-        errors.print(f"left as it was: {key}: {reason}", style="yellow", markup=False)
-    write_json(json_out, asdict(report) | {"before": before.as_dict(), "after": after.as_dict()})
-    if report.failed:
-        raise typer.Exit(1)
+    return command
 
 
-@app.command()
-def migrate(
-    collection: Collection,
-    url: Url = None,
-    path: BankPath = None,
-    to_url: Annotated[str | None, typer.Option("--to-url", help="The server to copy to.")] = None,
-    to_path: Annotated[
-        Path | None, typer.Option("--to-path", help="The folder of the embedded bank to copy to.")
-    ] = None,
-    to_collection: Annotated[
-        str | None, typer.Option("--to-collection", help="Name of the copy; the same name by default.")
-    ] = None,
-    json_out: JsonOut = None,
-) -> None:
-    """Copy a collection with its atoms between an embedded folder and a server, point by point, and verify it.
-
-    Safe to stop and to start again. Nothing is removed from the source; copy a sidecar by its own name.
-    """
-    from regrad_qdrant.bank.migrate import migrate as copy
-
-    check_outputs(json_out)
-    if (to_url is None) == (to_path is None):
-        raise DataError("give either --to-url or --to-path")
-    name = to_collection or collection
-    at = url or (os.environ.get("QDRANT_URL") if path is None else None)
-    folders = [place.resolve() if place else None for place in (path or Path(DEFAULT_PATH), to_path)]
-    if name == collection and (at == to_url if at else folders[0] == folders[1]):
-        raise DataError("source and target are the same collection")
-    source = existing_store(collection, url, path)
-    target = store_of(name, to_url, to_path)
-    try:
-        with progress("Copying", source.count()) as advance:
-            report = copy(source, target, advance)
-    finally:
-        source.close()
-        target.close()
-    console.print(
-        f"{report.points} points: {report.written} written, {report.present} there already, "
-        f"{len(report.differing)} not as they were",
-        highlight=False,
-    )
-    write_json(json_out, asdict(report))
-    if report.differing:
-        errors.print(f"differing: {report.differing[:20]}", style="yellow", markup=False)
-        raise typer.Exit(1)
-
-
-@app.command()
-def drop(
-    collection: Collection,
-    url: Url = None,
-    path: BankPath = None,
-    init: Init = DEFAULT_INIT,
-    payload_key: Key = DEFAULT_KEY,
-    sidecar: Sidecar = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-) -> None:
-    """Remove the atoms of an initialization from a collection, and nothing else."""
-    from regrad_qdrant.model.initialization import MetaInitialization
-
-    initialization = MetaInitialization.load(init)
-    store = existing_store(collection, url, path)
-    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
-        count = bank.atoms.count(bank.has_atom)
-        if count and not yes and sys.stdin.isatty():
-            typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
-        removed = bank.drop()
-    console.print(f"{removed} atoms removed from {collection!r}; texts, vectors and other fields are as they were")
-
-
-app.command("eval")(evaluation)
-app.command()(train)
-app.command()(import_checkpoint)
+for _command in (ingest, status, ask, recode, migrate, drop):
+    app.command()(_command)
+for _point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+    _add(_point)
 
 
 def main() -> None:

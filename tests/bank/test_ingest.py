@@ -8,9 +8,9 @@ import torch
 from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.data.facts import generate
-from regrad_loaders.data.folders import Passage
 from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer
 from regrad_qdrant.bank import ingest
+from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
 from regrad_qdrant.bank.stores.base import PayloadWrite
@@ -245,7 +245,7 @@ def test_killed_in_the_middle_it_finishes_with_every_atom_once(tokenizer, tmp_pa
         import os, signal, sys
         from pathlib import Path
         from regrad_qdrant.bank import ingest
-        from regrad_loaders.data.folders import read_corpus
+        from regrad_qdrant.bank.corpus import read_corpus
         from regrad_qdrant import Adapter, GradientBank, GradientComputer, MetaInitialization, load_base_model
 
         folder, fatal = Path(sys.argv[1]), int(sys.argv[2])

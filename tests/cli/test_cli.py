@@ -330,7 +330,7 @@ def test_a_long_text_is_truncated_and_counted(run, tmp_path):
         (["ask", "x", "--collection", "docs", "--url", "http://127.0.0.1:9"], "can't reach the Qdrant server"),
         (["status", "--collection", "docs", "--url", "http://127.0.0.1:9"], "can't reach the Qdrant server"),
         (["status", "--collection", "none", "--path", "bank"], "no collection 'none'"),
-        (["ask", "x", "--collection", "docs", "--path", "bank", "--mode", "magic"], "unknown modes"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--mode", "magic"], "mode 'magic' is not one of"),
         (["ask", "x", "--collection", "docs", "--path", "bank", "--using", "dense"], "no vector 'dense'; it has bm25"),
         (["ask", "x", "--collection", "docs", "--path", "bank", "--type", "choice"], "0 choices"),
         (["ask", " ", "--collection", "docs", "--path", "bank"], "question is empty"),

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from regrad_loaders.cli.tables import differences_table, scores_table, sweep_table
 from regrad_qdrant.atoms.codec import DEFAULT_CODEC
 from regrad_qdrant.atoms.record import DEFAULT_KEY
-from regrad_qdrant.cli.console import console, differences_table, print_report, progress, scores_table, sweep_table
+from regrad_qdrant.cli.console import console, print_report, progress
 from regrad_qdrant.cli.options import (
     DEFAULT_ICL_INIT,
     DEFAULT_INIT,
@@ -47,9 +48,9 @@ from regrad_qdrant.cli.options import (
 from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
-    from regrad_loaders.data.folders import Passage
     from regrad_loaders.evaluation.evaluate import Prediction
     from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.stores.base import Store
     from regrad_qdrant.model.initialization import MetaInitialization
 
@@ -143,7 +144,7 @@ def evaluation(
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Write a bar chart to this PNG or SVG file.")] = None,
 ) -> None:
     """Answer a question file in several modes, side by side, and score the answers."""
-    from regrad_loaders.data.folders import read_corpus, read_questions
+    from regrad_loaders.data.folders import read_questions
     from regrad_loaders.evaluation.evaluate import (
         EVALUATION_MODES,
         OTHERS,
@@ -157,6 +158,7 @@ def evaluation(
         write_predictions,
     )
     from regrad_qdrant.answer.pipeline import WITHOUT_DOCUMENTS
+    from regrad_qdrant.bank.corpus import read_corpus
     from regrad_qdrant.model.initialization import MetaInitialization
 
     chosen = parse_modes(modes, EVALUATION_MODES)

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from regrad_loaders.data.folders import Dataset, Passage, Question
+from regrad_loaders.data.folders import Dataset, Question
+from regrad_qdrant.bank.corpus import Passage
 
 World = Literal["train", "demo"]
 

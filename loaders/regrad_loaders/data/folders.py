@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regrad_qdrant.bank.layouts import CORPUS
+from regrad_qdrant.bank.corpus import Passage, json_rows, read_corpus, string_field
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.prompts import QuestionType
-
-
-@dataclass(frozen=True)
-class Passage:
-    """One document: its id, the text that becomes an atom, and the fields that go into the payload."""
-
-    id: str
-    text: str
-    payload: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,26 +44,6 @@ class Dataset:
         return [question for question in self.questions if question.split in names]
 
 
-def read_corpus(path: Path) -> list[Passage]:
-    """The passages of a `corpus.jsonl`: one object a line with at least `id` and `text`.
-
-    Raises:
-        DataError: for a line that is no object, lacks a field, has an empty text or repeats an id; the
-            error names the file and the line.
-    """
-    passages: dict[str, Passage] = {}
-    for place, row in _rows(path):
-        key, text = _field(row, "id", place), _field(row, "text", place)
-        if not text.strip():
-            raise DataError(f"{place}: the text of {key!r} is empty; give it a text or remove the line")
-        if key in passages:
-            raise DataError(f"{place}: the id {key!r} is there twice; ids must be unique")
-        passages[key] = Passage(key, CORPUS.text_of(row) or text, row)
-    if not passages:
-        raise DataError(f"{path}: no passages; expected one JSON object a line with 'id' and 'text'")
-    return list(passages.values())
-
-
 def read_questions(path: Path) -> list[Question]:
     """The questions of a `qa.jsonl`: one object a line with at least `id`, `question` and `answers`.
 
@@ -83,16 +52,16 @@ def read_questions(path: Path) -> list[Question]:
     """
     known = {"id", "question", "answers", "gold_ids", "split", "type", "choices"}
     questions = []
-    for place, row in _rows(path):
+    for place, row in json_rows(path):
         answers = row.get("answers")
         if not isinstance(answers, list) or not answers:
             raise DataError(f"{place}: 'answers' must be a list with at least one answer, found {answers!r}")
-        if not _field(row, "question", place).strip():
+        if not string_field(row, "question", place).strip():
             raise DataError(f"{place}: the question is empty")
         questions.append(
             Question(
-                id=_field(row, "id", place),
-                question=_field(row, "question", place),
+                id=string_field(row, "id", place),
+                question=string_field(row, "question", place),
                 answers=tuple(str(answer) for answer in answers),
                 gold_ids=tuple(row.get("gold_ids") or ()),
                 split=row.get("split") or "",
@@ -109,30 +78,3 @@ def read_questions(path: Path) -> list[Question]:
 def read_folder(folder: Path) -> Dataset:
     """A folder that holds `corpus.jsonl` and `qa.jsonl`."""
     return Dataset(folder.name, read_corpus(folder / "corpus.jsonl"), read_questions(folder / "qa.jsonl"))
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-            except json.JSONDecodeError as error:
-                raise DataError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: expected a JSON object, found {type(row).__name__}")
-            yield place, row
-
-
-def _field(row: dict[str, Any], name: str, place: str) -> str:
-    if not isinstance(row.get(name), str):
-        raise DataError(
-            f"{place}: the field {name!r} is missing or no string; fields found: {', '.join(row) or 'none'}"
-        )
-    return str(row[name])

@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from regrad_loaders.data.folders import Dataset, Passage, Question
+from regrad_loaders.data.folders import Dataset, Question
+from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.errors import DataError
 
 FIELDS = ("question", "answers", "passages", "id", "type", "choices")

@@ -1,5 +1,6 @@
 from regrad_loaders.data.cloze import BLANK, cloze_questions
-from regrad_loaders.data.folders import Dataset, Passage, Question
+from regrad_loaders.data.folders import Dataset, Question
+from regrad_qdrant.bank.corpus import Passage
 
 TEXT = (
     "Ida Marlow was born in the harbour town of Vexford in 1871. She studied botany in Vexford under Professor "

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from regrad_loaders.data.folders import Question, read_corpus, read_folder, read_questions
+from regrad_loaders.data.folders import Question, read_folder, read_questions
+from regrad_qdrant.bank.corpus import read_corpus
 from regrad_qdrant.errors import DataError
 
 PASSAGE = {"id": "p1", "text": "Ida works as a baker.", "title": "Ida", "state": "x"}

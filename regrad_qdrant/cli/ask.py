@@ -1,0 +1,96 @@
+"""The command that answers one question: `regrad-qdrant ask`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from regrad_qdrant.atoms.record import DEFAULT_KEY
+from regrad_qdrant.cli.console import console
+from regrad_qdrant.cli.options import (
+    DEFAULT_INIT,
+    BankPath,
+    Collection,
+    Dense,
+    Init,
+    JsonOut,
+    Key,
+    Merge,
+    Model,
+    Sidecar,
+    TextPath,
+    TopK,
+    Url,
+    Using,
+    bank_of,
+    check_vector,
+    existing_store,
+    load,
+    regrad_of,
+    write_json,
+)
+from regrad_qdrant.errors import DataError
+
+
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    collection: Collection,
+    mode: Annotated[
+        str, typer.Option("--mode", "-m", help="direct, rag, regrad, regrad+icl, online, random or init.")
+    ] = "regrad",
+    top_k: TopK = 3,
+    type: Annotated[str, typer.Option("--type", help="open, yesno or choice.")] = "open",
+    choice: Annotated[list[str] | None, typer.Option("--choice", help="One of the choices; repeat it.")] = None,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    model: Model = None,
+    using: Using = None,
+    dense: Dense = None,
+    merge: Merge = None,
+    payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
+    text_path: TextPath = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Answer one question from the bank."""
+    from regrad_qdrant.answer.pipeline import MODES
+    from regrad_qdrant.model.prompts import INSTRUCTIONS, Prompt
+
+    chosen = next((known for known in MODES if known == mode), None)
+    if chosen is None:
+        several = "; regrad-qdrant eval compares modes" if "," in mode else ""
+        raise DataError(f"mode {mode!r} is not one of {', '.join(MODES)}{several}")
+    if type not in INSTRUCTIONS:
+        raise DataError(f"type {type!r} is not one of {', '.join(INSTRUCTIONS)}")
+    try:
+        prompt = Prompt(question, type, tuple(choice or ()))  # type: ignore[arg-type] # checked above
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    store = existing_store(collection, url, path)
+    if chosen not in ("direct", "init"):
+        check_vector(store, using)
+    initialization, base, tokenizer = load(init, model)
+    with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
+        regrad = regrad_of(base, tokenizer, bank, initialization, merge)
+        answer = regrad.answer(
+            prompt.question, mode=chosen, top_k=top_k, type=prompt.type, choices=prompt.choices, using=using
+        )
+    console.print(answer.text, style="bold", markup=False)
+    for hit in answer.hits:
+        console.print(f"  {hit.score:8.3f}  {hit.document_id}  {hit.text[:90]!r}", markup=False, highlight=False)
+    parts = "  ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in asdict(answer.timings).items())
+    console.print(f"  {parts}  ({answer.prompt_tokens} prompt tokens)", style="dim")
+    write_json(
+        json_out,
+        {
+            "question": question,
+            "mode": answer.mode,
+            "answer": answer.text,
+            "hits": [{"id": hit.document_id, "score": hit.score, "text": hit.text} for hit in answer.hits],
+            "timings": asdict(answer.timings),
+            "prompt_tokens": answer.prompt_tokens,
+        },
+    )

@@ -1,0 +1,246 @@
+"""The commands that fill and keep a bank: ingest, status, recode, migrate and drop."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.record import DEFAULT_KEY
+from regrad_qdrant.cli.console import console, errors, print_report, progress
+from regrad_qdrant.cli.options import (
+    DEFAULT_INIT,
+    DEFAULT_PATH,
+    BankPath,
+    CodecName,
+    Collection,
+    Dense,
+    Init,
+    JsonOut,
+    Key,
+    Model,
+    Sidecar,
+    TextPath,
+    Url,
+    attach,
+    bank_of,
+    check_outputs,
+    collection_summary,
+    existing_store,
+    ingest_corpus,
+    load,
+    regrad_of,
+    store_of,
+    write_json,
+)
+from regrad_qdrant.errors import DataError
+
+
+def ingest(
+    corpus: Annotated[
+        Path | None, typer.Option("--corpus", help="corpus.jsonl: one object a line with id and text.")
+    ] = None,
+    collection: Annotated[
+        str | None, typer.Option("--collection", "-c", help="Collection to fill from --corpus.")
+    ] = None,
+    from_collection: Annotated[
+        str | None, typer.Option("--from-collection", help="Attach atoms to the points of this collection, in place.")
+    ] = None,
+    text_path: TextPath = None,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    model: Model = None,
+    codec: CodecName = DEFAULT_CODEC,
+    dense: Dense = None,
+    payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", min=16, help="Tokens in one gradient batch; lower it to save memory.")
+    ] = 2048,
+    long_texts: Annotated[
+        str,
+        typer.Option(
+            "--long-texts",
+            help="A text over the initialization's max_length: truncate it, window (the sum of the atoms of all its "
+            "windows), or skip it.",
+        ),
+    ] = "truncate",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Write over atoms of another initialization under the same payload key.")
+    ] = False,
+    json_out: JsonOut = None,
+) -> None:
+    """Compute and attach the knowledge atoms of a corpus, or of a collection that exists.
+
+    Safe to stop and to start again: what is there is not computed twice.
+    """
+    from regrad_qdrant.atoms.codec import get_codec
+    from regrad_qdrant.bank.corpus import read_corpus
+    from regrad_qdrant.errors import BankError
+
+    get_codec(codec)
+    check_outputs(json_out)
+    if (corpus is None) == (from_collection is None):
+        raise DataError("give either --corpus FILE with --collection NAME, or --from-collection NAME")
+    if corpus is not None and collection is None:
+        raise DataError("--corpus needs --collection NAME to fill")
+    passages = read_corpus(corpus) if corpus is not None else None
+    store = store_of(str(collection or from_collection), url, path)
+    if passages is None and not store.exists():
+        raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
+    initialization, base, tokenizer = load(init, model)
+    with bank_of(store, initialization, payload_key, dense, text_path, sidecar=sidecar) as bank:
+        if passages is None:
+            console.print(collection_summary(bank), highlight=False, markup=False)
+        regrad = regrad_of(base, tokenizer, bank, initialization, None)
+        if passages is not None:
+            report = ingest_corpus(
+                regrad, passages, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace
+            )
+        else:
+            report = attach(regrad, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace)
+        status = bank.status()
+    print_report(report)
+    write_json(json_out, report.as_dict() | {"status": status.as_dict()})
+    if report.skipped:
+        raise typer.Exit(1)
+
+
+def status(
+    collection: Collection,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
+    text_path: TextPath = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Points, atoms, missing and stale ones, and what an atom takes."""
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+    initialization = MetaInitialization.load(init)
+    with bank_of(
+        existing_store(collection, url, path), initialization, payload_key, None, text_path, sidecar=sidecar
+    ) as bank:
+        found = bank.status()
+    table = Table("points", "atoms", "missing", "stale", "space", "codec", "bytes per atom, median", "max")
+    table.add_row(*("–" if value is None else str(value) for value in asdict(found).values()))
+    console.print(table)
+    if found.missing or found.stale:
+        console.print("Attach what is missing or stale with: regrad-qdrant ingest")
+    write_json(json_out, found.as_dict())
+
+
+def recode(
+    collection: Collection,
+    codec: CodecName,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Bring the atoms of a collection to a coarser codec, in place and without the model.
+
+    Safe to stop and to start again. What the coarser codec leaves out can't be brought back but by ingesting anew.
+    """
+    from regrad_qdrant.atoms.codec import get_codec
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+    get_codec(codec)
+    check_outputs(json_out)
+    initialization = MetaInitialization.load(init)
+    layout = initialization.space.layout
+    store = existing_store(collection, url, path)
+    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
+        before = bank.status()
+        with progress("Recoding", bank.atoms.count(bank.finer_than(codec, layout))) as advance:
+            report = bank.recode(codec, layout, advance)
+        after = bank.status()
+    console.print(
+        f"{report.recoded} atoms recoded, {before.atoms - report.recoded - len(report.failed)} were as coarse already, "
+        f"{len(report.failed)} failed; {before.bytes_median} bytes an atom before, {after.bytes_median} now (median)",
+        highlight=False,
+    )
+    for key, reason in list(report.failed.items())[:20]:
+        errors.print(f"left as it was: {key}: {reason}", style="yellow", markup=False)
+    write_json(json_out, asdict(report) | {"before": before.as_dict(), "after": after.as_dict()})
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def migrate(
+    collection: Collection,
+    url: Url = None,
+    path: BankPath = None,
+    to_url: Annotated[str | None, typer.Option("--to-url", help="The server to copy to.")] = None,
+    to_path: Annotated[
+        Path | None, typer.Option("--to-path", help="The folder of the embedded bank to copy to.")
+    ] = None,
+    to_collection: Annotated[
+        str | None, typer.Option("--to-collection", help="Name of the copy; the same name by default.")
+    ] = None,
+    json_out: JsonOut = None,
+) -> None:
+    """Copy a collection with its atoms between an embedded folder and a server, point by point, and verify it.
+
+    Safe to stop and to start again. Nothing is removed from the source; copy a sidecar by its own name.
+    """
+    from regrad_qdrant.bank.migrate import migrate as copy
+
+    check_outputs(json_out)
+    if (to_url is None) == (to_path is None):
+        raise DataError("give either --to-url or --to-path")
+    name = to_collection or collection
+    at = url or (os.environ.get("QDRANT_URL") if path is None else None)
+    folders = [place.resolve() if place else None for place in (path or Path(DEFAULT_PATH), to_path)]
+    if name == collection and (at == to_url if at else folders[0] == folders[1]):
+        raise DataError("source and target are the same collection")
+    source = existing_store(collection, url, path)
+    target = store_of(name, to_url, to_path)
+    try:
+        with progress("Copying", source.count()) as advance:
+            report = copy(source, target, advance)
+    finally:
+        source.close()
+        target.close()
+    console.print(
+        f"{report.points} points: {report.written} written, {report.present} there already, "
+        f"{len(report.differing)} not as they were",
+        highlight=False,
+    )
+    write_json(json_out, asdict(report))
+    if report.differing:
+        errors.print(f"differing: {report.differing[:20]}", style="yellow", markup=False)
+        raise typer.Exit(1)
+
+
+def drop(
+    collection: Collection,
+    url: Url = None,
+    path: BankPath = None,
+    init: Init = DEFAULT_INIT,
+    payload_key: Key = DEFAULT_KEY,
+    sidecar: Sidecar = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove the atoms of an initialization from a collection, and nothing else."""
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+    initialization = MetaInitialization.load(init)
+    store = existing_store(collection, url, path)
+    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
+        count = bank.atoms.count(bank.has_atom)
+        if count and not yes and sys.stdin.isatty():
+            typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
+        removed = bank.drop()
+    console.print(f"{removed} atoms removed from {collection!r}; texts, vectors and other fields are as they were")
