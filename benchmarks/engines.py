@@ -29,11 +29,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrad_loaders.data.facts import generate
-from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer, MetaInitialization
+from regrad_loaders.training.start import fresh
+from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer
 from regrad_qdrant.bank.ingest import attach_atoms
-from regrad_qdrant.bank.stores.base import Store, open_store
+from regrad_qdrant.bank.stores.base import Store
 from regrad_qdrant.bank.stores.client import ClientStore
-from regrad_qdrant.model.initialization import BaseModel
+from regrad_qdrant.bank.stores.opening import open_store
+from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.memory import anonymous_megabytes, give_back_memory
 
 
@@ -55,7 +57,7 @@ def tiny_gradients() -> tuple[GradientComputer, str]:
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=14, num_attention_heads=2
     )
     model = LlamaForCausalLM(config).eval()
-    initialization = MetaInitialization.fresh(
+    initialization = fresh(
         model, BaseModel.of(model, "tiny"), kind="core", targets=["gate_proj", "up_proj", "down_proj"],
         layers=range(14), rank=16, basis_rank=16, lora_alpha=32, step_size=1.0, max_length=256,
     )  # fmt: skip

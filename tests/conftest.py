@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrad_loaders.bench.atoms import AtomBench, Task
 from regrad_loaders.data.facts import generate
+from regrad_loaders.training.start import fresh
 from regrad_qdrant import MetaInitialization
 from regrad_qdrant.bank.stores.client import ClientStore
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.cli import app as cli
-from regrad_qdrant.model.initialization import BaseModel
+from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.space import SPACES
 
 CHAT = (
@@ -87,7 +88,7 @@ def tiny_initialization(model: torch.nn.Module, kind: str = "core", **changes) -
         "step_size": 0.5,
         "max_length": 64,
     } | changes
-    initialization = MetaInitialization.fresh(model, BaseModel.of(model, "tiny"), **settings)
+    initialization = fresh(model, BaseModel.of(model, "tiny"), **settings)
     generator = torch.Generator().manual_seed(7)
     for module in initialization.modules.values():
         module.lora_b.copy_(0.1 * torch.randn(module.lora_b.shape, generator=generator))

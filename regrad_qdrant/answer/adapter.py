@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from regrad_qdrant.answer.atom_cache import AtomCache
 from regrad_qdrant.atoms.record import decode_sum
 from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
-from regrad_qdrant.model.initialization import PEFT_PREFIX
+from regrad_qdrant.model.identity import PEFT_PREFIX
 from regrad_qdrant.model.plugin import ADAPTER, lean_forward, live_space, lora_layers, lora_weight, plug_in, row_updates
 
 if TYPE_CHECKING:

@@ -31,11 +31,11 @@ from regrad_qdrant.bank.stores.base import (
     WithPayload,
     bounded,
     json_bytes,
-    open_store,
     pages,
     sized,
 )
 from regrad_qdrant.bank.stores.client import ClientStore
+from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.errors import BankError, RecordError, StoreUnavailableError
 
 if TYPE_CHECKING:

@@ -66,7 +66,7 @@ CodecName = Annotated[str, typer.Option("--codec", help=f"How atoms are coded: {
 
 def store_of(collection: str, url: str | None, path: Path | None) -> Store:
     """The store that the options and the environment name."""
-    from regrad_qdrant.bank.stores.base import open_store
+    from regrad_qdrant.bank.stores.opening import open_store
 
     if url is not None and path is not None:
         raise DataError("give either --url or --path")

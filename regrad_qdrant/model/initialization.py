@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import InitializationError, WrongModelError
+from regrad_qdrant.model.identity import PEFT_PREFIX, BaseModel, weights_digest
 from regrad_qdrant.model.space import SPACES, AtomSpace, LoraModule
 
 if TYPE_CHECKING:
@@ -27,19 +28,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "initializations"
-PEFT_PREFIX = "base_model.model."
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """Identity of the base model θ: where it is loaded from, and what its weights and architecture hash to."""
-
-    name: str
-    digest: str
-
-    @classmethod
-    def of(cls, model: nn.Module, name: str) -> BaseModel:
-        return cls(name, weights_digest(model))
 
 
 @dataclass(frozen=True)
@@ -247,110 +235,6 @@ class MetaInitialization:
             passages_in_prompt=regrad["passages_in_prompt"],
             card=regrad["card"],
         )
-
-    # -- the start of meta-training ---------------------------------------------------------------------
-
-    @classmethod
-    def fresh(
-        cls,
-        model: nn.Module,
-        base: BaseModel,
-        *,
-        kind: str,
-        targets: Sequence[str],
-        layers: Sequence[int],
-        rank: int,
-        basis_rank: int,
-        lora_alpha: int,
-        step_size: float,
-        max_length: int,
-        passages_in_prompt: bool = False,
-    ) -> MetaInitialization:
-        """Untrained: A and U from the top singular vectors of each weight, B zero, so the model is unchanged.
-
-        Args:
-            model: the plain base model.
-            targets: last parts of the adapted layers' names, such as `gate_proj`.
-            layers: numbers of the adapted transformer layers.
-
-        Raises:
-            InitializationError: if the model has no such layers, or the rank is larger than they are.
-        """
-        import torch
-
-        chosen = adapted_layers(model, targets, layers)
-        modules = {}
-        for name, linear in chosen.items():
-            weight = linear.weight.detach().float()
-            if max(rank, basis_rank) > min(weight.shape):
-                raise InitializationError(
-                    f"rank {max(rank, basis_rank)} is larger than {name} is: {tuple(weight.shape)}"
-                )
-            left, _, right = torch.linalg.svd(weight, full_matrices=False)
-            modules[name] = LoraModule(
-                lora_a=right[:rank].contiguous(),
-                lora_b=torch.zeros(weight.shape[0], rank),
-                scaling=lora_alpha / rank,
-                basis=left[:, :basis_rank].contiguous() if SPACES[kind].uses_basis else None,
-            )
-        step_sizes: dict[str, float | Tensor] = dict.fromkeys(SPACES[kind](modules).shapes, step_size)
-        return cls(base, kind, lora_alpha, modules, step_sizes, max_length, passages_in_prompt=passages_in_prompt)
-
-
-def adapted_layers(model: nn.Module, targets: Sequence[str], layers: Sequence[int]) -> dict[str, nn.Linear]:
-    """The linear layers whose name ends in one of `targets`, in the transformer layers `layers`.
-
-    Raises:
-        InitializationError: if there is none; the error lists what the model has.
-    """
-    from torch import nn
-
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    chosen = {
-        name: module
-        for name, module in linears.items()
-        if name.rsplit(".", 1)[-1] in targets
-        and any(part.isdigit() and int(part) in layers for part in name.split("."))
-    }
-    if not chosen:
-        kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
-        raise InitializationError(
-            f"no layer matches targets {list(targets)} in layers {list(layers)}; the model has {kinds}"
-        )
-    return chosen
-
-
-def weights_digest(model: nn.Module) -> str:
-    """16 hex digits of the base model's weights and of the settings its forward pass depends on.
-
-    Weights are hashed as bfloat16, so that a checkpoint loaded in bfloat16 and in float32 is the same model.
-    LoRA tensors are left out: a model that carries an adapter hashes as the plain one.
-    """
-    import torch
-
-    digest = hashlib.sha256(json.dumps(_architecture(model), sort_keys=True, default=str).encode())
-    for name, parameter in sorted((name.replace(".base_layer", ""), p) for name, p in model.named_parameters()):
-        name = name.removeprefix(PEFT_PREFIX)
-        if ".lora_" in name:
-            continue
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        values = parameter.detach()
-        if values.is_floating_point():
-            values = values.to(torch.bfloat16).view(torch.int16)
-        digest.update(values.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-_ARCHITECTURE = (
-    "model_type", "hidden_act", "num_attention_heads", "num_key_value_heads", "rms_norm_eps", "layer_norm_eps",
-    "rope_parameters", "sliding_window", "tie_word_embeddings",
-)  # fmt: skip
-
-
-def _architecture(model: nn.Module) -> dict[str, Any]:
-    """Settings that change the forward pass though no weight's shape shows them."""
-    config = getattr(model, "config", None)
-    return {name: getattr(config, name, None) for name in _ARCHITECTURE}
 
 
 def _tensors(modules: Mapping[str, LoraModule]) -> dict[str, Tensor]:

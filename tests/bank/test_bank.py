@@ -14,8 +14,9 @@ from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.layouts import Layout
-from regrad_qdrant.bank.stores.base import PayloadWrite, SparseVector, open_store
+from regrad_qdrant.bank.stores.base import PayloadWrite, SparseVector
 from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
 
 SPACE, OTHER = "a" * 16, "b" * 16

@@ -13,8 +13,8 @@ from qdrant_client import QdrantClient
 
 from regrad_qdrant import Document, GradientBank
 from regrad_qdrant.atoms.record import make_records
-from regrad_qdrant.bank.stores.base import open_store
 from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.errors import StoreUnavailableError
 
 SPACE, COUNT, KILLS = "a" * 16, 400, 20
@@ -22,7 +22,7 @@ WRITER = textwrap.dedent(
     """
     import json, sys
     from regrad_qdrant import GradientBank, Record
-    from regrad_qdrant.bank.stores.base import open_store
+    from regrad_qdrant.bank.stores.opening import open_store
 
     folder, name, records = sys.argv[1:]
     records = json.loads(open(records).read())

@@ -6,10 +6,11 @@ import torch
 from conftest import tiny_initialization, tiny_model
 from peft import PeftModel
 
+from regrad_loaders.training.start import fresh
 from regrad_qdrant import Adapter, MetaInitialization
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import AdapterError, InitializationError, WrongModelError
-from regrad_qdrant.model.initialization import BaseModel, weights_digest
+from regrad_qdrant.model.identity import BaseModel, weights_digest
 
 
 def changed(initialization, part, **of_module):
@@ -112,7 +113,7 @@ def test_damaged_folders_are_refused(initialization, tmp_path):
 
 
 def test_a_fresh_one_leaves_the_model_unchanged(model):
-    initialization = MetaInitialization.fresh(
+    initialization = fresh(
         model, BaseModel.of(model, "tiny"), kind="core", targets=["up_proj"], layers=[0], rank=4, basis_rank=4,
         lora_alpha=8, step_size=1.0, max_length=32,
     )  # fmt: skip

@@ -21,7 +21,8 @@ from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import make_records, text_sha
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Document
-from regrad_qdrant.bank.stores.base import open_store, pages
+from regrad_qdrant.bank.stores.base import pages
+from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.model.memory import anonymous_megabytes, give_back_memory
 
 QUERIES = 200

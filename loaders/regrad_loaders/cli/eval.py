@@ -281,7 +281,7 @@ def _baseline(mode: str) -> str | None:
 
 
 def _raw(model: Any, tokenizer: Any, like: MetaInitialization, passages: list[Passage] | None) -> MetaInitialization:
-    from regrad_loaders.training.meta_learner import raw_initialization
+    from regrad_loaders.training.start import raw_initialization
 
     if passages is None:
         raise DataError("the mode raw chooses its step size on passages of the corpus: give --corpus")

@@ -178,7 +178,7 @@ def _bench(data: Path | None, tokens: str, init: str, codec: str) -> Iterator[Be
     from regrad_loaders.bench.query import Bench
     from regrad_qdrant import GradientBank, ReGrad
     from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
-    from regrad_qdrant.bank.stores.base import open_store
+    from regrad_qdrant.bank.stores.opening import open_store
 
     initialization = _initialization(init)
     model, tokenizer = _load("float32", initialization)

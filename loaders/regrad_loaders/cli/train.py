@@ -40,7 +40,7 @@ def train(
     from regrad_loaders.training.recipe import Recipe
     from regrad_loaders.training.trainer import run
     from regrad_qdrant.model.base_model import load_base_model
-    from regrad_qdrant.model.initialization import BaseModel
+    from regrad_qdrant.model.identity import BaseModel
 
     settings = Recipe.load(recipe)
     if data_dir is not None:
@@ -82,7 +82,7 @@ def import_checkpoint(
     """Convert a checkpoint of the ReGrad authors' released code into an initialization."""
     from regrad_loaders.training.released_checkpoint import base_model_of, read
     from regrad_qdrant.model.base_model import load_base_model
-    from regrad_qdrant.model.initialization import BaseModel
+    from regrad_qdrant.model.identity import BaseModel
 
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: choose another --out")

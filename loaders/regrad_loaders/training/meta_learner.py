@@ -27,8 +27,6 @@ from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.model.space import SPACES, LoraModule
 
-STEP_SIZE_GRID = tuple(10 ** (i / 4) for i in range(-8, 13))  # 0.01 to 1000, four a decade
-
 
 class MetaLearner(nn.Module):
     """The outer parameters φ₀, log α, log τ (and U) over a live model, and the objective of one episode."""
@@ -232,63 +230,3 @@ class MetaLearner(nn.Module):
 
     def _learned_merge(self) -> MergeRule:
         return MergeRule(self.merge, float(self.log_temperature.detach().exp()))
-
-
-def raw_initialization(
-    model: nn.Module, like: MetaInitialization, passages: Sequence[Sequence[int]]
-) -> MetaInitialization:
-    """An initialization of the same layers and ranks without meta-training: fresh tensors, and the step size that
-    `calibrate` finds on some passages (token ids). The control that shows what meta-training does.
-
-    Raises:
-        InitializationError: if no step size lowers the passages' loss.
-    """
-    basis = next(iter(like.modules.values())).basis
-    fresh = MetaInitialization.fresh(
-        model,
-        like.base,
-        kind=like.kind,
-        targets=sorted({name.rsplit(".", 1)[-1] for name in like.modules}),
-        layers=like.layers,
-        rank=like.rank,
-        basis_rank=0 if basis is None else int(basis.shape[1]),
-        lora_alpha=like.lora_alpha,
-        step_size=1.0,
-        max_length=like.max_length,
-    )
-    learner = MetaLearner(model, fresh, like.merge.rule)
-    try:
-        size, _ = calibrate(learner, passages)
-    finally:
-        learner.model[0].unload()
-    return fresh.with_step_sizes(dict.fromkeys(fresh.step_sizes, size), like.merge)
-
-
-def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[float, list[dict[str, float]]]:
-    """The step size that lowers the documents' own loss most within a trust region.
-
-    Each document's atom is applied with every size of the grid; `own` is the mean change of the document's
-    loss, `other` that of a document which the atom knows nothing of (the one half the list away). The trust
-    region: `other` may rise by no more than half of what `own` falls. Returns the size and the whole table.
-    """
-    atoms, before = learner.atoms(passages, create_graph=False)
-    batch = pad(passages, learner.pad_id, learner.device)
-    half = len(passages) // 2
-    table = []
-    with torch.no_grad():
-        for size in STEP_SIZE_GRID:
-            changes = []
-            for shift in (0, half):
-                rows = {name: -size * atom.roll(shift, 0) for name, atom in atoms.items()}
-                with row_updates(learner.model[0], learner.space, rows):
-                    changes.append(float((document_losses(learner.model[0], *batch) - before).mean()))
-            own, other = changes
-            table.append({"step_size": size, "own": own, "other": other})
-            if own > 0.5:
-                break  # far past the minimum
-    trusted = [row for row in table if row["own"] < 0 and row["other"] <= -0.5 * row["own"]]
-    if not trusted:
-        raise InitializationError(
-            f"no step size lowers the documents' loss; tried {[row['step_size'] for row in table]}"
-        )
-    return min(trusted, key=lambda row: row["own"])["step_size"], table

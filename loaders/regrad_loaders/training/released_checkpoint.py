@@ -24,7 +24,8 @@ from torch import Tensor
 
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import InitializationError
-from regrad_qdrant.model.initialization import BaseModel, MetaInitialization
+from regrad_qdrant.model.identity import BaseModel
+from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.space import LoraModule
 
 MAX_LENGTH = 2048  # tokens of a document, in their code

@@ -6,36 +6,30 @@ What a step draws depends on the seed, the process and the number of the step al
 
 from __future__ import annotations
 
-import json
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from regrad_loaders.data.cloze import cloze_questions
-from regrad_loaders.data.episodes import Episode, EpisodeSource
-from regrad_loaders.data.facts import generate
-from regrad_loaders.data.folders import Dataset, Question, read_folder
-from regrad_loaders.data.hub import read_hub
-from regrad_loaders.training.average import mean_of
-from regrad_loaders.training.meta_learner import MetaLearner, calibrate
-from regrad_loaders.training.narrow import narrow, values_of
-from regrad_loaders.training.recipe import Recipe, Source
-from regrad_qdrant.atoms.merge import MergeRule
-from regrad_qdrant.errors import DataError, InitializationError
-from regrad_qdrant.model.initialization import BaseModel, MetaInitialization, adapted_layers
+from regrad_loaders.data.episodes import Episode
+from regrad_loaders.training.calibration import calibrate
+from regrad_loaders.training.log import Log
+from regrad_loaders.training.meta_learner import MetaLearner
+from regrad_loaders.training.mixture import load_dev_sources, load_sources
+from regrad_loaders.training.recipe import Recipe
+from regrad_loaders.training.start import begin
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.identity import BaseModel
+from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.memory import keep_freed_memory
-from regrad_qdrant.model.space import SPACES
-
-SAMPLE = 48  # passages of each source whose atoms say which directions narrowing keeps
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Trainer:
         model.to(self.accelerator.device)
         self.sources, self.weights = load_sources(recipe, tokenizer)
         self.dev_sources = load_dev_sources(recipe, tokenizer)
-        initialization = self._start(model, base)
+        initialization = begin(recipe, model, base, self.sources)
         self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode)
         self.step = 0
         self.seen: set[str] = set()
@@ -86,72 +80,6 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
-
-    def _start(self, model: nn.Module, base: BaseModel) -> MetaInitialization:
-        """What training begins with: fresh from the model's own singular vectors, or an initialization made before,
-        narrowed where the recipe's space, ranks and layers hold less; of LoRA tensors of the same rank B A stays.
-
-        Raises:
-            InitializationError: if that one has another shape than the recipe says.
-            WrongModelError: if it belongs to another base model.
-        """
-        recipe = self.recipe
-        layers = range(recipe.layers[0], recipe.layers[1] + 1)
-        if recipe.start is None:
-            fresh = MetaInitialization.fresh(
-                model,
-                base,
-                kind=recipe.space,
-                targets=recipe.targets,
-                layers=layers,
-                rank=recipe.rank,
-                basis_rank=recipe.basis_rank,
-                lora_alpha=recipe.lora_alpha,
-                step_size=recipe.step_size or 1.0,
-                max_length=recipe.max_length,
-                passages_in_prompt=recipe.passages_in_prompt > 0,
-            )
-            return replace(fresh, merge=MergeRule(recipe.merge, recipe.temperature))
-        start = MetaInitialization.load(recipe.start)
-        if recipe.averaged_with is not None:
-            start = mean_of(start, MetaInitialization.load(recipe.averaged_with))
-        start.check_model(model)
-        modules = list(adapted_layers(model, recipe.targets, layers))
-        wanted = (recipe.rank, recipe.basis_rank, set(modules))
-        if start.kind == "lora" and recipe.space in ("core", "values"):
-            start = values_of(start, modules)
-        if recipe.space == "core" and start.kind in ("core", "values") and _plan(start) != wanted:
-            atoms = self._sample_atoms(model, start)
-            start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=modules)
-        found: dict[str, tuple[Any, Any]] = {
-            "kind": (start.kind, recipe.space),
-            "lora_alpha": (start.lora_alpha, recipe.lora_alpha),
-            "max_length": (start.max_length, recipe.max_length),
-            "rank": (start.rank, recipe.rank),
-            "layers": (set(start.modules), set(modules)),
-        }
-        if SPACES[recipe.space].uses_basis:
-            found["basis_rank"] = (_plan(start)[1], recipe.basis_rank)
-        differing = [name for name, (there, here) in found.items() if there != here]
-        if differing:
-            raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
-        merge = MergeRule(recipe.merge, start.merge.temperature)
-        return replace(start, merge=merge, passages_in_prompt=recipe.passages_in_prompt > 0)
-
-    def _sample_atoms(self, model: nn.Module, start: MetaInitialization) -> Tensor:
-        """Atoms of passages of every source in the space of `start`, each source's of mean length 1."""
-        rng = random.Random(self.recipe.seed + 3)
-        learner = MetaLearner(model, start, self.recipe.merge)
-        atoms = []
-        for source in self.sources:
-            found: list[Tensor] = []
-            while len(found) < SAMPLE:
-                episode = source.episode(rng, self.recipe.passages, 1, self.recipe.top_k)
-                found += learner.space.flatten(learner.atoms(episode.passages, create_graph=False)[0])
-            rows = torch.stack(found)
-            atoms.append(rows / rows.norm(dim=1).mean())
-        learner.model[0].unload()
-        return torch.cat(atoms)
 
     def _decay(self, step: int) -> float:
         """Linear warm-up, then linear decay to zero."""
@@ -308,61 +236,6 @@ class Trainer:
         return self.learner.trained(card) if self.recipe.learn == "all" else self.learner.refitted(card)
 
 
-def _plan(initialization: MetaInitialization) -> tuple[int, int, set[str]]:
-    """Its r, its p (0 without a basis) and its modules."""
-    basis = next(iter(initialization.modules.values())).basis
-    return initialization.rank, 0 if basis is None else int(basis.shape[1]), set(initialization.modules)
-
-
-def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:
-    """The recipe's mixture: one episode source a data set, and the weights to draw them with."""
-    sources = []
-    for source in recipe.data:
-        dataset = _dataset(recipe, source)
-        questions = _of_types(dataset.split(source.split), source)
-        if not questions:
-            raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
-        if source.cloze:
-            questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
-        sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
-    return sources, [source.weight for source in recipe.data]
-
-
-def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
-    """Sources of dev questions, to evaluate on: of each folder that has any, and invented people that training has
-    not met. None where the recipe wants none."""
-    sources: list[EpisodeSource] = []
-    if not recipe.dev_questions:
-        return sources
-    rng = random.Random(recipe.seed + 4)
-    for source in recipe.data:
-        dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
-        questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
-        if questions:
-            chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
-            sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
-    return sources
-
-
-def _dataset(recipe: Recipe, source: Source) -> Dataset:
-    if source.facts is not None:
-        return generate("train", **source.facts)
-    if source.hub is not None:
-        return read_hub(source.hub, source.split, source.fields, source.config)
-    return read_folder(Path(recipe.data_dir) / str(source.folder))
-
-
-def _of_types(questions: list[Question], source: Source) -> list[Question]:
-    return [question for question in questions if not source.types or question.type in source.types]
-
-
-def _forget_after(metrics: Path, step: int) -> None:
-    """Drop what was logged after a checkpoint's step: those steps are done again. A step of −1 drops all."""
-    if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-        metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
-
-
 def run(
     recipe: Recipe,
     model: nn.Module,
@@ -384,7 +257,7 @@ def run(
     trainer = Trainer(recipe, model, tokenizer, base, out)
     out.mkdir(parents=True, exist_ok=True)
     resumed = resume and trainer.resume()
-    with _Log(out, trainer.step if resumed else -1, trainer.accelerator.is_main_process) as log:
+    with Log(out, trainer.step if resumed else -1, trainer.accelerator.is_main_process) as log:
         if not resumed:
             table = trainer.calibrate()
             size = float(trainer.learner.log_step_size.detach().exp()[0])
@@ -414,48 +287,3 @@ def _save(trainer: Trainer, folder: Path) -> MetaInitialization:
     if trainer.accelerator.is_main_process:
         initialization.save(folder)
     return initialization
-
-
-class _Log:
-    """metrics.jsonl, one object a line, and TensorBoard's events beside it."""
-
-    def __init__(self, out: Path, step: int, is_main: bool) -> None:
-        self.is_main = is_main
-        if not is_main:
-            return
-        _forget_after(out / "metrics.jsonl", step)
-        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=max(0, step))
-        except ImportError:
-            self.board = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.is_main:
-            self.file.close()
-            if self.board is not None:
-                self.board.close()
-
-    def write(self, kind: str, values: Mapping[str, Any]) -> None:
-        if not self.is_main:
-            return
-        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self.file.flush()
-        if self.board is None:
-            return
-        for name, value in _numbers(values.get("sources", values)):
-            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
-
-
-def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a nested mapping by their paths."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{before}{name}/")
-        elif isinstance(value, int | float) and name != "step":
-            yield f"{before}{name}", float(value)

@@ -11,11 +11,10 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from regrad_qdrant.bank.layouts import value_at
-from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
+from regrad_qdrant.errors import BankError, RecordTooLargeError
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -25,8 +24,6 @@ Payload = dict[str, Any]
 Item = TypeVar("Item")
 
 MAX_REQUEST_BYTES = 16 * 2**20  # a server's REST limit is 32 MiB
-
-CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
 
 
 @dataclass(frozen=True)
@@ -171,38 +168,6 @@ class Store(Protocol):
         """Let the engine put its segments in order after a bulk load, where it does not do so by itself."""
 
     def close(self) -> None: ...
-
-
-def open_store(
-    collection: str, *, url: str | None = None, api_key: str | None = None, path: str | Path | None = None
-) -> Store:
-    """The store of a collection: a running server for `url`; for `path` an embedded folder.
-
-    A folder that `QdrantClient(path=…)` made is opened by that client, any other one holds Edge shards.
-    """
-    from regrad_qdrant.bank.stores.client import ClientStore, client_errors
-    from regrad_qdrant.bank.stores.edge import EdgeStore
-
-    if url is not None:
-        from qdrant_client import QdrantClient
-
-        with client_errors(collection):
-            client = QdrantClient(url=url, api_key=api_key, timeout=CLIENT_TIMEOUT, check_compatibility=False)
-            client.get_collections()
-        return ClientStore(client, collection, owns_client=True)
-    folder = Path(path or "regrad_bank")
-    if not collection or Path(collection).name != collection or collection == "..":
-        raise BankError(f"{collection!r} is no collection name for a folder: it must not contain a path")
-    if (folder / "meta.json").is_file():
-        from qdrant_client import QdrantClient
-
-        try:
-            return ClientStore(QdrantClient(path=str(folder)), collection, owns_client=True)
-        except RuntimeError as error:
-            raise StoreUnavailableError(f"the folder {folder} is open in another process: {error}") from error
-    if folder.exists() and not folder.is_dir():
-        raise BankError(f"{folder} is a file; --path wants a folder")
-    return EdgeStore(folder / collection)
 
 
 def plain_id(key: Any) -> PointId:

@@ -15,15 +15,17 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from regrad_loaders.data.episodes import EpisodeSource, bm25_hits
 from regrad_loaders.data.facts import generate
 from regrad_loaders.training.average import mean_of
-from regrad_loaders.training.meta_learner import MetaLearner, calibrate
+from regrad_loaders.training.calibration import calibrate
+from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_loaders.training.narrow import narrow, values_of
 from regrad_loaders.training.recipe import Recipe, Source
+from regrad_loaders.training.start import adapted_layers
 from regrad_loaders.training.trainer import Trainer, run
 from regrad_qdrant import Adapter, MetaInitialization
 from regrad_qdrant.atoms.codec import get_codec
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.errors import DataError, InitializationError, RegradError
-from regrad_qdrant.model.initialization import BaseModel, adapted_layers
+from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.space import SPACES, LoraModule
 
 RECIPE = Recipe(

@@ -12,7 +12,8 @@ from regrad_loaders.training.released_checkpoint import read
 from regrad_qdrant import Adapter
 from regrad_qdrant.cli import app as cli
 from regrad_qdrant.errors import InitializationError
-from regrad_qdrant.model.initialization import BaseModel, MetaInitialization
+from regrad_qdrant.model.identity import BaseModel
+from regrad_qdrant.model.initialization import MetaInitialization
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 

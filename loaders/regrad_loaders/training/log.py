@@ -1,0 +1,60 @@
+"""What a run writes down: metrics.jsonl, and TensorBoard's events where that is installed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+
+class Log:
+    """metrics.jsonl, one object a line, and TensorBoard's events beside it."""
+
+    def __init__(self, out: Path, step: int, is_main: bool) -> None:
+        self.is_main = is_main
+        if not is_main:
+            return
+        _forget_after(out / "metrics.jsonl", step)
+        self.file = (out / "metrics.jsonl").open("a", encoding="utf-8")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=max(0, step))
+        except ImportError:
+            self.board = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_main:
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
+
+    def write(self, kind: str, values: Mapping[str, Any]) -> None:
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.file.flush()
+        if self.board is None:
+            return
+        for name, value in _numbers(values.get("sources", values)):
+            self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
+
+
+def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a nested mapping by their paths."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{before}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            yield f"{before}{name}", float(value)
+
+
+def _forget_after(metrics: Path, step: int) -> None:
+    """Drop what was logged after a checkpoint's step: those steps are done again. A step of −1 drops all."""
+    if metrics.is_file():
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")

@@ -1,0 +1,57 @@
+"""A recipe's mixture of data: one source of episodes a data set."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from regrad_loaders.data.cloze import cloze_questions
+from regrad_loaders.data.episodes import EpisodeSource
+from regrad_loaders.data.facts import generate
+from regrad_loaders.data.folders import Dataset, Question, read_folder
+from regrad_loaders.data.hub import read_hub
+from regrad_loaders.training.recipe import Recipe, Source
+from regrad_qdrant.errors import DataError
+
+
+def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:
+    """The recipe's mixture: one episode source a data set, and the weights to draw them with."""
+    sources = []
+    for source in recipe.data:
+        dataset = _dataset(recipe, source)
+        questions = _of_types(dataset.split(source.split), source)
+        if not questions:
+            raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
+        if source.cloze:
+            questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
+        sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
+    return sources, [source.weight for source in recipe.data]
+
+
+def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
+    """Sources of dev questions, to evaluate on: of each folder that has any, and invented people that training has
+    not met. None where the recipe wants none."""
+    sources: list[EpisodeSource] = []
+    if not recipe.dev_questions:
+        return sources
+    rng = random.Random(recipe.seed + 4)
+    for source in recipe.data:
+        dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
+        questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
+        if questions:
+            chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
+            sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
+    return sources
+
+
+def _dataset(recipe: Recipe, source: Source) -> Dataset:
+    if source.facts is not None:
+        return generate("train", **source.facts)
+    if source.hub is not None:
+        return read_hub(source.hub, source.split, source.fields, source.config)
+    return read_folder(Path(recipe.data_dir) / str(source.folder))
+
+
+def _of_types(questions: list[Question], source: Source) -> list[Question]:
+    return [question for question in questions if not source.types or question.type in source.types]

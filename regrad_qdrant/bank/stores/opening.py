@@ -1,0 +1,41 @@
+"""Which store a collection is in: a server for a URL, an embedded engine for a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from regrad_qdrant.bank.stores.base import Store
+from regrad_qdrant.bank.stores.client import ClientStore, client_errors
+from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.errors import BankError, StoreUnavailableError
+
+CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
+
+
+def open_store(
+    collection: str, *, url: str | None = None, api_key: str | None = None, path: str | Path | None = None
+) -> Store:
+    """The store of a collection: a running server for `url`; for `path` an embedded folder.
+
+    A folder that `QdrantClient(path=…)` made is opened by that client, any other one holds Edge shards.
+    """
+    if url is not None:
+        from qdrant_client import QdrantClient
+
+        with client_errors(collection):
+            client = QdrantClient(url=url, api_key=api_key, timeout=CLIENT_TIMEOUT, check_compatibility=False)
+            client.get_collections()
+        return ClientStore(client, collection, owns_client=True)
+    folder = Path(path or "regrad_bank")
+    if not collection or Path(collection).name != collection or collection == "..":
+        raise BankError(f"{collection!r} is no collection name for a folder: it must not contain a path")
+    if (folder / "meta.json").is_file():
+        from qdrant_client import QdrantClient
+
+        try:
+            return ClientStore(QdrantClient(path=str(folder)), collection, owns_client=True)
+        except RuntimeError as error:
+            raise StoreUnavailableError(f"the folder {folder} is open in another process: {error}") from error
+    if folder.exists() and not folder.is_dir():
+        raise BankError(f"{folder} is a file; --path wants a folder")
+    return EdgeStore(folder / collection)
