@@ -19,7 +19,7 @@ from regrad_qdrant.bank.stores.client import ClientStore
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.cli import app as cli
 from regrad_qdrant.model.identity import BaseModel
-from regrad_qdrant.model.space import SPACES
+from regrad_qdrant.model.spaces.registry import SPACES
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,7 +8,7 @@ import torch
 from regrad_loaders.data.facts import generate
 from regrad_loaders.evaluation.evaluate import evaluate
 from regrad_qdrant import GradientBank, MetaInitialization, ReGrad, load_base_model
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
 from regrad_qdrant.cli.options import DEFAULT_INIT
 from regrad_qdrant.model.plugin import lora_layers, lora_weight

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.generation import generate
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC, get_codec
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC, get_codec
 from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.errors import DataError, RegradError, StaleAtomError, WrongSpaceError

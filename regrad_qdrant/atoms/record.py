@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import msgpack
 import zstandard
 
-from regrad_qdrant.atoms.codec import AtomLayout, Codec, get_codec
+from regrad_qdrant.atoms.codec import AtomLayout, Codec
+from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.errors import (
     CorruptRecordError,
     OversizedRecordError,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from regrad_qdrant.atoms.codec import CODECS, AtomLayout, get_codec
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.atoms.codecs.registry import CODECS, get_codec
 from regrad_qdrant.atoms.record import DEFAULT_KEY, Record, text_sha
 from regrad_qdrant.bank.documents import Document, Hit, canonical_id, point_id
 from regrad_qdrant.bank.embed import Bm25, Embedder

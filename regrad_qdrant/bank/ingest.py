@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from regrad_qdrant.atoms.codec import get_codec
+from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.corpus import Passage

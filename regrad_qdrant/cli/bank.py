@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.record import DEFAULT_KEY
 from regrad_qdrant.cli.console import console, errors, print_report, progress
 from regrad_qdrant.cli.options import (
@@ -81,7 +81,7 @@ def ingest(
 
     Safe to stop and to start again: what is there is not computed twice.
     """
-    from regrad_qdrant.atoms.codec import get_codec
+    from regrad_qdrant.atoms.codecs.registry import get_codec
     from regrad_qdrant.bank.corpus import read_corpus
     from regrad_qdrant.errors import BankError
 
@@ -153,7 +153,7 @@ def recode(
 
     Safe to stop and to start again. What the coarser codec leaves out can't be brought back but by ingesting anew.
     """
-    from regrad_qdrant.atoms.codec import get_codec
+    from regrad_qdrant.atoms.codecs.registry import get_codec
     from regrad_qdrant.model.initialization import MetaInitialization
 
     get_codec(codec)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from regrad_qdrant.atoms.codec import CODECS
+from regrad_qdrant.atoms.codecs.registry import CODECS
 from regrad_qdrant.atoms.merge import RULES
 from regrad_qdrant.cli.console import console, progress
 from regrad_qdrant.errors import DataError

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import InitializationError, WrongModelError
 from regrad_qdrant.model.identity import PEFT_PREFIX, BaseModel, weights_digest
-from regrad_qdrant.model.space import SPACES, AtomSpace, LoraModule
+from regrad_qdrant.model.space import AtomSpace, LoraModule
+from regrad_qdrant.model.spaces.registry import SPACES
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

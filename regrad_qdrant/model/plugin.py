@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from regrad_qdrant.errors import AdapterError
-from regrad_qdrant.model.space import SPACES, AtomSpace, LoraModule
+from regrad_qdrant.model.space import AtomSpace, LoraModule
+from regrad_qdrant.model.spaces.registry import SPACES
 
 if TYPE_CHECKING:
     from peft import PeftModel

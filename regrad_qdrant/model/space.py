@@ -7,13 +7,12 @@ For a LoRA module y = W x + s·B A x with A (r, d_in) and B (d_out, r):
 - `tied` is `core` with one C for all modules of a transformer layer: the sum of theirs;
 - `values` holds g_B alone, so that what is left of a document's gradient has few directions and codes well.
 
-A space is one small class; `SPACES` is the registry.
+A space is one small class in a file of `spaces`, and a line of its registry.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,6 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from regrad_qdrant.atoms.codec import AtomLayout
-from regrad_qdrant.errors import InitializationError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,111 +128,8 @@ class AtomSpace(ABC):
         """
 
 
-class LoraSpace(AtomSpace):
-    """The whole gradient of A and B (paper, section 3): faithful and large."""
-
-    kind = "lora"
-
-    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, int]]:
-        return {f"{name}.lora_A": (module.rank, module.d_in), f"{name}.lora_B": (module.d_out, module.rank)}
-
-    def keep(self, name: str, x: Tensor) -> Tensor:
-        return x
-
-    def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        module = self.modules[name]
-        delta = delta * module.scaling
-        a, b = module.lora_a.to(kept.dtype), module.lora_b.to(delta.dtype)
-        return {
-            f"{name}.lora_A": (delta @ b).mT @ kept,  # g_A = s·Σ_t (Bᵀδ_t) x_tᵀ
-            f"{name}.lora_B": delta.mT @ (kept @ a.mT),  # g_B = s·Σ_t δ_t (A x_t)ᵀ
-        }
-
-    def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(atom)
-
-    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        module = self.modules[name]
-        delta_a, delta_b = rows[f"{name}.lora_A"], rows[f"{name}.lora_B"]
-        kept, moved = x @ module.lora_a.mT, x @ delta_a.mT  # A x and ΔA x
-        return module.scaling * ((kept + moved) @ delta_b.mT + moved @ module.lora_b.mT)
-
-
-class _KeySpace(AtomSpace):
+class KeySpace(AtomSpace):
     """A space that moves B alone: of a module's input it needs the keys A x."""
 
     def keep(self, name: str, x: Tensor) -> Tensor:
         return x @ self.modules[name].lora_a.to(x.dtype).mT  # (batch, tokens, r)
-
-
-class CoreSpace(_KeySpace):
-    """C = Uᵀ g_B: p × r numbers a module, in the basis U that meta-training learns."""
-
-    kind = "core"
-    uses_basis = True
-
-    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, int]]:
-        return {self.core_of(name): (int(self._basis(module, module.lora_b).shape[1]), module.rank)}
-
-    def core_of(self, name: str) -> str:
-        """The atom's tensor that belongs to a module."""
-        return f"{name}.core"
-
-    def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        module = self.modules[name]
-        projected = delta @ (module.scaling * self._basis(module, delta))  # s·Uᵀδ: (batch, tokens, p)
-        return {self.core_of(name): projected.mT @ kept}
-
-    def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        cores = {name: atom[self.core_of(name)] for name in self.modules}
-        return {f"{name}.lora_B": self._basis(self.modules[name], core) @ core for name, core in cores.items()}
-
-    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        module = self.modules[name]
-        return (x @ module.lora_a.mT) @ rows[self.core_of(name)].mT @ (module.scaling * self._basis(module, x)).mT
-
-    @staticmethod
-    def _basis(module: LoraModule, like: Tensor) -> Tensor:
-        if module.basis is None:
-            raise InitializationError("the core space needs a basis U for every module; this initialization has none")
-        return module.basis.to(like)  # the model may have moved since
-
-
-class TiedSpace(CoreSpace):
-    """One core a transformer layer: its modules share C, so the atom holds the sum of their gradients by it."""
-
-    kind = "tied"
-
-    def core_of(self, name: str) -> str:
-        layer = re.match(r".*\.\d+(?=\.)", name)
-        return f"{layer[0] if layer else name}.core"
-
-
-class ValueSpace(_KeySpace):
-    """Every module's g_Bᵀ (r, d_out): the values that B writes for the keys A x.
-
-    Values of one width stand together, so that they are one matrix: a document's gradients of all layers have few
-    directions in common, which is what codecs of low rank code.
-    """
-
-    kind = "values"
-
-    def __init__(self, modules: Mapping[str, LoraModule]) -> None:
-        super().__init__(modules)
-        self.shapes = dict(sorted(self.shapes.items(), key=lambda item: item[1][1]))  # one matrix a width
-
-    def tensors(self, name: str, module: LoraModule) -> dict[str, tuple[int, int]]:
-        return {f"{name}.values": (module.rank, module.d_out)}
-
-    def from_gradients(self, name: str, kept: Tensor, delta: Tensor) -> dict[str, Tensor]:
-        return {f"{name}.values": kept.mT @ (delta * self.modules[name].scaling)}
-
-    def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {f"{name}.lora_B": atom[f"{name}.values"].mT for name in self.modules}
-
-    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        module = self.modules[name]
-        return module.scaling * ((x @ module.lora_a.mT) @ rows[f"{name}.values"])
-
-
-SPACES: dict[str, type[AtomSpace]] = {space.kind: space for space in (LoraSpace, CoreSpace, TiedSpace, ValueSpace)}

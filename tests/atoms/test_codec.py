@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from regrad_qdrant.atoms.codec import CODECS, ROTATED_BLOCK, AtomLayout, LowRank, get_codec
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.atoms.codecs.levels import ROTATED_BLOCK
+from regrad_qdrant.atoms.codecs.low_rank import LowRank
+from regrad_qdrant.atoms.codecs.registry import CODECS, get_codec
 from regrad_qdrant.errors import UnknownCodecError, WrongShapeError
 
 ERROR = {"fp32": 0.0, "fp16": 1e-3, "int8": 0.02, "int4": 0.2, "nf4": 0.2}

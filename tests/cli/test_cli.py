@@ -11,7 +11,7 @@ from regrad_loaders.data.facts import generate
 from regrad_loaders.data.folders import Question
 from regrad_loaders.evaluation.evaluate import _of_others
 from regrad_qdrant import MetaInitialization
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.bank.stores.base import PayloadWrite
 from regrad_qdrant.cli import app as cli
 

@@ -23,7 +23,8 @@ from regrad_loaders.evaluation.plots import new_figure
 from regrad_loaders.evaluation.scores import Interval, bootstrap, f1, pooled
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.generation import generate
-from regrad_qdrant.atoms.codec import AtomLayout, get_codec
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.atoms.record import Record, decode_sum, make_records
 from regrad_qdrant.model.gradients import BATCH_TOKENS, GradientComputer

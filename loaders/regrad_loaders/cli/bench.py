@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from regrad_loaders.cli.speed import COMMANDS
-from regrad_qdrant.atoms.codec import CODECS, DEFAULT_CODEC
+from regrad_qdrant.atoms.codecs.registry import CODECS, DEFAULT_CODEC
 from regrad_qdrant.atoms.merge import RULES
 from regrad_qdrant.cli.console import console, progress
 from regrad_qdrant.cli.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, load, whole_numbers, write_json
@@ -50,7 +50,7 @@ def atoms(
 ) -> None:
     """Bytes an atom against F1: atom spaces × codecs × k, with intervals, paired against fp32 atoms."""
     from regrad_loaders.bench.atoms import BASELINE, AtomBench, plot, report
-    from regrad_qdrant.atoms.codec import get_codec
+    from regrad_qdrant.atoms.codecs.registry import get_codec
 
     names, chosen = [name.strip() for name in codecs.split(",")], inits or [DEFAULT_INIT]
     for name in names:
@@ -109,7 +109,7 @@ def merge(
     """
     from regrad_loaders.bench.atoms import AtomBench
     from regrad_loaders.bench.merge import Merged, documents, report, study
-    from regrad_qdrant.atoms.codec import get_codec
+    from regrad_qdrant.atoms.codecs.registry import get_codec
     from regrad_qdrant.atoms.merge import MergeRule
 
     get_codec(codec)

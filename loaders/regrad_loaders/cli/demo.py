@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from regrad_loaders.cli.tables import answers_table, scores_table
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.record import DEFAULT_KEY
 from regrad_qdrant.cli.console import console, progress
 from regrad_qdrant.cli.options import (

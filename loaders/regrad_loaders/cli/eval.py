@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from regrad_loaders.cli.tables import differences_table, scores_table, sweep_table
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.record import DEFAULT_KEY
 from regrad_qdrant.cli.console import console, print_report, progress
 from regrad_qdrant.cli.options import (

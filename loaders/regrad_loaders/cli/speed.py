@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from regrad_qdrant.atoms.codec import DEFAULT_CODEC
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.cli.console import console, progress
 from regrad_qdrant.cli.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, whole_numbers, write_json
 from regrad_qdrant.errors import DataError

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regrad_loaders.data.episodes import Episode, Example
-from regrad_qdrant.atoms.codec import get_codec
+from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule, merge_weights
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, batches, document_losses, hidden_states, pad
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
-from regrad_qdrant.model.space import SPACES, LoraModule
+from regrad_qdrant.model.space import LoraModule
+from regrad_qdrant.model.spaces.registry import SPACES
 
 
 class MetaLearner(nn.Module):

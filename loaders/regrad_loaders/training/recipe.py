@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from regrad_qdrant.atoms.codec import get_codec
+from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import RULES
 from regrad_qdrant.errors import DataError
-from regrad_qdrant.model.space import SPACES
+from regrad_qdrant.model.spaces.registry import SPACES
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.initialization import MetaInitialization
-from regrad_qdrant.model.space import SPACES, LoraModule
+from regrad_qdrant.model.space import LoraModule
+from regrad_qdrant.model.spaces.registry import SPACES
 
 SAMPLE = 48  # passages of each source whose atoms say which directions narrowing keeps
 

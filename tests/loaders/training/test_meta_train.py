@@ -22,11 +22,12 @@ from regrad_loaders.training.recipe import Recipe, Source
 from regrad_loaders.training.start import adapted_layers
 from regrad_loaders.training.trainer import Trainer, run
 from regrad_qdrant import Adapter, MetaInitialization
-from regrad_qdrant.atoms.codec import get_codec
+from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.errors import DataError, InitializationError, RegradError
 from regrad_qdrant.model.identity import BaseModel
-from regrad_qdrant.model.space import SPACES, LoraModule
+from regrad_qdrant.model.space import LoraModule
+from regrad_qdrant.model.spaces.registry import SPACES
 
 RECIPE = Recipe(
     name="tiny",

@@ -1,0 +1,1 @@
+"""The atom spaces, a file each: lora, core (and tied), values; registry names them."""
