@@ -1,4 +1,5 @@
 """The Gradient Bank: documents with their vectors and atoms in a Qdrant collection.
 
-In the order that data takes: documents, corpus, layouts, embed, stores, bank, ingest; then upkeep, async_bank, migrate.
+In the order that data takes: documents, corpus, layouts, stores, collection, upkeep, embed, bank, ingest.
+async_bank is the same for asyncio; migrate copies a collection from one store to another.
 """

@@ -13,10 +13,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from regrad_qdrant.bank.bank import PAGE, BankStatus, GradientBank, RecodeReport
+from regrad_qdrant.bank.bank import GradientBank
+from regrad_qdrant.bank.collection import PAGE
 from regrad_qdrant.bank.documents import Document, Hit
 from regrad_qdrant.bank.stores.base import pages
 from regrad_qdrant.bank.stores.client import ClientStore
+from regrad_qdrant.bank.upkeep import BankStatus, RecodeReport
 from regrad_qdrant.errors import BankError
 
 if TYPE_CHECKING:

@@ -7,25 +7,24 @@ bounded by bytes, and found again by an index on `<key>.space`.
 from __future__ import annotations
 
 import itertools
-import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.atoms.codec import AtomLayout
-from regrad_qdrant.atoms.codecs.registry import CODECS, get_codec
-from regrad_qdrant.atoms.record import DEFAULT_KEY, Record, text_sha
+from regrad_qdrant.atoms.record import DEFAULT_KEY, Record
+from regrad_qdrant.bank import upkeep
+from regrad_qdrant.bank.collection import PAGE, AtomCollection
 from regrad_qdrant.bank.documents import Document, Hit, canonical_id, point_id
 from regrad_qdrant.bank.embed import Bm25, Embedder
-from regrad_qdrant.bank.layouts import CORPUS, Layout, detect, json_path
+from regrad_qdrant.bank.layouts import CORPUS, Layout
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
     PayloadWrite,
     Point,
     PointId,
     Store,
-    StoredPoint,
     Vector,
     VectorNames,
     Without,
@@ -35,56 +34,19 @@ from regrad_qdrant.bank.stores.base import (
     pages,
     sized,
 )
-from regrad_qdrant.bank.stores.client import ClientStore
 from regrad_qdrant.bank.stores.opening import open_store
-from regrad_qdrant.errors import BankError, RecordError, StoreUnavailableError
+from regrad_qdrant.bank.upkeep import BankStatus, RecodeReport
+from regrad_qdrant.errors import BankError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
-    from qdrant_client.models import FieldCondition, Filter
+    from qdrant_client.models import Filter
 
-    from regrad_qdrant.model.space import AtomSpace
 
-PAGE = 256
 HYBRID_DEPTH = 50  # candidates of each vector that a fusion ranks
-SAMPLE = 64  # points that show the layout
-STATUS_SAMPLE = 1000  # atoms whose size `status` measures
 
 
-@dataclass(frozen=True)
-class BankStatus:
-    """What `status` found; bytes are those of the record's JSON as it stands in the payload."""
-
-    points: int
-    atoms: int
-    missing: int
-    stale: int
-    space: str
-    codec: str | None
-    bytes_median: int | None
-    bytes_max: int | None
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "points": self.points,
-            "atoms": self.atoms,
-            "missing": self.missing,
-            "stale": self.stale,
-            "space": self.space,
-            "codec": self.codec,
-            "bytes_per_atom": {"median": self.bytes_median, "max": self.bytes_max},
-        }
-
-
-@dataclass
-class RecodeReport:
-    """What `recode` did."""
-
-    recoded: int = 0
-    failed: dict[str, str] = field(default_factory=dict)  # point id → why its atom could not be read
-
-
-class GradientBank:
+class GradientBank(AtomCollection):
     """Knowledge atoms of one space in one collection.
 
     Args:
@@ -111,13 +73,16 @@ class GradientBank:
         max_request_bytes: int = MAX_REQUEST_BYTES,
         sidecar: str | None = None,
     ) -> None:
-        self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
-        self.atoms: Store = self.store if sidecar is None else self.store.sibling(sidecar)
-        self.space = space
-        self.payload_key = payload_key
-        self._use(layout)
+        super().__init__(
+            client,
+            collection_name,
+            space,
+            payload_key=payload_key,
+            layout=layout,
+            max_request_bytes=max_request_bytes,
+            sidecar=sidecar,
+        )
         self.embedders: dict[str, Embedder] = dict(embedders) if embedders is not None else {"bm25": Bm25()}
-        self.max_request_bytes = max_request_bytes
 
     @classmethod
     def open(
@@ -129,42 +94,6 @@ class GradientBank:
     ) -> Self:
         """A bank in an embedded Qdrant Edge shard below the folder `path`; options as the constructor's."""
         return cls(open_store(collection_name, path=path), collection_name, space, **options)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Release the store; an embedded shard can then be opened by another process."""
-        self.store.close()
-        if self.in_sidecar:
-            self.atoms.close()
-
-    @property
-    def in_sidecar(self) -> bool:
-        """Whether the atoms have a collection of their own."""
-        return self.atoms is not self.store
-
-    def detect_layout(self) -> Layout:
-        """Find out where the collection's payloads keep the text, from its first points, and read it there.
-
-        Raises:
-            BankError: if it can't be told; the error lists the candidates.
-        """
-        points, _ = self.store.scroll(None, SAMPLE, None, True)
-        payloads = [{key: v for key, v in point.payload.items() if key != self.payload_key} for point in points]
-        self._use(detect(payloads))
-        return self.layout
-
-    def _use(self, layout: Layout) -> None:
-        own = [*layout.fields(), "id"]
-        if not self.payload_key or json_path([self.payload_key]) != self.payload_key or self.payload_key in own:
-            raise BankError(
-                f"payload key {self.payload_key!r}: needs a name of letters, digits, _ and - that is none of {own}"
-            )
-        self.layout = layout
 
     # -- filling ----------------------------------------------------------------------------------------
 
@@ -191,25 +120,6 @@ class GradientBank:
                     "added now would lack it: give its model too (--dense)"
                 )
         self.index()
-
-    def index(self) -> None:
-        """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar. Again changes nothing."""
-        if self.in_sidecar and not self.atoms.exists():
-            self.atoms.create(VectorNames())
-        self.atoms.create_keyword_index(self._space_path)
-
-    def optimize(self) -> None:
-        """Let an embedded engine put its segments in order, after a bulk load; a server does so by itself."""
-        self.store.optimize()
-        if self.in_sidecar:
-            self.atoms.optimize()
-
-    def describe(self, space: AtomSpace) -> None:
-        """Note the shapes of the space's tensors once, in the collection's metadata (Qdrant 1.16 and later)."""
-        key = f"{self.payload_key}.{self.space}"
-        if key not in self.atoms.read_metadata():
-            shapes = {name: list(shape) for name, shape in space.shapes.items()}
-            self.atoms.write_metadata({key: {"space": space.kind, "shapes": shapes}})
 
     def add(self, documents: Iterable[Document]) -> int:
         """Write new points with their vectors and payloads, without atoms; returns how many.
@@ -264,7 +174,7 @@ class GradientBank:
             RecordTooLargeError: if one record is larger than a request may be; what came before it is written.
         """
         written = 0
-        vacant: dict[str, str | None] = {} if replace else {self._space_path: None}
+        vacant: dict[str, str | None] = {} if replace else {self.space_path: None}
         writes = (self._write(target, record, vacant) for target, record in records)
         for batch in bounded(self.max_request_bytes, writes, lambda write: write.id):
             if self.in_sidecar:
@@ -299,30 +209,6 @@ class GradientBank:
         key = target.id if isinstance(target, Hit) else canonical_id(target)
         write = PayloadWrite(key, {self.payload_key: record.to_payload()}, {**state, **vacant})
         return write, json_bytes(write.payload) + json_bytes(state)
-
-    @property
-    def _space_path(self) -> str:
-        """Where a point says which space its atom is of."""
-        return f"{self.payload_key}.space"
-
-    @property
-    def has_atom(self) -> Filter:
-        """The filter on points that carry an atom of this space."""
-        from qdrant_client import models
-
-        return models.Filter(must=[self._in_space()])
-
-    @property
-    def lacks_atom(self) -> Filter:
-        """The filter on points that carry none."""
-        from qdrant_client import models
-
-        return models.Filter(must_not=[self._in_space()])
-
-    def _in_space(self) -> FieldCondition:
-        from qdrant_client import models
-
-        return models.FieldCondition(key=self._space_path, match=models.MatchValue(value=self.space))
 
     # -- looking ----------------------------------------------------------------------------------------
 
@@ -368,10 +254,10 @@ class GradientBank:
             absent = [name for name in vectors if name not in present]
             raise (self._no_vector(absent[0], present) if absent else error) from error
         if with_records:
-            points = self._with_atoms(points)
+            points = self.with_atoms(points)
         # Engines leave the order of equal scores open; answers must not depend on it.
         ties = itertools.groupby(points, key=lambda point: point.score)
-        return [self._hit(point) for _, tied in ties for point in sorted(tied, key=lambda point: str(point.id))]
+        return [self.hit(point) for _, tied in ties for point in sorted(tied, key=lambda point: str(point.id))]
 
     def _vectors(
         self, query: str | Vector | Mapping[str, Vector], using: str | Sequence[str] | None
@@ -397,164 +283,26 @@ class GradientBank:
             raise BankError(f"{len(scores)} scores for {len(ids)} ids")
         keys = [canonical_id(key) for key in ids]
         of_key = dict(zip(keys, scores, strict=True)) if scores is not None else {}
-        found = {point.id: point for point in self._with_atoms(self.store.retrieve(keys, True))}
-        return [self._hit(replace(found[key], score=of_key.get(key, 0.0))) for key in keys if key in found]
+        found = {point.id: point for point in self.with_atoms(self.store.retrieve(keys, True))}
+        return [self.hit(replace(found[key], score=of_key.get(key, 0.0))) for key in keys if key in found]
 
-    def _with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
-        """The points with what the sidecar holds for them, as if it stood in their payload."""
-        if not self.in_sidecar or not points:
-            return list(points)
-        atoms = {point.id: point.payload for point in self.atoms.retrieve([p.id for p in points], [self.payload_key])}
-        return [replace(point, payload=point.payload | atoms.get(point.id, {})) for point in points]
-
-    def points(self) -> Iterator[Hit]:
-        """Every point, page by page, without its atom."""
-        return (self._hit(point) for point in self._scroll(None, [*self.layout.fields(), "id"]))
-
-    def missing(self) -> Iterator[Hit]:
-        """The points that lack an atom of this space, page by page, without reading any atom.
-
-        Points may be given their atoms while this iterates. A point without text has an empty `text`.
-        """
-        fields = [*self.layout.fields(), "id"]
-        if not self.in_sidecar:
-            return (self._hit(point) for point in self._scroll(self.lacks_atom, fields))
-        return (self._hit(point) for point in self._joined(fields, "space") if not self._belongs(point))
-
-    def stale(self) -> Iterator[Hit]:
-        """The points whose text has changed since their atom was computed, without reading any atom."""
-        fields = [*self.layout.fields(), "id"]
-        points: Iterator[StoredPoint]
-        if self.in_sidecar:
-            points = filter(self._belongs, self._joined(fields, "space", "sha"))
-        else:
-            points = self._scroll(self.has_atom, [*fields, f"{self.payload_key}.sha"])
-        for point in points:
-            text = self.layout.text_of(point.payload)
-            if point.payload.get(self.payload_key, {}).get("sha") != text_sha(text or ""):
-                yield self._hit(point)
-
-    def _joined(self, fields: list[str], *of_record: str) -> Iterator[StoredPoint]:
-        """Every point with some fields of its record in the sidecar."""
-        names = [f"{self.payload_key}.{name}" for name in of_record]
-        for page in pages(self._scroll(None, fields), PAGE):
-            atoms = {point.id: point.payload for point in self.atoms.retrieve([point.id for point in page], names)}
-            for point in page:
-                yield replace(point, payload=point.payload | atoms.get(point.id, {}))
-
-    def _belongs(self, point: StoredPoint) -> bool:
-        value = point.payload.get(self.payload_key)
-        return isinstance(value, Mapping) and value.get("space") == self.space
-
-    def count_atoms(self) -> int:
-        """Points that carry an atom of this space, stale ones among them."""
-        if not self.in_sidecar:
-            return self.store.count(self.has_atom)
-        if not self.atoms.exists():
-            return 0
-        return sum(self._belongs(point) for point in self._joined(["id"], "space"))
-
-    def count_of_other_spaces(self) -> int:
-        """Points that carry an atom of another space under the bank's key."""
-        from qdrant_client import models
-
-        if self.in_sidecar and not self.atoms.exists():
-            return 0
-        empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=self._space_path))
-        return self.atoms.count(models.Filter(must_not=[self._in_space(), empty]))
+    # -- upkeep -----------------------------------------------------------------------------------------
 
     def status(self) -> BankStatus:
         """Counts of points and atoms, and the atoms' sizes (of the first thousand)."""
-        points, atoms = self.store.count(), self.count_atoms()
-        sizes: list[int] = []
-        codecs: set[str] = set()
-        values = self._scroll(self.has_atom, [self.payload_key], page=32, store=self.atoms) if atoms else ()
-        for point in values:
-            value = point.payload[self.payload_key]
-            sizes.append(json_bytes(value))
-            codecs.add(str(value.get("codec")))
-            if len(sizes) == STATUS_SAMPLE:
-                break
-        return BankStatus(
-            points=points,
-            atoms=atoms,
-            missing=points - atoms,
-            stale=sum(1 for _ in self.stale()) if atoms else 0,
-            space=self.space,
-            codec=", ".join(sorted(codecs)) or None,
-            bytes_median=int(statistics.median(sizes)) if sizes else None,
-            bytes_max=max(sizes) if sizes else None,
-        )
+        return upkeep.status(self)
 
     def recode(
         self, codec: str, layout: AtomLayout, on_progress: Callable[[int], None] = lambda _: None
     ) -> RecodeReport:
-        """Bring this space's atoms to a coarser codec, in place and without the model.
-
-        Resumable: atoms that are in the codec already, or in one as coarse, are not read. A damaged atom stays as
-        it is and is named in the report.
-
-        Args:
-            layout: of the space's atoms.
-            on_progress: called with the number of atoms just dealt with.
-        """
-        wanted = get_codec(codec)
-        report = RecodeReport()
-        condition = self.finer_than(codec, layout)
-        page = max(1, min(PAGE, self.max_request_bytes // (8 * layout.numel)))  # an atom is at most fp32 in base64
-        for points in pages(self._scroll(condition, [self.payload_key], page, self.atoms), page):
-            writes: list[tuple[PayloadWrite, int]] = []
-            for point in points:
-                try:
-                    old = Record.from_payload(point.payload[self.payload_key])
-                    value = {self.payload_key: old.recoded(wanted.name, self.space, layout).to_payload()}
-                    same = {
-                        f"{self.payload_key}.{name}": part for name, part in (("sha", old.sha), ("codec", old.codec))
-                    }
-                    writes.append((PayloadWrite(point.id, value, same), json_bytes(value)))
-                except RecordError as error:
-                    report.failed[str(point.id)] = str(error)
-            for batch in bounded(self.max_request_bytes, writes, lambda write: write.id):
-                self.atoms.set_payload(batch)
-                report.recoded += len(batch)
-            on_progress(len(points))
-        return report
-
-    def finer_than(self, codec: str, layout: AtomLayout) -> Filter:
-        """The filter on points whose atom of this space takes more bytes than it would in `codec`."""
-        from qdrant_client import models
-
-        size = get_codec(codec).size(layout)
-        finer = [name for name, other in CODECS.items() if other.size(layout) > size]
-        of_codec = models.FieldCondition(key=f"{self.payload_key}.codec", match=models.MatchAny(any=finer))
-        return models.Filter(must=[self._in_space(), of_codec])
+        """Bring this space's atoms to a coarser codec, in place and without the model; arguments as `upkeep.recode`."""
+        return upkeep.recode(self, codec, layout, on_progress)
 
     def drop(self) -> int:
         """Remove this space's atoms, and nothing else; returns how many there were."""
-        condition = self.has_atom
-        count = self.atoms.count(condition)
-        self.atoms.delete_keys([self.payload_key], condition)
-        return count
+        return upkeep.drop(self)
 
     # -- inside -----------------------------------------------------------------------------------------
-
-    def _scroll(
-        self, query_filter: Filter | None, fields: list[str], page: int = PAGE, store: Store | None = None
-    ) -> Iterator[StoredPoint]:
-        offset: PointId | None = None
-        while True:
-            points, offset = (store or self.store).scroll(query_filter, page, offset, fields)
-            yield from points
-            if offset is None:
-                return
-
-    def _hit(self, point: StoredPoint) -> Hit:
-        payload = dict(point.payload)
-        value = payload.pop(self.payload_key, None)
-        record = None
-        if isinstance(value, Mapping) and value.get("space") == self.space and "atom" in value:
-            record = Record.from_payload(value)
-        return Hit(point.id, point.score, self.layout.text_of(payload) or "", payload, record)
 
     def _points(self, documents: Sequence[Document]) -> list[Point]:
         """The points of new documents with their vectors."""

@@ -154,6 +154,7 @@ def recode(
     Safe to stop and to start again. What the coarser codec leaves out can't be brought back but by ingesting anew.
     """
     from regrad_qdrant.atoms.codecs.registry import get_codec
+    from regrad_qdrant.bank.upkeep import finer_than
     from regrad_qdrant.model.initialization import MetaInitialization
 
     get_codec(codec)
@@ -163,7 +164,7 @@ def recode(
     store = existing_store(collection, url, path)
     with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
         before = bank.status()
-        with progress("Recoding", bank.atoms.count(bank.finer_than(codec, layout))) as advance:
+        with progress("Recoding", bank.atoms.count(finer_than(bank, codec, layout))) as advance:
             report = bank.recode(codec, layout, advance)
         after = bank.status()
     console.print(

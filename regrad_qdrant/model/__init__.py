@@ -1,4 +1,4 @@
 """The language model, and how a text becomes an atom of it.
 
-In the order that data takes: base_model and identity, prompts, space and spaces, initialization, plugin, loss, gradients.
+In the order that data takes: base_model, identity, prompts, space, spaces, initialization, plugin, loss, gradients.
 """

@@ -1,0 +1,134 @@
+"""The upkeep of a bank: what it holds, a coarser codec for it, and its end."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.atoms.codecs.registry import CODECS, get_codec
+from regrad_qdrant.atoms.record import Record
+from regrad_qdrant.bank.collection import PAGE, AtomCollection
+from regrad_qdrant.bank.stores.base import (
+    PayloadWrite,
+    bounded,
+    json_bytes,
+    pages,
+)
+from regrad_qdrant.errors import RecordError
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
+
+
+STATUS_SAMPLE = 1000  # atoms whose size `status` measures
+
+
+@dataclass(frozen=True)
+class BankStatus:
+    """What `status` found; bytes are those of the record's JSON as it stands in the payload."""
+
+    points: int
+    atoms: int
+    missing: int
+    stale: int
+    space: str
+    codec: str | None
+    bytes_median: int | None
+    bytes_max: int | None
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "points": self.points,
+            "atoms": self.atoms,
+            "missing": self.missing,
+            "stale": self.stale,
+            "space": self.space,
+            "codec": self.codec,
+            "bytes_per_atom": {"median": self.bytes_median, "max": self.bytes_max},
+        }
+
+
+@dataclass
+class RecodeReport:
+    """What `recode` did."""
+
+    recoded: int = 0
+    failed: dict[str, str] = field(default_factory=dict)  # point id → why its atom could not be read
+
+
+def status(bank: AtomCollection) -> BankStatus:
+    """Counts of points and atoms, and the atoms' sizes (of the first thousand)."""
+    points, atoms = bank.store.count(), bank.count_atoms()
+    sizes: list[int] = []
+    codecs: set[str] = set()
+    values = bank.scroll(bank.has_atom, [bank.payload_key], page=32, store=bank.atoms) if atoms else ()
+    for point in values:
+        value = point.payload[bank.payload_key]
+        sizes.append(json_bytes(value))
+        codecs.add(str(value.get("codec")))
+        if len(sizes) == STATUS_SAMPLE:
+            break
+    return BankStatus(
+        points=points,
+        atoms=atoms,
+        missing=points - atoms,
+        stale=sum(1 for _ in bank.stale()) if atoms else 0,
+        space=bank.space,
+        codec=", ".join(sorted(codecs)) or None,
+        bytes_median=int(statistics.median(sizes)) if sizes else None,
+        bytes_max=max(sizes) if sizes else None,
+    )
+
+
+def recode(
+    bank: AtomCollection, codec: str, layout: AtomLayout, on_progress: Callable[[int], None] = lambda _: None
+) -> RecodeReport:
+    """Bring this space's atoms to a coarser codec, in place and without the model.
+
+    Resumable: atoms that are in the codec already, or in one as coarse, are not read. A damaged atom stays as
+    it is and is named in the report.
+
+    Args:
+        layout: of the space's atoms.
+        on_progress: called with the number of atoms just dealt with.
+    """
+    wanted = get_codec(codec)
+    report = RecodeReport()
+    condition = finer_than(bank, codec, layout)
+    page = max(1, min(PAGE, bank.max_request_bytes // (8 * layout.numel)))  # an atom is at most fp32 in base64
+    for points in pages(bank.scroll(condition, [bank.payload_key], page, bank.atoms), page):
+        writes: list[tuple[PayloadWrite, int]] = []
+        for point in points:
+            try:
+                old = Record.from_payload(point.payload[bank.payload_key])
+                value = {bank.payload_key: old.recoded(wanted.name, bank.space, layout).to_payload()}
+                same = {f"{bank.payload_key}.{name}": part for name, part in (("sha", old.sha), ("codec", old.codec))}
+                writes.append((PayloadWrite(point.id, value, same), json_bytes(value)))
+            except RecordError as error:
+                report.failed[str(point.id)] = str(error)
+        for batch in bounded(bank.max_request_bytes, writes, lambda write: write.id):
+            bank.atoms.set_payload(batch)
+            report.recoded += len(batch)
+        on_progress(len(points))
+    return report
+
+
+def finer_than(bank: AtomCollection, codec: str, layout: AtomLayout) -> Filter:
+    """The filter on points whose atom of this space takes more bytes than it would in `codec`."""
+    from qdrant_client import models
+
+    size = get_codec(codec).size(layout)
+    finer = [name for name, other in CODECS.items() if other.size(layout) > size]
+    of_codec = models.FieldCondition(key=f"{bank.payload_key}.codec", match=models.MatchAny(any=finer))
+    return models.Filter(must=[bank.in_space(), of_codec])
+
+
+def drop(bank: AtomCollection) -> int:
+    """Remove this space's atoms, and nothing else; returns how many there were."""
+    condition = bank.has_atom
+    count = bank.atoms.count(condition)
+    bank.atoms.delete_keys([bank.payload_key], condition)
+    return count
