@@ -13,18 +13,17 @@ import contextlib
 import itertools
 import random
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from regrad_qdrant.answer.adapter import Adapter
+from regrad_qdrant.answer.filling import Filling, FillPolicy, OnMissing, OnStale
 from regrad_qdrant.answer.generation import generate
-from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC, get_codec
-from regrad_qdrant.atoms.record import Record, make_records
+from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.bank.bank import GradientBank
-from regrad_qdrant.errors import DataError, RegradError, StaleAtomError, WrongSpaceError
-from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer
+from regrad_qdrant.errors import RegradError, WrongSpaceError
+from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.prompts import Prompt, QuestionType
 
 if TYPE_CHECKING:
@@ -43,9 +42,6 @@ WITHOUT_DOCUMENTS = ("direct", "init")
 BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
 WITHOUT_ATOMS = (*BARE, "init", "init+icl")
 WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
-COUNTED = 100_000  # points without an atom whose retrievals are counted
-OnStale = Literal["skip", "recompute", "refuse"]
-OnMissing = Literal["skip", "compute", "store"]
 
 
 @dataclass(frozen=True)
@@ -140,28 +136,18 @@ class ReGrad:
             raise WrongSpaceError(
                 f"the bank reads space {bank.space}, the initialization is {initialization.fingerprint}"
             )
-        if on_stale not in get_args(OnStale):
-            raise RegradError(f"on_stale {on_stale!r} is not one of {', '.join(get_args(OnStale))}")
-        if on_missing not in get_args(OnMissing):
-            raise RegradError(f"on_missing {on_missing!r} is not one of {', '.join(get_args(OnMissing))}")
-        if store_after < 1:
-            raise RegradError(f"store_after must be at least 1, not {store_after}")
-        get_codec(codec)
+        policy = FillPolicy(on_stale, on_missing, store_after, codec)  # checked before the model is touched
         self.adapter = Adapter(model, initialization, check_model=check_model, cache_bytes=cache_bytes)
         self.tokenizer = tokenizer
         self._async_bank = None if isinstance(bank, GradientBank) else bank
         self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
         self.initialization = initialization
         self.merge = merge or initialization.merge
-        self.on_stale = on_stale
-        self.on_missing = on_missing
-        self.store_after = store_after
-        self.codec = codec
-        self._retrieved: dict[PointId, int] = {}  # of points without an atom, how often; the latest last
-        if on_missing == "store" and self._async_bank is None:
-            self.bank.index()
         # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
         self.gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
+        self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
+        if on_missing == "store" and self._async_bank is None:
+            self.bank.index()
         self._all_ids: list[PointId] | None = None
 
     def answer(
@@ -289,80 +275,13 @@ class ReGrad:
     def _sums(self, pairs: Sequence[tuple[Query, Sequence[Hit]]]) -> list[Tensor | None]:
         """Σ wᵢ·g(dᵢ) over the usable hits of each question, (numel,); None in the modes without atoms."""
         applied = [(query, hits) for query, hits in pairs if query.mode not in WITHOUT_ATOMS]
-        sums = iter([self._merged(usable) for usable in self._usable(applied)])
+        usable = self.filling.usable([hits for _, hits in applied], [query.mode == "online" for query, _ in applied])
+        sums = iter([self._merged(hits) for hits in usable])
         return [None if query.mode in WITHOUT_ATOMS else next(sums) for query, _ in pairs]
 
     def _merged(self, usable: Sequence[Hit]) -> Tensor:
         weights = self.merge.weights([hit.score for hit in usable])
         return self.adapter.decode([hit.record for hit in usable if hit.record is not None], weights)
-
-    def _usable(self, pairs: Sequence[tuple[Query, Sequence[Hit]]]) -> list[list[Hit]]:
-        """For each question its hits that have an atom of their present text; what is to be computed is computed for
-        all questions together."""
-        online = {hit.id: hit for query, hits in pairs for hit in hits if query.mode == "online"}
-        lacking = {
-            hit.id: hit for query, hits in pairs for hit in hits if query.mode != "online" and self._to_compute(hit)
-        }
-        computed = self._computed(list((online | lacking).values()))
-        if self.on_missing == "store":
-            new = [(hit, record) for hit, record in computed if hit.id in lacking and hit.record is None]
-            self.bank.put([(hit, record) for hit, record in new if self._is_due(hit.id)], replace=False)
-        fresh = {hit.id: record for hit, record in computed}
-        found = []
-        for query, hits in pairs:
-            ours = online if query.mode == "online" else lacking
-            candidates = [replace(hit, record=fresh.get(hit.id)) if hit.id in ours else hit for hit in hits]
-            found.append([hit for hit in candidates if hit.record is not None and not hit.stale])
-            if hits and not found[-1]:
-                warnings.warn(
-                    "none of the retrieved documents has a usable atom: answering with φ₀ alone", stacklevel=4
-                )
-        return found
-
-    def _to_compute(self, hit: Hit) -> bool:
-        """Whether a hit's atom is to be computed for this query; warns where it is to be left out."""
-        if hit.record is None:
-            if self.on_missing == "skip":
-                warnings.warn(
-                    f"point {hit.id!r} has no atom of space {self.bank.space}: run regrad-qdrant ingest", stacklevel=5
-                )
-            return self.on_missing != "skip"
-        if hit.stale and self.on_stale == "refuse":
-            raise StaleAtomError(f"the text of point {hit.id!r} has changed since its atom was computed: ingest again")
-        if hit.stale and self.on_stale == "skip":
-            warnings.warn(
-                f"the text of point {hit.id!r} has changed since its atom was computed: skipped", stacklevel=5
-            )
-        return hit.stale and self.on_stale == "recompute"
-
-    def _is_due(self, key: PointId) -> bool:
-        """Counts one more retrieval of a point without an atom; whether it is time to store one."""
-        count = self._retrieved.pop(key, 0) + 1
-        if count >= self.store_after:
-            return True
-        self._retrieved[key] = count
-        if len(self._retrieved) > COUNTED:
-            del self._retrieved[next(iter(self._retrieved))]
-        return False
-
-    def _computed(self, hits: Sequence[Hit]) -> list[tuple[Hit, Record]]:
-        """The atoms of the hits' texts, coded as ingestion codes them."""
-        encoded: list[tuple[Hit, EncodedDocument]] = []
-        for hit in hits:
-            try:
-                encoded.append((hit, self.gradients.encode(hit.text)))
-            except DataError as error:
-                warnings.warn(f"point {hit.id!r} can have no atom: {error}", stacklevel=6)
-        if not encoded:
-            return []
-        with self.adapter.initial():
-            flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
-        finite = flat.isfinite().all(dim=1)
-        kept = [hit for (hit, _), good in zip(encoded, finite.tolist(), strict=True) if good]
-        records = make_records(
-            flat[finite], [hit.text for hit in kept], self.bank.space, self.codec, self.adapter.space.layout
-        )
-        return list(zip(kept, records, strict=True))
 
     def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
         """Other documents' points under the scores of the retrieved ones."""

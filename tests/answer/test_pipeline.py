@@ -1,10 +1,12 @@
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_initialization, tiny_model
 
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
+from regrad_qdrant.answer.filling import FillPolicy
 from regrad_qdrant.answer.generation import generate
 from regrad_qdrant.answer.pipeline import MODES, Query
 from regrad_qdrant.bank.documents import point_id
@@ -89,16 +91,16 @@ def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     regrad.bank.store.set_payload([PayloadWrite(point_id("d0"), {"text": "Ida Corvand works as a judge."})])
     with pytest.warns(UserWarning, match="has changed"):
         regrad.answer(question, top_k=2)
-    regrad.on_stale = "refuse"
+    regrad.filling.policy = FillPolicy(on_stale="refuse")
     with pytest.raises(StaleAtomError, match="ingest again"):
         regrad.answer(question, top_k=2)
-    regrad.on_stale = "recompute"
+    regrad.filling.policy = FillPolicy(on_stale="recompute")
     before = weights(regrad)
     regrad.answer(question, top_k=2)
     assert weights(regrad) == before
     [hit] = [hit for hit in regrad.bank.search(question, 2) if hit.stale]
     expected = regrad.gradients.atoms([regrad.gradients.encode("Ida Corvand works as a judge.")])[0]
-    regrad.codec = "fp32"
+    regrad.filling.policy = replace(regrad.filling.policy, codec="fp32")
     torch.testing.assert_close(regrad._sums([(Query(question), [hit])])[0], expected)
 
 
@@ -133,7 +135,7 @@ def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
 
 def test_atoms_computed_at_query_time_are_those_of_ingestion(regrad):
     stored = regrad.answer(QUESTIONS[0], mode="regrad", top_k=2)
-    regrad.codec = "int8"  # as the fixture ingests
+    regrad.filling.policy = replace(regrad.filling.policy, codec="int8")  # as the fixture ingests
     online = regrad.answer(QUESTIONS[0], mode="online", top_k=2)
     assert online.text == stored.text and [hit.id for hit in online.hits] == [hit.id for hit in stored.hits]
     assert all(hit.record is None for hit in online.hits)
@@ -145,9 +147,9 @@ def test_a_bank_without_atoms_fills_by_use(regrad):
     regrad.bank.drop()
     without = regrad.answer(QUESTIONS[0], mode="regrad", top_k=2).text
     assert without == regrad.answer(QUESTIONS[0], mode="init").text
-    regrad.codec, regrad.on_missing = "int8", "compute"
+    regrad.filling.policy = FillPolicy(codec="int8", on_missing="compute")
     assert regrad.answer(QUESTIONS[0], top_k=2).text == expected and regrad.bank.status().atoms == 0
-    regrad.on_missing = "store"
+    regrad.filling.policy = FillPolicy(codec="int8", on_missing="store")
     answer = regrad.answer(QUESTIONS[0], top_k=2)
     assert answer.text == expected and regrad.bank.status().atoms == len(answer.hits) > 0
     stored = regrad.bank.fetch([hit.id for hit in answer.hits])
@@ -156,7 +158,7 @@ def test_a_bank_without_atoms_fills_by_use(regrad):
 
 def test_only_what_is_asked_for_often_is_stored(regrad):
     regrad.bank.drop()
-    regrad.codec, regrad.on_missing, regrad.store_after = "int8", "store", 3
+    regrad.filling.policy = FillPolicy(codec="int8", on_missing="store", store_after=3)
     for asked in (1, 2):
         regrad.answer(QUESTIONS[0], top_k=1)
         assert regrad.bank.status().atoms == 0, f"asked {asked} times"
@@ -168,7 +170,7 @@ def test_only_what_is_asked_for_often_is_stored(regrad):
 def test_a_batch_computes_what_is_missing_once_for_all_its_questions(regrad, monkeypatch):
     expected = [answer.text for answer in regrad.answer_many(QUESTIONS, top_k=2)]
     regrad.bank.drop()
-    regrad.codec, regrad.on_missing = "int8", "store"
+    regrad.filling.policy = FillPolicy(codec="int8", on_missing="store")
     atoms, computed = regrad.gradients.atoms, []
     monkeypatch.setattr(regrad.gradients, "atoms", lambda documents: (computed.extend(documents), atoms(documents))[1])
     answers = regrad.answer_many(QUESTIONS, top_k=2)
