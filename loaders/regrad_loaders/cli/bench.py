@@ -161,7 +161,7 @@ def _task(name: str, split: str, limit: int, depth: int, *, gold: bool = False) 
     from regrad_loaders.bench.atoms import Task
     from regrad_loaders.data.facts import generate
     from regrad_loaders.data.folders import read_folder
-    from regrad_loaders.evaluation.evaluate import select
+    from regrad_loaders.evaluation.plan import select
 
     if name == "facts":
         world = generate("demo", FACTS_PEOPLE, 1, questions_per_person=1)

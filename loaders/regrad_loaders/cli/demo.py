@@ -46,7 +46,9 @@ def demo(
 ) -> None:
     """A real model answers questions about invented people, from gradients in an embedded Qdrant bank."""
     from regrad_loaders.data.facts import generate
-    from regrad_loaders.evaluation.evaluate import evaluate, parse_modes, write_predictions
+    from regrad_loaders.evaluation.evaluate import evaluate
+    from regrad_loaders.evaluation.plan import parse_modes
+    from regrad_loaders.evaluation.results import write_predictions
 
     chosen = parse_modes(modes)
     check_outputs(json_out, predictions)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,8 +49,7 @@ from regrad_qdrant.cli.options import (
 from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
-    from regrad_loaders.evaluation.evaluate import Prediction
-    from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_loaders.evaluation.plan import Party
     from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.stores.base import Store
     from regrad_qdrant.model.initialization import MetaInitialization
@@ -145,21 +145,11 @@ def evaluation(
 ) -> None:
     """Answer a question file in several modes, side by side, and score the answers."""
     from regrad_loaders.data.folders import read_questions
-    from regrad_loaders.evaluation.evaluate import (
-        EVALUATION_MODES,
-        OTHERS,
-        RAW,
-        Evaluation,
-        evaluate,
-        field_filter,
-        parse_modes,
-        plot,
-        select,
-        write_predictions,
-    )
-    from regrad_qdrant.answer.pipeline import WITHOUT_DOCUMENTS
+    from regrad_loaders.evaluation.evaluate import evaluate
+    from regrad_loaders.evaluation.plan import EVALUATION_MODES, field_filter, parse_modes, parties, retrieves, select
+    from regrad_loaders.evaluation.plots import plot
+    from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
-    from regrad_qdrant.model.initialization import MetaInitialization
 
     chosen = parse_modes(modes, EVALUATION_MODES)
     further = whole_numbers(sweep, "--sweep")
@@ -178,19 +168,16 @@ def evaluation(
     # A bank that exists holds the atoms of one initialization, and all modes read those.
     icl_init = icl_init or (DEFAULT_ICL_INIT if init == DEFAULT_INIT and collection is None else init)
     ft_direct, ft_rag = ft_direct or _baseline("ft-direct"), ft_rag or _baseline("ft-rag")
-    inits = {RAW: RAW, "regrad+icl": icl_init, "ft-direct": ft_direct, "ft-rag": ft_rag}
-    groups: dict[str, dict[Any, str]] = {}  # for each initialization what it runs, and under which name
-    for mode in chosen:
-        name = inits.get(mode, init)
-        if name is None:
-            raise DataError(
-                f"the mode {mode} needs a fine-tuned baseline: --{mode} FOLDER, of a recipe with `atoms: false`; "
-                "ours stand in the repository, under benchmarks/baselines"
-            )
-        groups.setdefault(name, {})[OTHERS.get(mode, mode)] = mode
-    own = next((name for name in (init, icl_init, *groups) if name in groups and name != RAW), None)
-    if own is not None:  # whose atoms a named bank is filled with, before the others read its passages
-        groups = {own: groups[own]} | groups
+    answering = parties(chosen, init, icl_init, {"ft-direct": ft_direct, "ft-rag": ft_rag})
+    settings: dict[str, Any] = {
+        "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
+        "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
+        "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
+        "filter_field": filter_field, "batch": batch, "collection": collection, "url": url,
+        "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
+        "icl_init": icl_init, "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
+    }  # fmt: skip
+    retrieving = [mode for mode in chosen if retrieves(mode)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -199,37 +186,18 @@ def evaluation(
                 return store_of("eval", None, folder)
             return store_of(collection, url, path) if passages is not None else existing_store(collection, url, path)
 
-        store = opened()
-        if store.exists():
-            check_vector(store, using)
-        elif vector_name(using) != "bm25" and dense is None:
-            raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
-        store.close()
+        _check_search(opened(), using, dense)
         initialization, base, tokenizer = load(init, model)
-        settings: dict[str, Any] = {
-            "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
-            "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
-            "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
-            "filter_field": filter_field, "batch": batch, "collection": collection, "url": url,
-            "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
-            "icl_init": icl_init, "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
-            "base_model": model or initialization.base.name, "space": initialization.fingerprint,
-        }  # fmt: skip
+        settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
         found: list[Evaluation] = []
         report = None
         swept: dict[int, list[Evaluation]] = {k: [] for k in further}
-        retrieving = [mode for mode in chosen if OTHERS.get(mode, mode) not in WITHOUT_DOCUMENTS]
         asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
         with progress("Answering", asked) as advance:
-            for name, group in groups.items():
-                if name == RAW:
-                    ours = _raw(base, tokenizer, initialization, passages)
-                else:
-                    ours = initialization if name == init else MetaInitialization.load(name)
-                    ours.check_model(base)
-                main = name == own
-                key = payload_key if main else f"{payload_key}_{ours.fingerprint}"
-                on_missing = "store" if collection is None else "skip" if main else "compute"
+            for party in answering:
+                ours = _initialization(party, init, initialization, base, tokenizer, passages)
+                key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}"
+                on_missing = "store" if collection is None else "skip" if party.fills else "compute"
                 with bank_of(opened(), ours, key, dense, text_path, using, sidecar) as bank:
                     is_new = collection is None and not bank.store.exists()
                     if is_new:
@@ -237,29 +205,27 @@ def evaluation(
                     regrad = regrad_of(base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=codec)
                     if is_new and passages is not None:
                         add_passages(regrad, passages)  # their atoms are computed when they are retrieved
-                    elif passages is not None and collection is not None and main:
+                    elif passages is not None and collection is not None and party.fills:
                         report = ingest_corpus(regrad, passages, codec)
-
-                    def ask(k: int, modes: list[Any], regrad: ReGrad = regrad) -> Evaluation:
-                        return evaluate(
-                            regrad, questions, modes, top_k=k, using=using, filter_field=filter_field, oracle=oracle,
-                            distractors=distractors, batch=batch, on_progress=lambda _: advance(1),
-                        )  # fmt: skip
-
-                    found.append(ask(top_k, list(group)).named(group))
+                    ask = functools.partial(
+                        evaluate, regrad, questions, using=using, filter_field=filter_field, oracle=oracle,
+                        distractors=distractors, batch=batch, on_progress=lambda _: advance(1),
+                    )  # fmt: skip
+                    found.append(ask(list(party.modes), top_k=top_k).named(party.modes))
                     for k in further:
-                        if retrieving_here := [mode for mode, name in group.items() if name in retrieving]:
-                            swept[k].append(ask(k, retrieving_here).named(group))
+                        if retrieving_here := [mode for mode, name in party.modes.items() if name in retrieving]:
+                            swept[k].append(ask(retrieving_here, top_k=k).named(party.modes))
                     settings |= {"layout": str(bank.layout)}
-                    if main:
+                    if party.fills:
                         settings |= {"codec": bank.status().codec, "merge": asdict(regrad.merge)}
                     regrad.adapter.model.unload()
-
-    def ordered(parts: list[Evaluation]) -> list[Prediction]:
-        return sorted((p for part in parts for p in part.predictions), key=lambda p: chosen.index(p.mode))
-
-    others = tuple((k, Evaluation(settings, ordered(parts), None)) for k, parts in swept.items() if parts)
-    result = Evaluation(settings, ordered(found), found[0].recall_at_k, tuple(references), others)
+    others = tuple((k, Evaluation.joined(settings, parts, chosen)) for k, parts in swept.items() if parts)
+    result = replace(
+        Evaluation.joined(settings, found, chosen),
+        recall_at_k=found[0].recall_at_k,
+        against=tuple(references),
+        sweep=others,
+    )
     console.print(scores_table(result))
     if others:
         console.print(sweep_table(result))
@@ -272,6 +238,38 @@ def evaluation(
     if plot_out is not None:
         plot(result, plot_out)
     write_json(json_out, result.as_dict())
+
+
+def _check_search(store: Store, using: str | None, dense: str | None) -> None:
+    """Refuse a vector that nothing makes, before the model is loaded; closes the store."""
+    try:
+        if store.exists():
+            check_vector(store, using)
+        elif vector_name(using) != "bm25" and dense is None:
+            raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
+    finally:
+        store.close()
+
+
+def _initialization(
+    party: Party,
+    init: str,
+    initialization: MetaInitialization,
+    base: Any,
+    tokenizer: Any,
+    passages: list[Passage] | None,
+) -> MetaInitialization:
+    """The initialization of a party, which is the one that is loaded already where it is that of --init."""
+    from regrad_loaders.evaluation.plan import RAW
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+    if party.init == RAW.name:
+        return _raw(base, tokenizer, initialization, passages)
+    if party.init == init:
+        return initialization
+    ours = MetaInitialization.load(party.init)
+    ours.check_model(base)
+    return ours
 
 
 def _baseline(mode: str) -> str | None:

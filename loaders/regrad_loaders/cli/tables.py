@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from regrad_loaders.evaluation.evaluate import Evaluation
+from regrad_loaders.evaluation.results import Evaluation
 
 TYPES_SHOWN = 4  # of a set's own types of questions in a table of scores; where it has more, the JSON alone has them
 

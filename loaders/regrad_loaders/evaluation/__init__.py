@@ -1,1 +1,1 @@
-"""The same questions in several modes, side by side: plan, evaluate, scores, plots."""
+"""The same questions in several modes, side by side: plan, evaluate, scores, results, plots."""

@@ -2,126 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from statistics import mean
 from typing import Any
 
 from regrad_loaders.data.folders import Question
-from regrad_loaders.evaluation.plots import new_figure
-from regrad_loaders.evaluation.scores import Interval, accuracy, bootstrap, chosen, exact_match, f1
-from regrad_qdrant.answer.pipeline import MODES, Answer, Mode, Query, ReGrad
+from regrad_loaders.evaluation.plan import field_filter
+from regrad_loaders.evaluation.results import Evaluation, Prediction
+from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1
+from regrad_qdrant.answer.pipeline import Answer, Mode, Query, ReGrad
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit, point_id
 from regrad_qdrant.bank.stores.base import PointId
 from regrad_qdrant.errors import DataError
-from regrad_qdrant.model.prompts import INSTRUCTIONS
 
 _Given = dict[PointId, float]  # what a question is answered from where it is not what its search returns: point → score
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One question answered in one mode."""
-
-    id: str
-    mode: str
-    kind: str  # open, yesno or choice
-    type: str  # the set's own word for it
-    question: str
-    answers: tuple[str, ...]
-    prediction: str
-    f1: float
-    em: float
-    accuracy: float
-    hits: tuple[str | int, ...]  # ids of the retrieved documents, best first
-    seconds: float
-    prompt_tokens: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """The line of a predictions file."""
-        names = ("id", "mode", "question", "answers", "prediction", "f1", "em", "hits")
-        return {name: value for name, value in asdict(self).items() if name in names}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What an evaluation measured; `as_dict` is the contract of `--json`."""
-
-    settings: dict[str, Any]
-    predictions: list[Prediction]
-    recall_at_k: float | None
-    against: tuple[str, ...] = ()  # the modes that the others are paired with
-    sweep: tuple[tuple[int, Evaluation], ...] = ()  # the same questions at other k
-
-    def results(self) -> list[dict[str, Any]]:
-        """One row a mode and kind of question, `all` first."""
-        return self._rows(lambda prediction: ("all", prediction.kind))
-
-    def types(self) -> list[dict[str, Any]]:
-        """One row a mode and type that the set itself gives its questions, where that is not their kind."""
-        return self._rows(lambda prediction: () if prediction.type in INSTRUCTIONS else (prediction.type,))
-
-    def _rows(self, groups_of: Callable[[Prediction], tuple[str, ...]]) -> list[dict[str, Any]]:
-        groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
-        for prediction in self.predictions:
-            for group in groups_of(prediction):
-                groups[prediction.mode, group].append(prediction)
-        return [
-            {
-                "mode": mode,
-                "type": group,
-                "n": len(rows),
-                "f1": mean(row.f1 for row in rows),
-                "em": mean(row.em for row in rows),
-                "accuracy": mean(row.accuracy for row in rows) if group in ("yesno", "choice") else None,
-                "seconds": sum(row.seconds for row in rows),
-                "prompt_tokens": mean(row.prompt_tokens for row in rows),
-            }
-            for (mode, group), rows in groups.items()
-        ]
-
-    def intervals(self) -> list[dict[str, Any]]:
-        """The 95 % bootstrap interval of each mode's F1."""
-        scores: dict[str, list[float]] = defaultdict(list)
-        for prediction in self.predictions:
-            scores[prediction.mode].append(prediction.f1)
-        return [{"mode": mode, "f1": mean(of), "f1_interval": _ends(bootstrap(of))} for mode, of in scores.items()]
-
-    def differences(self) -> list[dict[str, Any]]:
-        """Every mode's F1 minus that of each in `against`, over the same questions, with the paired interval."""
-        scores: dict[str, dict[str, float]] = defaultdict(dict)
-        for prediction in self.predictions:
-            scores[prediction.mode][prediction.id] = prediction.f1
-        rows = []
-        for other in self.against:
-            for mode in scores:
-                if mode != other:
-                    found = bootstrap([scores[mode][key] - there for key, there in scores[other].items()])
-                    rows.append({"mode": mode, "minus": other, "f1": found.mean, "f1_interval": _ends(found)})
-        return rows
-
-    def as_dict(self) -> dict[str, Any]:
-        found = {"settings": self.settings, "results": self.results(), "recall_at_k": self.recall_at_k}
-        found["intervals"] = self.intervals()
-        if types := self.types():
-            found["types"] = types
-        if self.sweep:
-            found["sweep"] = [{"top_k": k} | row for k, other in self.sweep for row in other.intervals()]
-        return found | ({"differences": self.differences()} if self.against else {})
-
-    def named(self, names: Mapping[str, str]) -> Evaluation:
-        """The same with its modes under other names."""
-        return replace(self, predictions=[replace(p, mode=names[p.mode]) for p in self.predictions])
-
-    def f1_of(self, mode: str) -> float:
-        """Mean F1 of one mode over all its questions, 0 to 1."""
-        return mean(prediction.f1 for prediction in self.predictions if prediction.mode == mode)
 
 
 def evaluate(
@@ -235,28 +133,6 @@ def _of_others(bank: GradientBank, questions: Sequence[Question], used: Sequence
     return found
 
 
-def _ends(interval: Interval) -> list[float]:
-    return [interval.low, interval.high]
-
-
-def plot(evaluation: Evaluation, path: Path) -> None:
-    """A bar for each mode's F1, with its 95 % interval.
-
-    Raises:
-        DataError: without matplotlib.
-    """
-    rows = evaluation.intervals()
-    count = len(evaluation.predictions) // len(rows)
-    figure = new_figure(1.2 + 0.9 * len(rows), 3.6)
-    panel = figure.subplots()
-    values = [100 * row["f1"] for row in rows]
-    spread = [[100 * abs(row["f1"] - row["f1_interval"][end]) for row in rows] for end in (0, 1)]
-    names = [f"{row['mode']}\n{value:.1f}" for row, value in zip(rows, values, strict=True)]
-    panel.bar(names, values, yerr=spread, capsize=4, color="#5b7fa6")
-    panel.set(ylabel="F1", title=f"{count} questions, 95 % intervals")
-    figure.savefig(path, dpi=120)
-
-
 def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
     said = chosen(answer.text, question.choices)
     return Prediction(
@@ -274,71 +150,3 @@ def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
         seconds=seconds,
         prompt_tokens=answer.prompt_tokens,
     )
-
-
-RAW = "raw"  # regrad without meta-training
-# Modes of an evaluation alone, and what they run with another initialization than --init.
-OTHERS: dict[str, Mode] = {RAW: "regrad", "ft-direct": "init", "ft-rag": "init+icl"}
-EVALUATION_MODES: tuple[str, ...] = (*MODES, *OTHERS)
-
-
-def parse_modes(text: str, known: Sequence[str] = MODES) -> list[Any]:
-    """Modes from a comma-separated list.
-
-    Raises:
-        DataError: for an unknown one.
-    """
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise DataError(f"unknown modes {unknown}: choose from {', '.join(known)}")
-    return list(dict.fromkeys(names))
-
-
-def select(
-    questions: Sequence[Question],
-    split: str | None,
-    limit: int | None = None,
-    *,
-    sample: int | None = None,
-    of_type: str | None = None,
-) -> list[Question]:
-    """The questions of a split and type: the first `limit` of them, or `sample` drawn at random, the same every time.
-
-    Raises:
-        DataError: if there are none; the error lists the splits or types there are.
-    """
-    chosen = [question for question in questions if split is None or question.split == split]
-    if not chosen:
-        raise DataError(f"no questions of split {split!r}; splits found: {sorted({q.split for q in questions})}")
-    typed = [question for question in chosen if of_type is None or question.type == of_type]
-    if not typed:
-        raise DataError(f"no questions of type {of_type!r}; types found: {sorted({q.type for q in chosen})}")
-    if sample is not None and sample < len(typed):
-        drawn = random.Random(0).sample(range(len(typed)), sample)
-        typed = [typed[i] for i in sorted(drawn)]
-    return typed[:limit]
-
-
-def write_predictions(evaluation: Evaluation, path: Path) -> None:
-    """One JSON line a question and mode."""
-    with path.open("w", encoding="utf-8") as file:
-        for prediction in evaluation.predictions:
-            file.write(json.dumps(prediction.as_dict(), ensure_ascii=False) + "\n")
-
-
-def field_filter(question: Question, field: str | None) -> Any:
-    """The filter on passages that share the question's own value of a field.
-
-    Raises:
-        DataError: if the question has no such field, or no text, whole number or truth value there.
-    """
-    from qdrant_client import models
-
-    if field is None:
-        return None
-    if not isinstance(question.fields.get(field, ""), str | int):
-        raise DataError(f"question {question.id!r}: can't filter on {field!r} = {question.fields[field]!r}")
-    if field not in question.fields:
-        raise DataError(f"question {question.id!r} has no field {field!r}; it has {sorted(question.fields)}")
-    return models.Filter(must=[models.FieldCondition(key=field, match=models.MatchValue(value=question.fields[field]))])

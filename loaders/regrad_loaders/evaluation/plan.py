@@ -1,0 +1,126 @@
+"""The plan of an evaluation: which questions, in which modes, and which initialization answers which of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from regrad_loaders.data.folders import Question
+from regrad_qdrant.answer.pipeline import MODES, WITHOUT_DOCUMENTS, Mode
+from regrad_qdrant.errors import DataError
+
+ICL = "regrad+icl"  # the mode that has an initialization of its own, trained with the passages in the prompt
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A mode of evaluations alone: a mode of the pipeline's with an initialization made for comparison."""
+
+    name: str
+    runs: Mode
+    fine_tuned: bool = True  # its initialization is a folder; otherwise it is made on the spot, like that of --init
+
+
+RAW = Baseline("raw", "regrad", fine_tuned=False)  # no meta-training
+BASELINES = {b.name: b for b in (RAW, Baseline("ft-direct", "init"), Baseline("ft-rag", "init+icl"))}
+EVALUATION_MODES: tuple[str, ...] = (*MODES, *BASELINES)
+
+
+@dataclass(frozen=True)
+class Party:
+    """One initialization, and what it answers."""
+
+    init: str  # a shipped name or a folder, or RAW.name
+    modes: dict[Mode, str]  # what it runs, and under which name that stands in the results
+    fills: bool  # whether the bank holds its atoms under the payload key that was given
+
+
+def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[str, str | None]) -> list[Party]:
+    """Who answers, in the order in which they do: first the one whose atoms a named bank is filled with, so that the
+    others find its passages there.
+
+    Args:
+        init: the initialization of all modes but the baselines and `regrad+icl`.
+        fine_tuned: the folders of the fine-tuned baselines, None where there is none.
+
+    Raises:
+        DataError: for a fine-tuned baseline without a folder.
+    """
+    groups: dict[str, dict[Mode, str]] = {}
+    for mode in modes:
+        baseline = BASELINES.get(mode)
+        of_mode = init if baseline is None else fine_tuned.get(mode) if baseline.fine_tuned else mode
+        if mode == ICL:
+            of_mode = icl_init
+        if of_mode is None:
+            raise DataError(
+                f"the mode {mode} needs a fine-tuned baseline: --{mode} FOLDER, of a recipe with `atoms: false`; "
+                "ours stand in the repository, under benchmarks/baselines"
+            )
+        runs: Any = mode if baseline is None else baseline.runs  # one of the pipeline's modes
+        groups.setdefault(of_mode, {})[runs] = mode
+    own = next((name for name in (init, icl_init, *groups) if name in groups and name != RAW.name), None)
+    order = sorted(groups, key=lambda name: name != own)  # stable: the others stay in theirs
+    return [Party(name, groups[name], name == own) for name in order]
+
+
+def retrieves(mode: str) -> bool:
+    """Whether a mode of an evaluation looks anything up."""
+    return (BASELINES[mode].runs if mode in BASELINES else mode) not in WITHOUT_DOCUMENTS
+
+
+def parse_modes(text: str, known: Sequence[str] = MODES) -> list[Any]:
+    """Modes from a comma-separated list.
+
+    Raises:
+        DataError: for an unknown one.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise DataError(f"unknown modes {unknown}: choose from {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def select(
+    questions: Sequence[Question],
+    split: str | None,
+    limit: int | None = None,
+    *,
+    sample: int | None = None,
+    of_type: str | None = None,
+) -> list[Question]:
+    """The questions of a split and type: the first `limit` of them, or `sample` drawn at random, the same every time.
+
+    Raises:
+        DataError: if there are none; the error lists the splits or types there are.
+    """
+    chosen = [question for question in questions if split is None or question.split == split]
+    if not chosen:
+        raise DataError(f"no questions of split {split!r}; splits found: {sorted({q.split for q in questions})}")
+    typed = [question for question in chosen if of_type is None or question.type == of_type]
+    if not typed:
+        raise DataError(f"no questions of type {of_type!r}; types found: {sorted({q.type for q in chosen})}")
+    if sample is not None and sample < len(typed):
+        drawn = random.Random(0).sample(range(len(typed)), sample)
+        typed = [typed[i] for i in sorted(drawn)]
+    return typed[:limit]
+
+
+def field_filter(question: Question, field: str | None) -> Any:
+    """The filter on passages that share the question's own value of a field.
+
+    Raises:
+        DataError: if the question has no such field, or no text, whole number or truth value there.
+    """
+    from qdrant_client import models
+
+    if field is None:
+        return None
+    if not isinstance(question.fields.get(field, ""), str | int):
+        raise DataError(f"question {question.id!r}: can't filter on {field!r} = {question.fields[field]!r}")
+    if field not in question.fields:
+        raise DataError(f"question {question.id!r} has no field {field!r}; it has {sorted(question.fields)}")
+    return models.Filter(must=[models.FieldCondition(key=field, match=models.MatchValue(value=question.fields[field]))])
