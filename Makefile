@@ -1,12 +1,13 @@
 # make demo    the main job on an embedded bank, with a real model
 # make test    all tests
-# make check   lint, types and format
+# make check   lint, types, format, and the pages
+# make docs    the pages and the API reference as a site, below site/
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check
+.PHONY: setup demo test check docs
 
 setup: $(STAMP)
 
@@ -29,3 +30,8 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zensical build --strict --clean
+
+docs: $(STAMP)
+	$(BIN)/typer regrad_qdrant.cli.app utils docs --name regrad-qdrant --output docs/commands.md
+	$(BIN)/zensical build --strict --clean

@@ -54,7 +54,7 @@ Trained with the passages in the prompt, from the same fine-tuned reader in as m
 
 {reading_scores}
 regrad+icl: gradients and passages; ft-rag: plain LoRA fine-tuning of the same layers, with the passages
-([recipes](../benchmarks/baselines)).
+(recipes in `benchmarks/baselines`).
 
 ## Differences
 

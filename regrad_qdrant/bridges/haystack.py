@@ -1,8 +1,10 @@
 """ReGrad as a Haystack component (needs haystack-ai).
 
+```python
 pipeline = Pipeline()
 pipeline.add_component("regrad", ReGradAnswerer(regrad, mode="regrad+icl", top_k=3))
 pipeline.run({"regrad": {"query": "Where was Ida born?"}})["regrad"]["replies"]
+```
 """
 
 from __future__ import annotations

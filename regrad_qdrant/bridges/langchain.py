@@ -1,7 +1,9 @@
 """ReGrad in a LangChain chain (needs langchain-core).
 
+```python
 chain = regrad_runnable(regrad, mode="regrad+icl", top_k=3)
 chain.invoke("Where was Ida born?")["answer"]  # or await chain.ainvoke(…)
+```
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """ReGrad as a LlamaIndex query engine (needs llama-index-core).
 
+```python
 engine = ReGradQueryEngine(regrad=regrad, options={"mode": "regrad+icl", "top_k": 3})
 print(engine.query("Where was Ida born?"))  # or await engine.aquery(…)
+```
 """
 
 from __future__ import annotations
