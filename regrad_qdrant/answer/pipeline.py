@@ -22,6 +22,7 @@ from regrad_qdrant.answer.filling import Filling, FillPolicy, OnMissing, OnStale
 from regrad_qdrant.answer.generation import generate
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.bank.bank import GradientBank
+from regrad_qdrant.bank.documents import relevances
 from regrad_qdrant.errors import RegradError, WrongSpaceError
 from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.prompts import Prompt, QuestionType
@@ -280,7 +281,7 @@ class ReGrad:
         return [None if query.mode in WITHOUT_ATOMS else next(sums) for query, _ in pairs]
 
     def _merged(self, usable: Sequence[Hit]) -> Tensor:
-        weights = self.merge.weights([hit.score for hit in usable])
+        weights = self.merge.weights(relevances(usable))
         return self.adapter.decode([hit.record for hit in usable if hit.record is not None], weights)
 
     def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
@@ -290,5 +291,6 @@ class ReGrad:
         retrieved = {hit.id for hit in hits}
         others = [key for key in self._all_ids if key not in retrieved]
         drawn = random.Random(seed).sample(others, min(count, len(others)))
-        scores = [hit.score for hit in hits] + [1.0] * count
-        return [replace(hit, score=score) for hit, score in zip(self.bank.fetch(drawn), scores, strict=False)]
+        like = [(hit.score, hit.relevance) for hit in hits] + [(1.0, None)] * count
+        drawn_hits = self.bank.fetch(drawn)
+        return [replace(hit, score=s, relevance=r) for hit, (s, r) in zip(drawn_hits, like, strict=False)]

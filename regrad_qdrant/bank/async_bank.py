@@ -126,8 +126,11 @@ class AsyncGradientBank:
     async def search(self, query: Any, k: int, **options: Any) -> list[Hit]:
         return await self._run(self.blocking.search, query, k, **options)
 
-    async def fetch(self, ids: Any, scores: Any = None) -> list[Hit]:
-        return await self._run(self.blocking.fetch, ids, scores)
+    async def search_many(self, asked: Any, k: int, **options: Any) -> list[list[Hit]]:
+        return await self._run(self.blocking.search_many, asked, k, **options)
+
+    async def fetch(self, ids: Any, scores: Any = None, **options: Any) -> list[Hit]:
+        return await self._run(self.blocking.fetch, ids, scores, **options)
 
     def points(self) -> AsyncIterator[Hit]:
         return self._stream(self.blocking.points())

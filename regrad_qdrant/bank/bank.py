@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,12 +19,16 @@ from regrad_qdrant.bank.collection import PAGE, AtomCollection
 from regrad_qdrant.bank.documents import Document, Hit, canonical_id, point_id
 from regrad_qdrant.bank.embed import Bm25, Embedder
 from regrad_qdrant.bank.layouts import CORPUS, Layout
+from regrad_qdrant.bank.relevance import DEPTH, from_candidates, from_zero
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
     PayloadWrite,
     Point,
     PointId,
+    Search,
+    SparseVector,
     Store,
+    StoredPoint,
     Vector,
     VectorNames,
     Without,
@@ -44,6 +48,15 @@ if TYPE_CHECKING:
 
 
 HYBRID_DEPTH = 50  # candidates of each vector that a fusion ranks
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `search_many` looks for: fields as the arguments of `search`."""
+
+    query: str | Vector | Mapping[str, Vector]
+    query_filter: Filter | None = None
+    with_records: bool = True
 
 
 class GradientBank(AtomCollection):
@@ -235,29 +248,66 @@ class GradientBank(AtomCollection):
         Raises:
             BankError: if the collection has no such vector, or nothing embeds text for it.
         """
+        [hits] = self.search_many([Asked(query, query_filter, with_records)], k, using=using)
+        return hits
+
+    def search_many(
+        self, asked: Sequence[Asked], k: int, *, using: str | Sequence[str] | None = None
+    ) -> list[list[Hit]]:
+        """`search` for several questions, in as many requests as one takes."""
         if k < 1:
             raise BankError(f"k must be at least 1, found {k}")
-        vectors = self._vectors(query, using)
-        fields: WithPayload = True if with_records else Without((self.payload_key,))
+        every = [self._vectors(one.query, using) for one in asked]
         try:
-            if len(vectors) == 1:
-                [(name, vector)] = vectors.items()
-                points = self.store.search(vector, name, k, query_filter, fields)
-            else:
-                ranked = self.store.fuse(vectors, k, max(HYBRID_DEPTH, 2 * k), query_filter)
-                found = {point.id: point for point in self.store.retrieve([point.id for point in ranked], fields)}
-                points = [replace(found[p.id], score=p.score) for p in ranked if p.id in found]
+            found = self._found(asked, every, k)
         except StoreUnavailableError:
             raise
         except BankError as error:
             present = self.store.vectors()
-            absent = [name for name in vectors if name not in present]
+            absent = [name for vectors in every for name in vectors if name not in present]
             raise (self._no_vector(absent[0], present) if absent else error) from error
-        if with_records:
-            points = self.with_atoms(points)
-        # Engines leave the order of equal scores open; answers must not depend on it.
-        ties = itertools.groupby(points, key=lambda point: point.score)
-        return [self.hit(point) for _, tied in ties for point in sorted(tied, key=lambda point: str(point.id))]
+        of_records = [points for one, (points, _) in zip(asked, found, strict=True) if one.with_records]
+        joined = {point.id: point for point in self.with_atoms([point for points in of_records for point in points])}
+        hits = []
+        for one, (points, relevances) in zip(asked, found, strict=True):
+            whole = [replace(joined[p.id], score=p.score) if one.with_records else p for p in points]
+            ranked = [replace(self.hit(p), relevance=r) for p, r in zip(whole, relevances, strict=True)]
+            # Engines leave the order of equal scores open; answers must not depend on it.
+            ties = itertools.groupby(ranked, key=lambda hit: hit.score)
+            hits.append([hit for _, tied in ties for hit in sorted(tied, key=lambda hit: str(hit.id))])
+        return hits
+
+    def _found(
+        self, asked: Sequence[Asked], every: Sequence[Mapping[str, Vector]], k: int
+    ) -> list[tuple[list[StoredPoint], list[float]]]:
+        """The k best points of each question, and their relevances."""
+        searches: list[Search] = []
+        for one, vectors in zip(asked, every, strict=True):
+            if len(vectors) == 1:
+                searches.append(Search(vectors, k, one.query_filter, self._fields(one)))
+            if not self._from_zero(vectors):
+                searches.append(Search(vectors, max(k, DEPTH), one.query_filter, depth=max(HYBRID_DEPTH, 2 * k)))
+        answers = iter(self.store.search(searches))
+        found = []
+        for one, vectors in zip(asked, every, strict=True):
+            points = next(answers) if len(vectors) == 1 else []
+            deeper = [] if self._from_zero(vectors) else next(answers)
+            if len(vectors) > 1:
+                ranked = deeper[:k]
+                payloads = {p.id: p for p in self.store.retrieve([p.id for p in ranked], self._fields(one))}
+                points = [replace(payloads[p.id], score=p.score) for p in ranked if p.id in payloads]
+            scores = [point.score for point in points]
+            candidates = [point.score for point in deeper[: max(k, DEPTH)]]
+            found.append((points, from_candidates(scores, candidates) if candidates else from_zero(scores)))
+        return found
+
+    def _fields(self, one: Asked) -> WithPayload:
+        """What is read of a payload: exactly k are."""
+        return True if one.with_records else Without((self.payload_key,))
+
+    def _from_zero(self, vectors: Mapping[str, Vector]) -> bool:
+        """Whether the scores have a zero of their own: those of one sparse vector."""
+        return len(vectors) == 1 and all(isinstance(vector, SparseVector) for vector in vectors.values())
 
     def _vectors(
         self, query: str | Vector | Mapping[str, Vector], using: str | Sequence[str] | None
@@ -273,18 +323,27 @@ class GradientBank(AtomCollection):
                 raise BankError(f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it")
         return {name: self.embedders[name].query(query) for name in names}
 
-    def fetch(self, ids: Sequence[PointId], scores: Sequence[float] | None = None) -> list[Hit]:
-        """The points of these ids, in their order, with their atoms; ids that are gone are left out.
+    def fetch(
+        self, ids: Sequence[PointId], scores: Sequence[float] | None = None, *, zero: float | None = None
+    ) -> list[Hit]:
+        """The points of these ids, best first as they are given, with their atoms; ids that are gone are left out.
 
         Args:
-            scores: those of a retriever of your own, for the merge rule.
+            scores: those of a retriever of your own. Without `zero` they are handed on, and to the merge rule the
+                order alone counts.
+            zero: the score that a document has which shares nothing with the question (0 for BM25), so that the
+                merge rule knows how far the scores fall.
         """
         if scores is not None and len(scores) != len(ids):
             raise BankError(f"{len(scores)} scores for {len(ids)} ids")
         keys = [canonical_id(key) for key in ids]
         of_key = dict(zip(keys, scores, strict=True)) if scores is not None else {}
         found = {point.id: point for point in self.with_atoms(self.store.retrieve(keys, True))}
-        return [self.hit(replace(found[key], score=of_key.get(key, 0.0))) for key in keys if key in found]
+        hits = [self.hit(replace(found[key], score=of_key.get(key, 0.0))) for key in keys if key in found]
+        if zero is None or scores is None:
+            return hits
+        relevances = from_zero([hit.score - zero for hit in hits])
+        return [replace(hit, relevance=r) for hit, r in zip(hits, relevances, strict=True)]
 
     # -- upkeep -----------------------------------------------------------------------------------------
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from regrad_qdrant.atoms.record import Record, text_sha
+from regrad_qdrant.bank.relevance import by_rank
 from regrad_qdrant.bank.stores.base import Payload, PointId
 
 _ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
@@ -28,6 +30,8 @@ class Hit:
     text: str
     payload: Payload = field(repr=False)  # without the bank's own key
     record: Record | None = field(default=None, repr=False)
+    # How relevant beside the search's best document, for which it is 1; None where the order alone is known.
+    relevance: float | None = None
 
     @property
     def document_id(self) -> str | int:
@@ -39,6 +43,12 @@ class Hit:
     def stale(self) -> bool:
         """Whether the text has changed since the atom was computed."""
         return self.record is not None and self.record.sha != text_sha(self.text)
+
+
+def relevances(hits: Sequence[Hit]) -> list[float]:
+    """What the merge rule takes for these documents, best first: that of their ranks, where one has nothing better."""
+    known = [hit.relevance for hit in hits if hit.relevance is not None]
+    return known if len(known) == len(hits) else by_rank(len(hits))
 
 
 def canonical_id(key: PointId | uuid.UUID) -> PointId:

@@ -19,7 +19,7 @@ from regrad_loaders.bench.gradients import Floor
 from regrad_loaders.data.folders import Question
 from regrad_qdrant.answer.generation import encoded
 from regrad_qdrant.answer.pipeline import ReGrad
-from regrad_qdrant.bank.documents import Hit
+from regrad_qdrant.bank.documents import Hit, relevances
 from regrad_qdrant.model.prompts import Prompt
 
 ANSWER_TOKENS = 20
@@ -87,7 +87,7 @@ class Bench:
         documents = [self.regrad.gradients.encode(hit.text) for hit in hits]
         with self.regrad.adapter.initial():
             atoms = self.regrad.gradients.atoms(documents)
-        weights = torch.tensor(self.regrad.merge.weights([hit.score for hit in hits]))
+        weights = torch.tensor(self.regrad.merge.weights(relevances(hits)))
         with self.regrad.adapter.applied_sum(weights @ atoms):
             self.speak(self.regrad.adapter.model, [self.prompt(question)], tokens)
 
@@ -100,7 +100,7 @@ class Bench:
 
     def sum(self, hits: Sequence[Hit]) -> Tensor:
         """Σ wᵢ·g(dᵢ) of retrieved documents."""
-        weights = self.regrad.merge.weights([hit.score for hit in hits])
+        weights = self.regrad.merge.weights(relevances(hits))
         return self.regrad.adapter.decode([hit.record for hit in hits if hit.record], weights)
 
 

@@ -152,6 +152,52 @@ def _merge_table(rows: list[Merged], init: str, task: Task) -> Table:
     return table
 
 
+@bench.command()
+def scores(
+    sets: Sets = None,
+    inits: Inits = None,
+    top_k: Annotated[int, typer.Option("--top-k", "-k", min=1, help="Documents merged for every question.")] = 3,
+    dense: Annotated[
+        str | None, typer.Option("--dense", help="A sentence-transformers model, whose own ranking is taken as well.")
+    ] = None,
+    codec: CodecName = DEFAULT_CODEC,
+    split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 60,
+    json_out: JsonOut = None,
+) -> None:
+    """The same ranking with every kind of score: BM25, close cosines, distances, rank fusion, none."""
+    from regrad_loaders.bench.atoms import AtomBench
+    from regrad_loaders.bench.scores import KINDS, Scored, report, study
+    from regrad_qdrant.atoms.codecs.registry import get_codec
+    from regrad_qdrant.bank.embed import DenseEmbedder
+    from regrad_qdrant.bank.relevance import DEPTH
+
+    get_codec(codec)
+    check_outputs(json_out)
+    tasks = [_task(name, split, limit, max(top_k, DEPTH)) for name in sets or ["facts"]]
+    chosen, rows = inits or [DEFAULT_INIT], list[Scored]()
+    embedder = None if dense is None else DenseEmbedder(dense)
+    for name in chosen:
+        initialization, model, tokenizer = load(name, None)
+        measured = AtomBench(name, initialization, model, tokenizer)
+        for task in tasks:
+            documents = len({key for hits in task.hits for key in list(hits)[:top_k]})
+            with (
+                progress(f"{name}, {task.name}: atoms", documents) as on_atoms,
+                progress("Answering", len(KINDS) + 2 * (embedder is not None)) as on_row,
+            ):
+                found = study(measured, task, codec, top_k, embedder, on_atoms, on_row)
+            rows += found
+            table = Table(title=f"{name}; {task.name}, {len(task.questions)} questions, k = {top_k}")
+            for heading in ("scores", "F1", "behind the same ranking with BM25's scores"):
+                table.add_column(heading, justify="left" if heading == "scores" else "right")
+            for row in found:
+                table.add_row(row.kind, row.f1.in_percent(), row.behind.in_percent())
+            console.print(table)
+    settings = {"command": "bench scores", "inits": chosen, "sets": sets or ["facts"], "top_k": top_k, "dense": dense}
+    write_json(json_out, report(rows, settings | {"codec": codec, "split": split, "limit": limit}))
+
+
 for command in COMMANDS:
     bench.command()(command)
 

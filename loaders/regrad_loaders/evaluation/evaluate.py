@@ -19,7 +19,8 @@ from regrad_qdrant.bank.documents import Hit, point_id
 from regrad_qdrant.bank.stores.base import PointId
 from regrad_qdrant.errors import DataError
 
-_Given = dict[PointId, float]  # what a question is answered from where it is not what its search returns: point → score
+# What a question is answered from where it is not what its search returns: point → (score, relevance).
+_Given = dict[PointId, tuple[float, float | None]]
 
 
 def evaluate(
@@ -60,7 +61,10 @@ def evaluate(
     given: list[_Given | None] = [None] * len(questions)
     if oracle or distractors:
         given = list(_given(regrad.bank, questions, searched, oracle, distractors))
-    used = [points or {hit.id: hit.score for hit in hits} for points, hits in zip(given, searched, strict=True)]
+    used = [
+        points or {hit.id: (hit.score, hit.relevance) for hit in hits}
+        for points, hits in zip(given, searched, strict=True)
+    ]
     others = _of_others(regrad.bank, questions, used) if "random" in modes else given
     most = max([top_k, *(len(points) for points in given if points)])
     # Questions whose prompts are about as long are answered together: little of a batch is padding.
@@ -97,12 +101,12 @@ def _given(
 ) -> Iterator[_Given]:
     everything = [hit.id for hit in bank.points()] if distractors else []
     for question, hits in zip(questions, searched, strict=True):
-        points: _Given = {hit.id: hit.score for hit in hits}
+        points: _Given = {hit.id: (hit.score, hit.relevance) for hit in hits}
         if oracle:
             if not question.gold_ids:
                 raise DataError(f"question {question.id!r} names no gold passages (gold_ids), which --oracle needs")
-            points = {point_id(key): 1.0 for key in question.gold_ids}
-        lowest = min(points.values(), default=1.0)
+            points = {point_id(key): (1.0, 1.0) for key in question.gold_ids}
+        lowest = list(points.values())[-1] if points else (1.0, 1.0)
         left = [key for key in everything if key not in points]
         drawn = random.Random(question.id).sample(left, min(distractors, len(left)))
         yield points | dict.fromkeys(drawn, lowest)
@@ -111,7 +115,8 @@ def _given(
 def _fetched(bank: GradientBank, points: _Given | None) -> list[Hit] | None:
     if points is None:
         return None
-    return bank.fetch(list(points), list(points.values())) if points else []
+    hits = bank.fetch(list(points)) if points else []
+    return [replace(hit, score=points[hit.id][0], relevance=points[hit.id][1]) for hit in hits]
 
 
 def _of_others(bank: GradientBank, questions: Sequence[Question], used: Sequence[_Given]) -> list[_Given | None]:

@@ -94,6 +94,20 @@ class StoredPoint:
 
 
 @dataclass(frozen=True)
+class Search:
+    """A search of the best points: by one vector, or by several, whose best reciprocal rank fusion ranks together.
+
+    A fusion reads the payload of every candidate where any payload is asked for: ask for none, and fetch what wins.
+    """
+
+    vectors: Mapping[str, Vector]  # by name
+    limit: int
+    query_filter: Filter | None = None  # of every vector's search
+    with_payload: WithPayload = False
+    depth: int = 0  # candidates of each of several vectors that the fusion ranks
+
+
+@dataclass(frozen=True)
 class VectorNames:
     """The vectors of a collection: dense ones with their size, sparse ones by name. The unnamed one is ''."""
 
@@ -134,15 +148,8 @@ class Store(Protocol):
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None: ...
 
-    def search(
-        self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
-    ) -> list[StoredPoint]: ...
-
-    def fuse(
-        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
-    ) -> list[StoredPoint]:
-        """The `limit` best points by reciprocal rank fusion of the `depth` best of each named vector, without payloads:
-        a fusion reads the payload of every candidate."""
+    def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
+        """The best points of each, best first: all in one request, where the engine has one for that."""
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]: ...
 

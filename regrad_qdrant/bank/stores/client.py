@@ -11,6 +11,7 @@ from regrad_qdrant.bank.stores.base import (
     PayloadWrite,
     Point,
     PointId,
+    Search,
     SparseVector,
     StoredPoint,
     Vector,
@@ -144,36 +145,19 @@ class ClientStore:
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
         self._request("delete_payload", keys, points=query_filter, wait=True)
 
-    def search(
-        self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
-    ) -> list[StoredPoint]:
-        found = self._request(
-            "query_points",
-            query=_client_vector(vector),
-            using=using or None,
-            limit=limit,
-            query_filter=query_filter,
-            with_payload=_selector(with_payload),
-        )
-        return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found.points]
+    def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
+        if len(searches) == 1:
+            request = _query(searches[0])
+            found = [self._request("query_points", query_filter=request.pop("filter"), **request)]
+        else:
+            from qdrant_client import models
 
-    def fuse(
-        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
-    ) -> list[StoredPoint]:
-        from qdrant_client import models
-
-        prefetch = [
-            models.Prefetch(query=_client_vector(vector), using=name or None, limit=depth, filter=query_filter)
-            for name, vector in vectors.items()
+            requests = [models.QueryRequest(**_query(search)) for search in searches]
+            found = self._request("query_batch_points", requests) if requests else []
+        return [
+            [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in answer.points]
+            for answer in found
         ]
-        found = self._request(
-            "query_points",
-            prefetch=prefetch,
-            query=models.FusionQuery(fusion=models.Fusion.RRF),
-            limit=limit,
-            with_payload=False,
-        )
-        return [StoredPoint(plain_id(point.id), {}, point.score) for point in found.points]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
         found = self._request("retrieve", list(ids), with_payload=_selector(with_payload))
@@ -227,6 +211,23 @@ def _selector(with_payload: WithPayload) -> Any:
     if isinstance(with_payload, Without):
         return models.PayloadSelectorExclude(exclude=list(with_payload.keys))
     return with_payload
+
+
+def _query(search: Search) -> dict[str, Any]:
+    """The fields of a query request."""
+    from qdrant_client import models
+
+    rest = {"limit": search.limit, "with_payload": _selector(search.with_payload)}
+    if len(search.vectors) == 1:
+        [(name, vector)] = search.vectors.items()
+        return {"query": _client_vector(vector), "using": name or None, "filter": search.query_filter, **rest}
+    prefetch = [
+        models.Prefetch(
+            query=_client_vector(vector), using=name or None, limit=search.depth, filter=search.query_filter
+        )
+        for name, vector in search.vectors.items()
+    ]
+    return {"prefetch": prefetch, "query": models.FusionQuery(fusion=models.Fusion.RRF), "filter": None, **rest}
 
 
 def _client_vectors(vectors: Mapping[str, Vector]) -> Any:

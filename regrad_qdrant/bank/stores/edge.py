@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from regrad_qdrant.bank.stores.base import (
     PayloadWrite,
     Point,
     PointId,
+    Search,
     SparseVector,
     StoredPoint,
     Vector,
@@ -135,40 +136,13 @@ class EdgeStore:
             self.shard.update(edge.UpdateOperation.delete_payload_by_filter(edge_filter(query_filter), keys))
             self.shard.flush()
 
-    def search(
-        self, vector: Vector, using: str, limit: int, query_filter: Filter | None, with_payload: WithPayload
-    ) -> list[StoredPoint]:
-        import qdrant_edge as edge
-
-        request = edge.QueryRequest(
-            limit=limit,
-            query=edge.Query.Nearest(_edge_vector(vector), using=using or None),
-            filter=None if query_filter is None else edge_filter(query_filter),
-            with_payload=_selector(with_payload),
-        )
+    def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
+        requests = [_query(search) for search in searches]
         with self._errors():
-            found = self.shard.query(request)
-        return [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in found]
-
-    def fuse(
-        self, vectors: Mapping[str, Vector], limit: int, depth: int, query_filter: Filter | None
-    ) -> list[StoredPoint]:
-        import qdrant_edge as edge
-
-        only = None if query_filter is None else edge_filter(query_filter)
-        prefetches = [
-            edge.Prefetch(depth, query=edge.Query.Nearest(_edge_vector(vector), using=name or None), filter=only)
-            for name, vector in vectors.items()
+            found = [self.shard.query(request) for request in requests]
+        return [
+            [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in points] for points in found
         ]
-        request = edge.QueryRequest(
-            limit=limit,
-            query=edge.Fusion.Rrf(RRF_K),  # type: ignore[arg-type] # the stub has it as no Fusion
-            prefetches=prefetches,
-            with_payload=False,
-        )
-        with self._errors():
-            found = self.shard.query(request)
-        return [StoredPoint(plain_id(point.id), {}, point.score) for point in found]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
         with self._errors():
@@ -252,6 +226,19 @@ class EdgeStore:
                     f"the collection folder {self.folder} is open in another process: wait for it or stop it"
                 ) from error
             raise BankError(f"collection {self.name!r} in {self.folder.parent}: {message}") from error
+
+
+def _query(search: Search) -> Any:
+    import qdrant_edge as edge
+
+    only = None if search.query_filter is None else edge_filter(search.query_filter)
+    rest = {"limit": search.limit, "with_payload": _selector(search.with_payload)}
+    nearest = {name: edge.Query.Nearest(_edge_vector(v), using=name or None) for name, v in search.vectors.items()}
+    if len(nearest) == 1:
+        return edge.QueryRequest(query=next(iter(nearest.values())), filter=only, **rest)
+    prefetches = [edge.Prefetch(search.depth, query=query, filter=only) for query in nearest.values()]
+    # the stub has the fusion as no Fusion
+    return edge.QueryRequest(query=edge.Fusion.Rrf(RRF_K), prefetches=prefetches, **rest)  # type: ignore[arg-type]
 
 
 def _selector(with_payload: WithPayload) -> Any:
