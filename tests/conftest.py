@@ -154,8 +154,15 @@ def store(request, tmp_path):
         if not os.environ.get("QDRANT_URL"):
             pytest.skip("QDRANT_URL is not set")
         grpc = request.param == "grpc"
-        client = QdrantClient(os.environ["QDRANT_URL"], prefer_grpc=grpc, timeout=60, check_compatibility=False)
-        client.delete_collection("regrad_test")
+        client = QdrantClient(
+            os.environ["QDRANT_URL"],
+            api_key=os.environ.get("QDRANT_API_KEY"),
+            prefer_grpc=grpc,
+            timeout=60,
+            check_compatibility=False,
+        )
+        for name in ("regrad_test", "regrad_test_atoms"):
+            client.delete_collection(name)
         store = ClientStore(client, "regrad_test", owns_client=True)
     yield store
     store.close()

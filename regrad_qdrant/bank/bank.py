@@ -17,8 +17,8 @@ from regrad_qdrant.atoms.record import DEFAULT_KEY, Record
 from regrad_qdrant.bank import upkeep
 from regrad_qdrant.bank.collection import PAGE, AtomCollection
 from regrad_qdrant.bank.documents import Document, Hit, canonical_id, point_id
-from regrad_qdrant.bank.embed import Bm25, Embedder
-from regrad_qdrant.bank.layouts import CORPUS, Layout
+from regrad_qdrant.bank.embed import Bm25, Embedder, embedder_of, noted
+from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.relevance import DEPTH, from_candidates, from_zero
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from qdrant_client.models import Filter
 
+    from regrad_qdrant.model.space import AtomSpace
+
 
 HYBRID_DEPTH = 50  # candidates of each vector that a fusion ranks
 
@@ -67,8 +69,8 @@ class GradientBank(AtomCollection):
         collection_name: the collection; it need not exist yet (`create`).
         space: fingerprint of the meta-initialization whose atoms this bank reads and writes.
         payload_key: the one top-level payload key that the bank owns.
-        layout: where payloads keep the text.
-        embedders: for each named vector, what makes it from text.
+        layout: where payloads keep the text; by itself what ingestion noted, or what the first points show.
+        embedders: for each named vector, what makes it from text; by itself what ingestion noted, or BM25 for `bm25`.
         max_request_bytes: bound of one write request.
         sidecar: keep the atoms in a collection of this name beside the documents' (same ids, no vectors), so that no
             reader of the documents ever meets them. Costs a second request a search.
@@ -81,7 +83,7 @@ class GradientBank(AtomCollection):
         space: str,
         *,
         payload_key: str = DEFAULT_KEY,
-        layout: Layout = CORPUS,
+        layout: Layout | None = None,
         embedders: Mapping[str, Embedder] | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         sidecar: str | None = None,
@@ -95,7 +97,18 @@ class GradientBank(AtomCollection):
             max_request_bytes=max_request_bytes,
             sidecar=sidecar,
         )
-        self.embedders: dict[str, Embedder] = dict(embedders) if embedders is not None else {"bm25": Bm25()}
+        self._embedders = None if embedders is None else dict(embedders)
+
+    @property
+    def embedders(self) -> dict[str, Embedder]:
+        """What makes each named vector from text."""
+        if self._embedders is None:
+            noted = self.noted().get("embedders") if self.store.exists() else None
+            found = {name: embedder_of(spec) for name, spec in (noted or {}).items()}
+            if not found:
+                return {"bm25": Bm25()}
+            self._embedders = found
+        return self._embedders
 
     @classmethod
     def open(
@@ -155,7 +168,8 @@ class GradientBank(AtomCollection):
         """
         added, updated = 0, 0
         for page in pages(documents, PAGE):
-            found = {point.id: point.payload for point in self.store.retrieve([point_id(d.id) for d in page], True)}
+            ids = [point_id(document.id) for document in page]
+            found = {point.id: point.payload for point in self.store.retrieve(ids, Without((self.payload_key,)))}
             there = [(document, found.get(point_id(document.id))) for document in page]
             added += self.add(document for document, payload in there if payload is None)
             differing = [
@@ -271,7 +285,10 @@ class GradientBank(AtomCollection):
         hits = []
         for one, (points, relevances) in zip(asked, found, strict=True):
             whole = [replace(joined[p.id], score=p.score) if one.with_records else p for p in points]
-            ranked = [replace(self.hit(p), relevance=r) for p, r in zip(whole, relevances, strict=True)]
+            ranked = [
+                replace(self.hit(p, with_record=one.with_records), relevance=r)
+                for p, r in zip(whole, relevances, strict=True)
+            ]
             # Engines leave the order of equal scores open; answers must not depend on it.
             ties = itertools.groupby(ranked, key=lambda hit: hit.score)
             hits.append([hit for _, tied in ties for hit in sorted(tied, key=lambda hit: str(hit.id))])
@@ -284,7 +301,7 @@ class GradientBank(AtomCollection):
         searches: list[Search] = []
         for one, vectors in zip(asked, every, strict=True):
             if len(vectors) == 1:
-                searches.append(Search(vectors, k, one.query_filter, self._fields(one)))
+                searches.append(Search(vectors, k, one.query_filter, self._read_of(one)))
             if not self._from_zero(vectors):
                 searches.append(Search(vectors, max(k, DEPTH), one.query_filter, depth=max(HYBRID_DEPTH, 2 * k)))
         answers = iter(self.store.search(searches))
@@ -294,14 +311,14 @@ class GradientBank(AtomCollection):
             deeper = [] if self._from_zero(vectors) else next(answers)
             if len(vectors) > 1:
                 ranked = deeper[:k]
-                payloads = {p.id: p for p in self.store.retrieve([p.id for p in ranked], self._fields(one))}
+                payloads = {p.id: p for p in self.store.retrieve([p.id for p in ranked], self._read_of(one))}
                 points = [replace(payloads[p.id], score=p.score) for p in ranked if p.id in payloads]
             scores = [point.score for point in points]
             candidates = [point.score for point in deeper[: max(k, DEPTH)]]
             found.append((points, from_candidates(scores, candidates) if candidates else from_zero(scores)))
         return found
 
-    def _fields(self, one: Asked) -> WithPayload:
+    def _read_of(self, one: Asked) -> WithPayload:
         """What is read of a payload: exactly k are."""
         return True if one.with_records else Without((self.payload_key,))
 
@@ -339,7 +356,9 @@ class GradientBank(AtomCollection):
         keys = [canonical_id(key) for key in ids]
         of_key = dict(zip(keys, scores, strict=True)) if scores is not None else {}
         found = {point.id: point for point in self.with_atoms(self.store.retrieve(keys, True))}
-        hits = [self.hit(replace(found[key], score=of_key.get(key, 0.0))) for key in keys if key in found]
+        hits = [
+            self.hit(replace(found[key], score=of_key.get(key, 0.0)), with_record=True) for key in keys if key in found
+        ]
         if zero is None or scores is None:
             return hits
         relevances = from_zero([hit.score - zero for hit in hits])
@@ -360,6 +379,11 @@ class GradientBank(AtomCollection):
     def drop(self) -> int:
         """Remove this space's atoms, and nothing else; returns how many there were."""
         return upkeep.drop(self)
+
+    def describe(self, space: AtomSpace, embedders: Mapping[str, Any] | None = None) -> None:
+        """As `AtomCollection.describe`, with this bank's embedders."""
+        own = {name: found for name, embedder in self.embedders.items() if (found := noted(embedder)) is not None}
+        super().describe(space, embedders or own)
 
     # -- inside -----------------------------------------------------------------------------------------
 

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from regrad_qdrant.atoms.record import DEFAULT_KEY, Record, text_sha
+from regrad_qdrant.atoms.record import DEFAULT_KEY, VERSION, Record, text_sha
 from regrad_qdrant.bank.documents import Hit
-from regrad_qdrant.bank.layouts import CORPUS, Layout, detect, json_path
+from regrad_qdrant.bank.layouts import CORPUS, SUSPECTS, Layout, detect, json_path, keys_of, value_at
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
     PointId,
     Store,
     StoredPoint,
     VectorNames,
+    Without,
+    WithPayload,
     pages,
 )
 from regrad_qdrant.bank.stores.client import ClientStore
-from regrad_qdrant.errors import BankError
+from regrad_qdrant.errors import BankError, RecordError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
 
 PAGE = 256
 SAMPLE = 64  # points that show the layout
+EXAMINED = ("v", "space", "sha", "codec")  # of a record, what says what it is worth
+AtomState = Literal["current", "stale", "damaged", "gone"]
 
 
 class AtomCollection:
@@ -43,15 +47,22 @@ class AtomCollection:
         space: str,
         *,
         payload_key: str = DEFAULT_KEY,
-        layout: Layout = CORPUS,
+        layout: Layout | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         sidecar: str | None = None,
     ) -> None:
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
         self.atoms: Store = self.store if sidecar is None else self.store.sibling(sidecar)
         self.space = space
+        if not payload_key or json_path([payload_key]) != payload_key or payload_key in ("id", *SUSPECTS):
+            raise BankError(
+                f"payload key {payload_key!r}: needs a name of letters, digits, _ and - that no document has, "
+                f"so none of id, {', '.join(SUSPECTS)}"
+            )
         self.payload_key = payload_key
-        self._use(layout)
+        self._layout: Layout | None = None
+        if layout is not None:
+            self._use(layout)
         self.max_request_bytes = max_request_bytes
 
     def __enter__(self) -> Self:
@@ -71,24 +82,52 @@ class AtomCollection:
         """Whether the atoms have a collection of their own."""
         return self.atoms is not self.store
 
+    @property
+    def layout(self) -> Layout:
+        """Where payloads keep the text: as given, as ingestion noted it in the metadata, or as the first points show.
+
+        Raises:
+            BankError: if it can't be told; the error lists the candidates.
+        """
+        if self._layout is None:
+            if not self.store.exists():
+                return CORPUS  # until there is something to see
+            noted = self.noted().get("layout")
+            if noted is None:
+                return self.detect_layout()
+            self._use(Layout(**noted))
+        assert self._layout is not None
+        return self._layout
+
     def detect_layout(self) -> Layout:
         """Find out where the collection's payloads keep the text, from its first points, and read it there.
 
         Raises:
             BankError: if it can't be told; the error lists the candidates.
         """
-        points, _ = self.store.scroll(None, SAMPLE, None, True)
-        payloads = [{key: v for key, v in point.payload.items() if key != self.payload_key} for point in points]
-        self._use(detect(payloads))
-        return self.layout
+        points, _ = self.store.scroll(None, SAMPLE, None, Without((self.payload_key,)))
+        found = detect([point.payload for point in points])
+        if points:
+            self._use(found)
+        return found
 
     def _use(self, layout: Layout) -> None:
         own = [*layout.fields(), "id"]
-        if not self.payload_key or json_path([self.payload_key]) != self.payload_key or self.payload_key in own:
-            raise BankError(
-                f"payload key {self.payload_key!r}: needs a name of letters, digits, _ and - that is none of {own}"
-            )
-        self.layout = layout
+        if self.payload_key in own:
+            raise BankError(f"payload key {self.payload_key!r}: the layout {layout} reads {own}; choose another key")
+        self._layout = layout
+
+    def noted(self) -> dict[str, Any]:
+        """What ingestion wrote down about this space in the collection's metadata; nothing where there is none."""
+        if self.in_sidecar and not self.atoms.exists():
+            return {}
+        value = self.atoms.read_metadata().get(self.metadata_key)
+        return dict(value) if isinstance(value, Mapping) else {}
+
+    @property
+    def metadata_key(self) -> str:
+        """The key of the collection's metadata under which ingestion notes what it did."""
+        return f"{self.payload_key}.{self.space}"
 
     # -- which points -----------------------------------------------------------------------------------
 
@@ -122,12 +161,22 @@ class AtomCollection:
             self.atoms.create(VectorNames())
         self.atoms.create_keyword_index(self.space_path)
 
-    def describe(self, space: AtomSpace) -> None:
-        """Note the shapes of the space's tensors once, in the collection's metadata (Qdrant 1.16 and later)."""
-        key = f"{self.payload_key}.{self.space}"
-        if key not in self.atoms.read_metadata():
-            shapes = {name: list(shape) for name, shape in space.shapes.items()}
-            self.atoms.write_metadata({key: {"space": space.kind, "shapes": shapes}})
+    def describe(self, space: AtomSpace, embedders: Mapping[str, Any] | None = None) -> None:
+        """Note in the collection's metadata what readers need to know (Qdrant 1.16 and later; older ones ignore it):
+        the shapes of the space's tensors, the layout, and what embeds each vector.
+
+        Args:
+            embedders: by the vector's name, what `Embedder.noted` says.
+        """
+        noted = {
+            "space": space.kind,
+            "shapes": {name: list(shape) for name, shape in space.shapes.items()},
+            "layout": self.layout.noted(),
+            "embedders": dict(embedders or {}),
+        }
+        noted = {name: value for name, value in noted.items() if value is not None}
+        if self.noted() != noted:
+            self.atoms.write_metadata({self.metadata_key: noted})
 
     def optimize(self) -> None:
         """Let an embedded engine put its segments in order, after a bulk load; a server does so by itself."""
@@ -135,40 +184,69 @@ class AtomCollection:
         if self.in_sidecar:
             self.atoms.optimize()
 
-    def points(self) -> Iterator[Hit]:
-        """Every point, page by page, without its atom."""
-        return (self.hit(point) for point in self.scroll(None, [*self.layout.fields(), "id"]))
+    def points(self, query_filter: Filter | None = None) -> Iterator[Hit]:
+        """Every point that passes the filter, page by page, without its atom."""
+        return (self.hit(point) for point in self.scroll(query_filter, self._fields))
 
     def missing(self) -> Iterator[Hit]:
         """The points that lack an atom of this space, page by page, without reading any atom.
 
         Points may be given their atoms while this iterates. A point without text has an empty `text`.
         """
-        fields = [*self.layout.fields(), "id"]
         if not self.in_sidecar:
-            return (self.hit(point) for point in self.scroll(self.lacks_atom, fields))
-        return (self.hit(point) for point in self.joined(fields, "space") if not self.belongs(point))
+            return (self.hit(point) for point in self.scroll(self.lacks_atom, self._fields))
+        return (self.hit(point) for point in self.joined(self._fields, "space") if not self.belongs(point))
 
     def stale(self) -> Iterator[Hit]:
         """The points whose text has changed since their atom was computed, without reading any atom."""
-        fields = [*self.layout.fields(), "id"]
+        return (hit for state, hit in self.examined() if state == "stale")
+
+    def examined(self) -> Iterator[tuple[AtomState, Hit]]:
+        """The points that have an atom of this space, and what it is worth, without reading any atom.
+
+        A server finds them by its index, which can say what the payload no longer holds: those are `gone`.
+        """
         points: Iterator[StoredPoint]
         if self.in_sidecar:
-            points = filter(self.belongs, self.joined(fields, "space", "sha"))
+            points = filter(self.belongs, self.joined(self._fields, *EXAMINED))
         else:
-            points = self.scroll(self.has_atom, [*fields, f"{self.payload_key}.sha"])
+            points = self.scroll(self.has_atom, [*self._fields, *(f"{self.payload_key}.{name}" for name in EXAMINED)])
         for point in points:
-            text = self.layout.text_of(point.payload)
-            if point.payload.get(self.payload_key, {}).get("sha") != text_sha(text or ""):
-                yield self.hit(point)
+            hit = self.hit(point)
+            yield self._state_of(point, hit.text), hit
+
+    def _state_of(self, point: StoredPoint, text: str) -> AtomState:
+        if not self.belongs(point):
+            return "gone"
+        value = point.payload[self.payload_key]
+        if (
+            value.get("v") != VERSION
+            or not isinstance(value.get("sha"), str)
+            or not isinstance(value.get("codec"), str)
+        ):
+            return "damaged"
+        return "current" if value["sha"] == text_sha(text) else "stale"
+
+    @property
+    def _fields(self) -> list[str]:
+        """What is read of a payload where its text is wanted and its atom is not."""
+        return [*self.layout.fields(), json_path(keys_of(self.layout.id)[:1])]
 
     def count_atoms(self) -> int:
-        """Points that carry an atom of this space, stale ones among them."""
+        """Points that carry an atom of this space, stale ones among them; of a server, as its index has it."""
         if not self.in_sidecar:
             return self.store.count(self.has_atom)
         if not self.atoms.exists():
             return 0
-        return sum(self.belongs(point) for point in self.joined(["id"], "space"))
+        return sum(self.belongs(point) for point in self.joined([], "space"))
+
+    def orphans(self) -> Iterator[PointId]:
+        """The points of the sidecar that have an atom of this space, and whose document is gone."""
+        if not self.in_sidecar or not self.atoms.exists():
+            return
+        for page in pages(self.scroll(self.has_atom, [], store=self.atoms), PAGE):
+            there = {point.id for point in self.store.retrieve([point.id for point in page], False)}
+            yield from (point.id for point in page if point.id not in there)
 
     def count_of_other_spaces(self) -> int:
         """Points that carry an atom of another space under the bank's key."""
@@ -182,17 +260,28 @@ class AtomCollection:
     # -- as they are read -------------------------------------------------------------------------------
 
     def scroll(
-        self, query_filter: Filter | None, fields: list[str], page: int = PAGE, store: Store | None = None
+        self,
+        query_filter: Filter | None,
+        fields: list[str],
+        page: int = PAGE,
+        store: Store | None = None,
+        *,
+        with_payload: bool = False,
     ) -> Iterator[StoredPoint]:
+        """The points that pass, page by page, with these fields of their payload, or with all of it."""
+        wanted: WithPayload = True if with_payload else fields or False
         offset: PointId | None = None
         while True:
-            points, offset = (store or self.store).scroll(query_filter, page, offset, fields)
+            points, offset = (store or self.store).scroll(query_filter, page, offset, wanted)
             yield from points
             if offset is None:
                 return
 
     def joined(self, fields: list[str], *of_record: str) -> Iterator[StoredPoint]:
         """Every point with some fields of its record in the sidecar."""
+        if not self.atoms.exists():
+            yield from self.scroll(None, fields)
+            return
         names = [f"{self.payload_key}.{name}" for name in of_record]
         for page in pages(self.scroll(None, fields), PAGE):
             atoms = {point.id: point.payload for point in self.atoms.retrieve([point.id for point in page], names)}
@@ -210,10 +299,23 @@ class AtomCollection:
         value = point.payload.get(self.payload_key)
         return isinstance(value, Mapping) and value.get("space") == self.space
 
-    def hit(self, point: StoredPoint) -> Hit:
+    def hit(self, point: StoredPoint, *, with_record: bool = False) -> Hit:
+        """The point as a document; with its atom where its payload was read to the full."""
         payload = dict(point.payload)
         value = payload.pop(self.payload_key, None)
-        record = None
-        if isinstance(value, Mapping) and value.get("space") == self.space and "atom" in value:
-            record = Record.from_payload(value)
-        return Hit(point.id, point.score, self.layout.text_of(payload) or "", payload, record)
+        record, damaged = None, None
+        if with_record and isinstance(value, Mapping) and value.get("space") == self.space:
+            try:
+                record = Record.from_payload(value)
+            except RecordError as error:
+                damaged = str(error)
+        key = value_at(payload, self.layout.id)
+        return Hit(
+            point.id,
+            point.score,
+            self.layout.text_of(payload) or "",
+            payload,
+            record,
+            damaged=damaged,
+            key=key if isinstance(key, str | int) else None,
+        )

@@ -32,12 +32,13 @@ class Hit:
     record: Record | None = field(default=None, repr=False)
     # How relevant beside the search's best document, for which it is 1; None where the order alone is known.
     relevance: float | None = None
+    damaged: str | None = None  # why what stands under the bank's key is no usable record
+    key: str | int | None = None  # what the layout's id field holds
 
     @property
     def document_id(self) -> str | int:
-        """The id that the document's owner knows it by: the payload's `id`, or else the point's."""
-        key = self.payload.get("id")
-        return key if isinstance(key, str | int) else self.id
+        """The id that the document's owner knows it by, from the layout's id field; or else the point's."""
+        return self.id if self.key is None else self.key
 
     @property
     def stale(self) -> bool:

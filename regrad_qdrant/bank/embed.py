@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,6 +12,9 @@ from regrad_qdrant.model.base_model import resolve_package
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+
+WITHOUT_SPACES = ("chinese", "japanese", "korean", "thai")  # languages whose words are found by a model
 
 
 class Embedder(Protocol):
@@ -26,19 +29,51 @@ class Embedder(Protocol):
     def query(self, text: str) -> Vector: ...
 
 
+def noted(embedder: Embedder) -> dict[str, Any] | None:
+    """What `embedder_of` makes such an embedder of; None for one of a user's own."""
+    found: dict[str, Any] | None = getattr(embedder, "noted", lambda: None)()
+    return found
+
+
+def embedder_of(noted: Mapping[str, Any]) -> Embedder:
+    """The embedder that a collection's metadata names.
+
+    Raises:
+        BankError: for a kind that this version does not know.
+    """
+    kinds: dict[str, Callable[..., Embedder]] = {"bm25": Bm25, "sentence-transformers": DenseEmbedder}
+    kind, options = noted.get("kind"), {name: value for name, value in noted.items() if name != "kind"}
+    if kind not in kinds:
+        raise BankError(f"an embedder of kind {kind!r} is noted in the collection: a newer regrad-qdrant may know it")
+    return kinds[kind](**options)
+
+
 class Bm25:
     """The sparse vectors of the server's BM25 inference (`qdrant/bm25`), computed here, with no model.
 
     The collection's sparse vector needs the IDF modifier.
+
+    Args:
+        language: of stemming and stop words, as Qdrant names it.
     """
 
     size = None
 
+    def __init__(self, language: str = "english") -> None:
+        self.language = language
+
+    def noted(self) -> dict[str, Any]:
+        return {"kind": "bm25", "language": self.language}
+
     @cached_property
     def _model(self) -> Any:
-        import qdrant_edge
+        import qdrant_edge as edge
 
-        return qdrant_edge.Bm25()
+        tokenizer = edge.TokenizerType.Multilingual if self.language in WITHOUT_SPACES else None
+        try:
+            return edge.Bm25(edge.Bm25Config(language=self.language, tokenizer=tokenizer))
+        except Exception as error:  # qdrant_edge has no exception type of its own
+            raise BankError(f"BM25 in the language {self.language!r}: {error}") from error
 
     def documents(self, texts: Sequence[str]) -> list[Vector]:
         return [self._sparse(self._model.embed_document(text)) for text in texts]
@@ -58,6 +93,9 @@ class DenseEmbedder:
 
     def __init__(self, model: str) -> None:
         self.name = model
+
+    def noted(self) -> dict[str, Any]:
+        return {"kind": "sentence-transformers", "model": self.name}
 
     @cached_property
     def _model(self) -> SentenceTransformer:

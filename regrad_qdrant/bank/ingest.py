@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.bank import GradientBank
+from regrad_qdrant.bank.collection import SAMPLE
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import Document, Hit
-from regrad_qdrant.bank.stores.base import PointId, json_bytes, pages
+from regrad_qdrant.bank.stores.base import PointId, Without, json_bytes, pages
 from regrad_qdrant.errors import BankError, DataError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches
 from regrad_qdrant.model.memory import give_back_memory
@@ -41,6 +42,7 @@ class IngestReport:
     truncated: int = 0  # texts over max_length whose beginning alone the atom is of
     windowed: int = 0  # … whose atom is the sum of several windows'
     too_long: int = 0  # … that got no atom, as asked (`skip`)
+    without_text: int = 0  # points that can have no atom
     skipped: dict[str, str] = field(default_factory=dict)  # document id → why it has no atom
     seconds: float = 0.0  # of gradients, codec and writes
 
@@ -96,30 +98,46 @@ def attach_atoms(
     get_codec(codec)
     if long_texts not in get_args(LongTexts):
         raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
+    bank.index()  # first: a server in strict mode filters by nothing else
     others = 0 if replace else bank.count_of_other_spaces()
     if others:
         raise BankError(
             f"{others} points carry atoms of another space under {bank.payload_key!r}: choose another payload key "
             "(--payload-key NAME) to keep both, or --replace to write over them"
         )
-    bank.index()
     bank.describe(gradients.space)
-    report = IngestReport(present=bank.count_atoms())
-    stale = [hit.id for hit in bank.stale()]
-    report.present -= len(stale)
-    left_stale = 0
+    report = IngestReport()
+    outdated: list[PointId] = []
+    for state, hit in bank.examined():
+        if state == "current":
+            report.present += 1
+        else:
+            outdated.append(hit.id)
+    before = report.present + len(outdated)
     ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
     started = time.perf_counter()
+    sent_new, left_stale = 0, 0
     for page in pages(bank.missing(), PAGE):
-        ingestion.attach(page)
-    for ids in pages(stale, PAGE):
+        sent_new += len(ingestion.attach(page))
+    for ids in pages(outdated, PAGE):
         sent = ingestion.attach(bank.fetch(ids))
-        left_stale += sum(hit.stale for hit in bank.fetch(sent))
+        left_stale += sum(hit.stale or hit.record is None for hit in bank.fetch(sent))
     report.seconds = time.perf_counter() - started
-    report.passed_over = max(0, report.present + report.atoms_written - bank.count_atoms()) + left_stale
+    if report.without_text and not report.present and not report.atoms_written:
+        raise BankError(
+            f"none of the {report.without_text} points has a text for the layout {bank.layout}; their fields are "
+            f"{_fields(bank)}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
+        )
+    report.passed_over = max(0, before + sent_new - bank.count_atoms()) + left_stale
     report.atoms_written -= report.passed_over
     bank.optimize()
     return report
+
+
+def _fields(bank: GradientBank) -> list[str]:
+    """The fields of the first points' payloads, but for the bank's own."""
+    points, _ = bank.store.scroll(None, SAMPLE, None, Without((bank.payload_key,)))
+    return sorted({key for point in points for key in point.payload})
 
 
 @dataclass
@@ -179,9 +197,10 @@ class _Ingestion:
 
     def _windows(self, hit: Hit) -> list[EncodedDocument]:
         """What of a text its atom is computed from: one window or several; none where it gets no atom."""
+        if not hit.text:
+            self.report.without_text += 1
+            return []
         try:
-            if not hit.text:
-                raise DataError(f"no text for the layout {self.bank.layout}")
             document = self.gradients.encode(hit.text)
         except DataError as error:
             self.report.skipped[str(hit.document_id)] = str(error)

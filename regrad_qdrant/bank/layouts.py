@@ -13,6 +13,7 @@ from typing import Any
 
 from regrad_qdrant.errors import BankError, DataError
 
+SHOWN = 6  # candidates that an error lists
 SUSPECTS = ("text", "content", "page_content", "document", "body", "chunk", "passage")
 
 
@@ -27,6 +28,7 @@ class Layout:
             then `reads` names the top-level keys it needs.
         title: the path of a title, set before the text on a line of its own where the text does not hold it.
         marks: top-level keys that every payload of this layout has.
+        id: the path of the id that the document's owner knows it by.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Layout:
     title: str | None = None
     marks: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    id: str = "id"
 
     def __post_init__(self) -> None:
         if callable(self.text) and not self.reads:
@@ -71,6 +74,12 @@ class Layout:
                     state[json_path(keys)] = None
         return state
 
+    def noted(self) -> dict[str, str] | None:
+        """What `Layout(**noted)` makes this layout of; None for one that is a function."""
+        if callable(self.text):
+            return None
+        return {name: value for name in ("name", "text", "title", "id") if (value := getattr(self, name)) is not None}
+
     def _paths(self) -> list[str]:
         """The paths that `text_of` reads."""
         text = self.reads if callable(self.text) else (self.text,)
@@ -107,11 +116,29 @@ def detect(payloads: Sequence[Mapping[str, Any]]) -> Layout:
     usual = [key for key in SUSPECTS if any(_is_text(payload.get(key)) for payload in texts)]
     if usual == ["text"]:
         return CORPUS
+    usual = usual or _nested(texts)
     if len(usual) == 1:
         return Layout("plain", usual[0])
     candidates = usual or sorted({key for payload in texts for key, value in payload.items() if _is_text(value)})
-    found = ", ".join(f"{key} ({_sample(texts, key)!r}…)" for key in candidates) or "no field of text at all"
-    raise BankError(f"can't tell where the payloads keep the text; found {found}: choose with --text-path FIELD")
+    found = ", ".join(f"{key} ({_sample(texts, key)!r}…)" for key in candidates[:SHOWN]) or "no field of text at all"
+    more = f" and {len(candidates) - SHOWN} more" if len(candidates) > SHOWN else ""
+    raise BankError(
+        f"can't tell where the payloads keep the text; found {found}{more}: choose with --text-path PATH, in Python "
+        "layout=Layout('mine', 'PATH')"
+    )
+
+
+def _nested(payloads: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The paths of texts under a usual name one object down, such as metadata.text."""
+    paths = {
+        json_path([outer, key])
+        for payload in payloads
+        for outer, inner in payload.items()
+        if isinstance(inner, Mapping)
+        for key in SUSPECTS
+        if _is_text(inner.get(key))
+    }
+    return sorted(paths)
 
 
 def _fits(layout: Layout, payloads: Sequence[Mapping[str, Any]]) -> bool:
@@ -124,7 +151,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _sample(payloads: Sequence[Mapping[str, Any]], key: str) -> str:
-    return next(str(payload[key])[:24] for payload in payloads if _is_text(payload.get(key)))
+    values = (payload.get(key, value_at(payload, key)) for payload in payloads)
+    return next(str(value)[:24] for value in values if _is_text(value))
 
 
 def value_at(payload: Mapping[str, Any], path: str) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -31,13 +33,16 @@ class BankStatus:
     """What `status` found; bytes are those of the record's JSON as it stands in the payload."""
 
     points: int
-    atoms: int
-    missing: int
+    atoms: int  # stale and damaged ones among them
+    missing: int  # points with a text and no atom
     stale: int
     space: str
     codec: str | None
     bytes_median: int | None
     bytes_max: int | None
+    without_text: int = 0  # points that can have no atom
+    damaged: int = 0  # values under the bank's key that are no usable records
+    orphans: int = 0  # atoms in the sidecar whose document is gone
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -48,6 +53,9 @@ class BankStatus:
             "space": self.space,
             "codec": self.codec,
             "bytes_per_atom": {"median": self.bytes_median, "max": self.bytes_max},
+            "without_text": self.without_text,
+            "damaged": self.damaged,
+            "orphans": self.orphans,
         }
 
 
@@ -60,26 +68,33 @@ class RecodeReport:
 
 
 def status(bank: AtomCollection) -> BankStatus:
-    """Counts of points and atoms, and the atoms' sizes (of the first thousand)."""
-    points, atoms = bank.store.count(), bank.count_atoms()
+    """Counts of points and atoms, and the atoms' sizes (of the first thousand).
+
+    Every text is read once, and no atom but those whose size is taken.
+    """
+    states = Counter(state for state, _ in bank.examined())
+    lacking = Counter(bool(hit.text) for hit in bank.missing())
     sizes: list[int] = []
     codecs: set[str] = set()
-    values = bank.scroll(bank.has_atom, [bank.payload_key], page=32, store=bank.atoms) if atoms else ()
-    for point in values:
-        value = point.payload[bank.payload_key]
-        sizes.append(json_bytes(value))
-        codecs.add(str(value.get("codec")))
-        if len(sizes) == STATUS_SAMPLE:
-            break
+    atoms = states["current"] + states["stale"] + states["damaged"]
+    if atoms:
+        values = filter(bank.belongs, bank.scroll(bank.has_atom, [bank.payload_key], page=32, store=bank.atoms))
+        for point in itertools.islice(values, STATUS_SAMPLE):
+            value = point.payload[bank.payload_key]
+            sizes.append(json_bytes(value))
+            codecs.add(str(value.get("codec")))
     return BankStatus(
-        points=points,
+        points=atoms + states["gone"] + lacking.total(),
         atoms=atoms,
-        missing=points - atoms,
-        stale=sum(1 for _ in bank.stale()) if atoms else 0,
+        missing=lacking[True] + states["gone"],
+        stale=states["stale"],
         space=bank.space,
         codec=", ".join(sorted(codecs)) or None,
         bytes_median=int(statistics.median(sizes)) if sizes else None,
         bytes_max=max(sizes) if sizes else None,
+        without_text=lacking[False],
+        damaged=states["damaged"],
+        orphans=sum(1 for _ in bank.orphans()),
     )
 
 
@@ -102,6 +117,8 @@ def recode(
     for points in pages(bank.scroll(condition, [bank.payload_key], page, bank.atoms), page):
         writes: list[tuple[PayloadWrite, int]] = []
         for point in points:
+            if not bank.belongs(point):  # gone, though the index still has it
+                continue
             try:
                 old = Record.from_payload(point.payload[bank.payload_key])
                 value = {bank.payload_key: old.recoded(wanted.name, bank.space, layout).to_payload()}
@@ -127,8 +144,23 @@ def finer_than(bank: AtomCollection, codec: str, layout: AtomLayout) -> Filter:
 
 
 def drop(bank: AtomCollection) -> int:
-    """Remove this space's atoms, and nothing else; returns how many there were."""
-    condition = bank.has_atom
-    count = bank.atoms.count(condition)
-    bank.atoms.delete_keys([bank.payload_key], condition)
+    """Remove this space's atoms, and nothing else; returns how many there were.
+
+    The nested key goes first, in the same request: a server that deletes a parent key leaves the index of what was
+    below it as it was. With the last atom under the key go its index and, of this space, what ingestion noted. Of a
+    sidecar the points go too, unless they hold something else.
+    """
+    if not bank.atoms.exists():
+        return 0
+    points = bank.scroll(bank.has_atom, [bank.space_path], store=bank.atoms)
+    count = sum(bank.belongs(point) for point in points)
+    bank.atoms.delete_keys([bank.space_path, bank.payload_key], bank.has_atom)
+    if bank.in_sidecar:
+        for page in pages(bank.scroll(None, [], store=bank.atoms, with_payload=True), PAGE):
+            if empty := [point.id for point in page if not point.payload]:
+                bank.atoms.delete_points(empty)
+    if bank.noted():
+        bank.atoms.write_metadata({bank.metadata_key: None})
+    if bank.count_of_other_spaces() == 0:
+        bank.atoms.delete_index(bank.space_path)
     return count

@@ -132,8 +132,19 @@ def status(
     ) as bank:
         found = bank.status()
     table = Table("points", "atoms", "missing", "stale", "space", "codec", "bytes per atom, median", "max")
-    table.add_row(*("–" if value is None else str(value) for value in asdict(found).values()))
+    shown = (found.points, found.atoms, found.missing, found.stale, found.space, found.codec)
+    table.add_row(*("–" if value is None else str(value) for value in (*shown, found.bytes_median, found.bytes_max)))
     console.print(table)
+    if found.without_text:
+        console.print(f"{found.without_text} points have no text, so no atom", highlight=False)
+    if found.damaged:
+        console.print(f"{found.damaged} atoms are damaged: regrad-qdrant ingest computes them again", highlight=False)
+    if found.orphans:
+        console.print(
+            f"{found.orphans} atoms in the sidecar belong to documents that are gone: regrad-qdrant drop removes them "
+            "with the others",
+            highlight=False,
+        )
     if found.missing or found.stale:
         console.print("Attach what is missing or stale with: regrad-qdrant ingest")
     write_json(json_out, found.as_dict())
@@ -240,8 +251,10 @@ def drop(
     initialization = MetaInitialization.load(init)
     store = existing_store(collection, url, path)
     with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
-        count = bank.atoms.count(bank.has_atom)
-        if count and not yes and sys.stdin.isatty():
+        count = bank.count_atoms()
+        if count and not yes:
+            if not sys.stdin.isatty():
+                raise DataError(f"drop removes {count} atoms: give --yes where there is no terminal to ask on")
             typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
         removed = bank.drop()
     console.print(f"{removed} atoms removed from {collection!r}; texts, vectors and other fields are as they were")

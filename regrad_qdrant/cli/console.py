@@ -51,6 +51,7 @@ def print_report(report: IngestReport) -> None:
         "in windows": report.windowed,
         "too long": report.too_long,
         "changed meanwhile": report.passed_over,
+        "without text": report.without_text,
         "skipped": len(report.skipped),
     }
     always = ("points added", "updated", "atoms written", "present")

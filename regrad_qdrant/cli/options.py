@@ -124,10 +124,10 @@ def bank_of(
     from regrad_qdrant.bank.embed import Bm25, DenseEmbedder, Embedder
     from regrad_qdrant.bank.layouts import CORPUS, Layout
 
-    embedders: dict[str, Embedder] = {"bm25": Bm25()}
+    embedders: dict[str, Embedder] | None = None  # as ingestion noted them, or bm25
     if dense is not None:
-        embedders["dense" if using in (None, "bm25") else str(using)] = DenseEmbedder(dense)
-    layout = CORPUS if text_path in (None, CORPUS.text) else Layout("given", str(text_path))
+        embedders = {"bm25": Bm25(), "dense" if using in (None, "bm25") else str(using): DenseEmbedder(dense)}
+    layout = None if text_path is None else CORPUS if text_path == CORPUS.text else Layout("given", text_path)
     bank = GradientBank(
         store,
         store.name,
@@ -138,8 +138,6 @@ def bank_of(
         sidecar=sidecar,
     )
     try:
-        if text_path is None and store.exists():
-            bank.detect_layout()
         yield bank
     finally:
         bank.close()

@@ -81,6 +81,9 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "with_atoms",
         "belongs",
         "hit",
+        "examined",
+        "orphans",
+        "noted",
     }  # parts of ingestion, which is a command, and of the methods that are there
     assert methods(GradientBank) - inside <= methods(AsyncGradientBank)
 

@@ -518,3 +518,64 @@ def test_a_recoded_atom_does_not_replace_one_that_was_written_meanwhile(bank, mo
     monkeypatch.setattr(Record, "recoded", meanwhile)
     bank.recode("sign", NUMBERS)
     assert bank.fetch([ids[0]])[0].record == newer
+
+
+# -- what an index says and a payload no longer holds ---------------------------------------------------
+
+
+class Believing:
+    """A store whose index goes on finding points after their key is gone, as a server's does when an application
+    deletes the parent key alone."""
+
+    def __init__(self, store, ids):
+        self.inner, self.ids = store, ids
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    def scroll(self, query_filter, limit, offset, with_payload):
+        if query_filter is None or not query_filter.must:  # the filter of what has an atom has a must alone
+            return self.inner.scroll(query_filter, limit, offset, with_payload)
+        found, following = self.inner.scroll(query_filter, limit, offset, with_payload)
+        return [*found, *self.inner.retrieve(self.ids, with_payload)], following
+
+
+def test_what_the_index_alone_remembers_is_missing_and_no_one_fails(bank):
+    bank.store = bank.atoms = Believing(bank.store, [point_id("d2")])
+    bank.put((point_id(f"d{i}"), record) for i, record in enumerate(records(PEOPLE[:2])))
+    status = bank.status()
+    assert (status.atoms, status.stale, status.damaged) == (2, 0, 0)
+    assert [state for state, _ in bank.examined()].count("gone") == 1
+    assert bank.recode("sparse", NUMBERS).recoded == 2
+    assert bank.drop() == 2
+
+
+def test_dropping_takes_the_nested_key_first_and_leaves_nothing_of_ours(bank, monkeypatch):
+    bank.put((point_id(f"d{i}"), record) for i, record in enumerate(records(PEOPLE)))
+    bank.atoms.write_metadata({bank.metadata_key: {"space": "core"}, "theirs": 1})
+    asked = []
+    delete = bank.atoms.delete_keys
+    monkeypatch.setattr(bank.atoms, "delete_keys", lambda keys, only: asked.append(keys) or delete(keys, only))
+    assert bank.drop() == len(PEOPLE) and bank.drop() == 0
+    assert asked[0] == ["regrad.space", "regrad"]
+    assert bank.noted() == {} and bank.atoms.read_metadata() == {"theirs": 1}
+    assert (bank.status().atoms, bank.count_atoms()) == (0, 0)
+
+
+def test_a_value_that_is_no_record_is_damaged_in_every_word(bank):
+    bank.store.set_payload([PayloadWrite(point_id("d0"), {"regrad": {"v": 1, "space": SPACE}})])
+    assert (bank.status().damaged, bank.status().stale, bank.status().atoms) == (1, 0, 1)
+    [hit] = bank.fetch([point_id("d0")])
+    assert hit.record is None and "sha, codec, atom are missing" in hit.damaged
+
+
+def test_orphans_of_a_sidecar_are_counted_and_go_with_the_others(store):
+    bank = GradientBank(store, store.name, SPACE, sidecar=f"{store.name}_atoms")
+    bank.create()
+    bank.add(documents())
+    bank.put((point_id(f"d{i}"), record) for i, record in enumerate(records(PEOPLE)))
+    bank.store.delete_points([point_id("d0")])
+    status = bank.status()
+    assert (status.points, status.atoms, status.orphans, status.missing) == (len(PEOPLE) - 1, len(PEOPLE) - 1, 1, 0)
+    assert bank.drop() == len(PEOPLE)
+    assert bank.atoms.count() == 0 and bank.status().orphans == 0

@@ -13,6 +13,7 @@ from regrad_qdrant.bank import ingest
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
+from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.stores.base import PayloadWrite
 from regrad_qdrant.errors import BankError, DataError, UnknownCodecError
 
@@ -127,8 +128,18 @@ def test_what_can_not_have_an_atom_is_reported_and_the_rest_goes_on(bank, gradie
     for passage, text in zip(PASSAGES, ["", "a"], strict=False):
         bank.store.set_payload([PayloadWrite(point_id(passage.id), {"text": text})])
     report = attach_atoms(bank, gradients, "int4")
-    assert report.atoms_written == 18 and set(report.skipped) == {PASSAGES[0].id, PASSAGES[1].id}
+    assert report.atoms_written == 18 and set(report.skipped) == {PASSAGES[1].id}
     assert "1 token" in report.skipped[PASSAGES[1].id]
+    status = bank.status()
+    assert (report.without_text, status.without_text, status.missing) == (1, 1, 1)
+
+
+def test_a_collection_without_any_text_is_an_error_that_names_its_fields(bank, gradients):
+    add_corpus(bank, PASSAGES[:3], gradients)
+    bank.store.set_payload([PayloadWrite(point_id(p.id), {"text": "", "city": "Lisbon"}) for p in PASSAGES[:3]])
+    told = GradientBank(bank.store, "docs", bank.space, layout=Layout("mine", "body"))
+    with pytest.raises(BankError, match=r"none of the 3 points has a text.*'city'.*--text-path"):
+        attach_atoms(told, gradients, "int4")
 
 
 def test_truncated_texts_are_counted(bank, gradients):

@@ -146,7 +146,10 @@ class Store(Protocol):
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
         """Set top-level keys of existing points; points that are gone or have changed are passed over."""
 
-    def delete_keys(self, keys: list[str], query_filter: Filter) -> None: ...
+    def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
+        """Remove payload keys of the points that pass; a nested key goes before its parent, in the order given."""
+
+    def delete_points(self, ids: Sequence[PointId]) -> None: ...
 
     def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
         """The best points of each, best first: all in one request, where the engine has one for that."""
@@ -167,9 +170,13 @@ class Store(Protocol):
 
     def create_keyword_index(self, key: str) -> None: ...
 
+    def delete_index(self, key: str) -> None:
+        """Remove the index of a payload key; one that is not there is no error."""
+
     def read_metadata(self) -> dict[str, Any]: ...
 
-    def write_metadata(self, metadata: dict[str, Any]) -> None: ...
+    def write_metadata(self, metadata: dict[str, Any]) -> None:
+        """Merge into the collection's metadata; None takes a key away."""
 
     def optimize(self) -> None:
         """Let the engine put its segments in order after a bulk load, where it does not do so by itself."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.bank.stores.base import (
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
 
+UNINDEXED = "ndex required"  # how a server in strict mode begins when it refuses a filter
+TOO_LARGE = "larger than rate limiter capacity"  # … a read that it would never let pass, however long one waits
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.25, 20.0  # seconds; doubled after each attempt: half a minute in all
 LONGEST_RETRY_AFTER = 120.0  # seconds that a server's Retry-After is followed for
@@ -40,6 +44,7 @@ class ClientStore:
         self.client = client
         self.name = name
         self.owns_client = owns_client  # whether `close` closes it
+        self._page = sys.maxsize  # points that one read may ask for, as far as the server has refused more
 
     @property
     def in_process(self) -> bool:
@@ -119,31 +124,64 @@ class ClientStore:
         self._request("update_vectors", rows, wait=True)
 
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
+        """By a filter on id and state, which one shard checks in the same step as it writes; by id after a look where
+        several shards would each log and run every filter, or where the engine has no index to filter by.
+
+        A write that must find a place empty keeps its filter: it protects somebody else's atom.
+        """
+        if not writes:
+            return
+        guarded = [write for write in writes if None in write.unless_changed.values()]
+        if self.in_process or (len(guarded) < len(writes) and self._has_several_shards):
+            by_id = list(writes) if self.in_process else [write for write in writes if write not in guarded]
+            self._write_by_id(by_id)
+            writes = [] if self.in_process else guarded
+        if writes:
+            self._write_by_filter(writes)
+
+    def _write_by_filter(self, writes: Sequence[PayloadWrite]) -> None:
         from qdrant_client import models
 
-        if self.in_process:  # a filter would scan every point, for every write
-            writes = self._applicable(writes)
-            payloads = [models.SetPayload(payload=write.payload, points=[write.id]) for write in writes]
-        else:
-            payloads = [models.SetPayload(payload=write.payload, filter=write.target()) for write in writes]
-        if not payloads:
-            return
+        payloads = [models.SetPayload(payload=write.payload, filter=write.target()) for write in writes]
         try:
             operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
             self._request("batch_update_points", operations, wait=True)
         except BankError as error:
-            if "ndex required" not in str(error) or not any(write.unless_changed for write in writes):
+            if UNINDEXED not in str(error):
                 raise
-            # strict mode refuses a filter on a field without an index: look, then write by id
-            self.set_payload([replace(write, unless_changed={}) for write in self._applicable(writes)])
+            self._write_by_id(writes)  # strict mode refuses a filter on a field without an index
+
+    def _write_by_id(self, writes: Sequence[PayloadWrite]) -> None:
+        """Write those that still apply; a point that is deleted between the look and the write is passed over."""
+        from qdrant_client import models
+
+        for attempt in range(ATTEMPTS):
+            payloads = [models.SetPayload(payload=w.payload, points=[w.id]) for w in self._applicable(writes)]
+            if not payloads:
+                return
+            try:
+                operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
+                self._request("batch_update_points", operations, wait=True)
+                return
+            except BankError as error:
+                if "No point with id" not in str(error) or attempt == ATTEMPTS - 1:
+                    raise
+
+    @cached_property
+    def _has_several_shards(self) -> bool:
+        return (self._request("get_collection").config.params.shard_number or 1) > 1
 
     def _applicable(self, writes: Sequence[PayloadWrite]) -> list[PayloadWrite]:
-        """Those of the writes whose points are there, in the state that they want."""
-        there = {point.id: point.payload for point in self.retrieve([write.id for write in writes], True)}
+        """Those of the writes whose points are there, in the state that they want; nothing else is read."""
+        paths = sorted({path for write in writes for path in write.unless_changed})
+        there = {point.id: point.payload for point in self.retrieve([write.id for write in writes], paths or False)}
         return [write for write in writes if write.id in there and write.still_applies(there[write.id])]
 
     def delete_keys(self, keys: list[str], query_filter: Filter) -> None:
         self._request("delete_payload", keys, points=query_filter, wait=True)
+
+    def delete_points(self, ids: Sequence[PointId]) -> None:
+        self._request("delete", list(ids), wait=True)
 
     def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
         if len(searches) == 1:
@@ -160,17 +198,44 @@ class ClientStore:
         ]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
-        found = self._request("retrieve", list(ids), with_payload=_selector(with_payload))
-        return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
+        found: list[StoredPoint] = []
+        left = list(ids)
+        while left:
+            part = left[: self._page]
+            if (answer := self._page_of("retrieve", len(part), part, with_payload=_selector(with_payload))) is None:
+                continue  # with a smaller page
+            found += [StoredPoint(plain_id(point.id), point.payload or {}) for point in answer]
+            left = left[len(part) :]
+        return found
 
     def scroll(
         self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
     ) -> tuple[list[StoredPoint], PointId | None]:
-        found, following = self._request(
-            "scroll", scroll_filter=query_filter, limit=limit, offset=offset, with_payload=_selector(with_payload)
-        )
+        answer = None
+        while answer is None:
+            size = min(limit, self._page)
+            answer = self._page_of(
+                "scroll",
+                size,
+                scroll_filter=query_filter,
+                limit=size,
+                offset=offset,
+                with_payload=_selector(with_payload),
+            )
+        found, following = answer
         points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
         return points, None if following is None else plain_id(following)
+
+    def _page_of(self, method: str, size: int, *arguments: Any, **options: Any) -> Any:
+        """One page of a read; None where the server refuses that many points, after which pages are smaller."""
+        try:
+            return self._request(method, *arguments, **options)
+        except BankError as error:
+            allowed = _allowed(str(error), size)
+            if allowed is None:
+                raise
+            self._page = allowed
+            return None
 
     def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
         found, following = self._request("scroll", limit=limit, offset=offset, with_payload=True, with_vectors=True)
@@ -181,7 +246,12 @@ class ClientStore:
         return {point.id: point for point in map(whole_point, found)}
 
     def count(self, query_filter: Filter | None = None) -> int:
-        return int(self._request("count", count_filter=query_filter, exact=True).count)
+        try:
+            return int(self._request("count", count_filter=query_filter, exact=True).count)
+        except BankError as error:
+            if "exact" not in str(error).lower():
+                raise
+            return int(self._request("count", count_filter=query_filter, exact=False).count)  # strict mode
 
     def create_keyword_index(self, key: str) -> None:
         from qdrant_client import models
@@ -190,8 +260,13 @@ class ClientStore:
             return  # that engine has no payload indexes, and warns about it
         self._request("create_payload_index", key, models.PayloadSchemaType.KEYWORD, wait=True)
 
+    def delete_index(self, key: str) -> None:
+        if not self.in_process:
+            self._request("delete_payload_index", key, wait=True)
+
     def read_metadata(self) -> dict[str, Any]:
-        return dict(getattr(self._request("get_collection").config, "metadata", None) or {})
+        metadata = getattr(self._request("get_collection").config, "metadata", None) or {}
+        return {key: value for key, value in metadata.items() if value is not None}
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         """Merge into the collection's metadata (Qdrant 1.16 and later; an older server ignores it)."""
@@ -203,6 +278,13 @@ class ClientStore:
     def close(self) -> None:
         if self.owns_client:
             self.client.close()
+
+
+def _allowed(refusal: str, size: int) -> int | None:
+    """How many points one read may ask for after this refusal of `size`; None where that is not what was refused."""
+    if size > 1 and (named := re.search(r"[Ll]imit exceeded \d+ > (\d+)", refusal)):
+        return min(int(named[1]), size - 1)
+    return size // 2 if size > 1 and TOO_LARGE in refusal else None
 
 
 def _selector(with_payload: WithPayload) -> Any:
@@ -249,6 +331,8 @@ def is_transient(error: BaseException) -> bool:
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
+    if TOO_LARGE in str(error):
+        return False
     if isinstance(error, UnexpectedResponse):
         return error.status_code == 429 or (error.status_code or 0) >= 500
     if isinstance(error, grpc.RpcError):
@@ -285,17 +369,27 @@ def client_errors(collection: str) -> Iterator[None]:
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
-    refused = StoreUnavailableError("the Qdrant server refused the API key: set QDRANT_API_KEY")
+    unknown = StoreUnavailableError("the Qdrant server refused the API key: set QDRANT_API_KEY")
+
+    def forbidden(said: Any) -> BankError:
+        return BankError(
+            f"collection {collection!r}: this API key may not do that: use one with write access to it ({said})"
+        )
+
     try:
         yield
     except ResourceExhaustedResponse as error:
+        if TOO_LARGE in str(error):
+            raise BankError(f"collection {collection!r}: {error}") from error
         raise StoreUnavailableError(
             f"the Qdrant server is over its rate limit, still after retries: {error}"
         ) from error
     except grpc.RpcError as error:
         code = getattr(error, "code", lambda: None)()
-        if code in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED):
-            raise refused from error
+        if code == grpc.StatusCode.UNAUTHENTICATED:
+            raise unknown from error
+        if code == grpc.StatusCode.PERMISSION_DENIED:
+            raise forbidden(getattr(error, "details", lambda: None)() or error) from error
         if is_transient(error):
             raise StoreUnavailableError(f"can't reach the Qdrant server, still after retries: {error}") from error
         said = getattr(error, "details", lambda: None)() or error
@@ -305,11 +399,11 @@ def client_errors(collection: str) -> Iterator[None]:
             f"can't reach the Qdrant server: {error}. Is it running, and is the URL right?"
         ) from error
     except UnexpectedResponse as error:
-        if error.status_code in (401, 403):
-            raise refused from error
-        raise BankError(
-            f"collection {collection!r}: the server answered {error.status_code}: "
-            f"{error.content.decode(errors='replace')[:300]}"
-        ) from error
+        if error.status_code == 401:
+            raise unknown from error
+        said = error.content.decode(errors="replace")[:300]
+        if error.status_code == 403 and "Help:" not in said:  # of older servers also what strict mode refuses
+            raise forbidden(said) from error
+        raise BankError(f"collection {collection!r}: the server answered {error.status_code}: {said}") from error
     except (ValueError, KeyError) as error:  # what the in-process engine raises
         raise BankError(f"collection {collection!r}: {error}") from error

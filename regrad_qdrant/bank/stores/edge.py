@@ -136,6 +136,13 @@ class EdgeStore:
             self.shard.update(edge.UpdateOperation.delete_payload_by_filter(edge_filter(query_filter), keys))
             self.shard.flush()
 
+    def delete_points(self, ids: Sequence[PointId]) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.delete_points(list(ids)))
+            self.shard.flush()
+
     def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
         requests = [_query(search) for search in searches]
         with self._errors():
@@ -194,13 +201,21 @@ class EdgeStore:
         with self._errors():
             self.shard.update(edge.UpdateOperation.create_field_index(key, edge.PayloadSchemaType.Keyword))
 
+    def delete_index(self, key: str) -> None:
+        import qdrant_edge as edge
+
+        with self._errors():
+            self.shard.update(edge.UpdateOperation.delete_field_index(key))
+
     def read_metadata(self) -> dict[str, Any]:
         path = self.folder / METADATA_FILE
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     def write_metadata(self, metadata: dict[str, Any]) -> None:
         partial = self.folder / f"{METADATA_FILE}.partial"
-        partial.write_text(json.dumps(self.read_metadata() | metadata), encoding="utf-8")
+        partial.write_text(
+            json.dumps({k: v for k, v in (self.read_metadata() | metadata).items() if v is not None}), encoding="utf-8"
+        )
         os.replace(partial, self.folder / METADATA_FILE)
 
     def optimize(self) -> None:
