@@ -18,15 +18,26 @@ from typing import TYPE_CHECKING
 
 from regrad_qdrant.answer.atom_cache import AtomCache
 from regrad_qdrant.atoms.record import decode_sum
-from regrad_qdrant.errors import AdapterInUseError, WrongShapeError
+from regrad_qdrant.errors import AdapterError, AdapterInUseError, WrongShapeError
 from regrad_qdrant.model.identity import PEFT_PREFIX
-from regrad_qdrant.model.plugin import ADAPTER, lean_forward, live_space, lora_layers, lora_weight, plug_in, row_updates
+from regrad_qdrant.model.plugin import (
+    ADAPTER,
+    base_of,
+    lean_forward,
+    live_space,
+    lora_layers,
+    lora_weight,
+    plug_in,
+    row_updates,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.model.initialization import MetaInitialization
+
+_HOLDER = "_regrad_adapter"  # of a base model, the adapter that is in it
 
 
 class Adapter:
@@ -43,7 +54,7 @@ class Adapter:
 
     Raises:
         WrongModelError: if they differ.
-        AdapterError: if the model carries adapters already.
+        AdapterError: if the model carries adapters of others already; one of ours is taken out.
     """
 
     def __init__(
@@ -52,8 +63,15 @@ class Adapter:
 
         if check_model:
             initialization.check_model(model)
+        self._released = False
+        self._lock = threading.Lock()
+        self._owner: int | None = None
+        other: Adapter | None = getattr(model, _HOLDER, None)
+        if other is not None:
+            other.release()  # a notebook's cell that is run again, or another bank
         self.initialization = initialization
         self.model = plug_in(model, initialization)
+        setattr(model, _HOLDER, self)
         self.space = live_space(self.model, initialization)
         layers = lora_layers(self.model)
         self._parameters = {
@@ -65,8 +83,17 @@ class Adapter:
         self._buffers: dict[str, Tensor] = {}
         self.cache = AtomCache(cache_bytes)
         self.step_sizes = initialization.flat_step_sizes()
-        self._lock = threading.Lock()
-        self._owner: int | None = None
+
+    def release(self) -> None:
+        """Take the plug-in out of the model, once the answer that is being given is done; again changes nothing."""
+        if self._released:
+            return
+        with self._turn():
+            base = base_of(self.model)
+            self.model.unload()
+            if getattr(base, _HOLDER, None) is self:
+                delattr(base, _HOLDER)
+            self._released = True
 
     def decode(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Tensor:
         """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on the model's device; wᵢ = 1 by default.
@@ -227,6 +254,10 @@ class Adapter:
         if self._owner == me:
             raise AdapterInUseError("an update is applied already in this thread: leave its block before the next one")
         with self._lock:
+            if self._released:
+                raise AdapterError(
+                    "the model was taken over by another ReGrad, or given back by close(): make a new one"
+                )
             self._owner = me
             try:
                 yield

@@ -1,11 +1,11 @@
 """The atoms of what was retrieved: those that are there, and those that are computed, or stored, as they are met.
 
-Where a hit has no atom, or one of an older text, `on_missing` and `on_stale` say what happens; a bank can fill by use.
+Where a hit has no atom, one of an older text, or a damaged one, `on_missing`, `on_stale` and `on_damaged` say what
+happens; a bank can fill by use.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -16,12 +16,21 @@ from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bank.stores.base import PointId
-from regrad_qdrant.errors import DataError, RegradError, StaleAtomError
+from regrad_qdrant.errors import DataError, RecordError, RegradError, StaleAtomError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer
 
 COUNTED = 100_000  # points without an atom whose retrievals are counted
 OnStale = Literal["skip", "recompute", "refuse"]
+OnDamaged = Literal["skip", "recompute", "refuse"]
 OnMissing = Literal["skip", "compute", "store"]
+
+
+@dataclass(frozen=True)
+class Usable:
+    """The documents of one question whose atoms can be applied, and what is to be said of the others."""
+
+    hits: list[Hit]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,15 @@ class FillPolicy:
     on_missing: OnMissing = "skip"
     store_after: int = 1
     codec: str = DEFAULT_CODEC
+    on_damaged: OnDamaged = "skip"
 
     def __post_init__(self) -> None:
         if self.on_stale not in get_args(OnStale):
             raise RegradError(f"on_stale {self.on_stale!r} is not one of {', '.join(get_args(OnStale))}")
         if self.on_missing not in get_args(OnMissing):
             raise RegradError(f"on_missing {self.on_missing!r} is not one of {', '.join(get_args(OnMissing))}")
+        if self.on_damaged not in get_args(OnDamaged):
+            raise RegradError(f"on_damaged {self.on_damaged!r} is not one of {', '.join(get_args(OnDamaged))}")
         if self.store_after < 1:
             raise RegradError(f"store_after must be at least 1, not {self.store_after}")
         get_codec(self.codec)
@@ -58,48 +70,55 @@ class Filling:
         self.bank, self.adapter, self.gradients, self.policy = bank, adapter, gradients, policy
         self._retrieved: dict[PointId, int] = {}  # of points without an atom, how often; the latest last
 
-    def usable(self, found: Sequence[Sequence[Hit]], online: Sequence[bool]) -> list[list[Hit]]:
-        """For each question its hits that have an atom of their present text; what is to be computed is computed for
-        all questions together.
+    def usable(self, found: Sequence[Sequence[Hit]], online: Sequence[bool]) -> list[Usable]:
+        """For each question its hits that have an atom of their present text, and what is to be said of the others;
+        what is to be computed is computed for all questions together.
 
         Args:
             found: the hits of each question.
             online: of each question, whether all its atoms are computed anew and none is read or stored.
+
+        Raises:
+            RecordError: one of its kinds, where the policy refuses a stale or a damaged atom.
         """
         pairs = list(zip(found, online, strict=True))
         anew = {hit.id: hit for hits, is_online in pairs for hit in hits if is_online}
         lacking = {hit.id: hit for hits, is_online in pairs for hit in hits if not is_online and self._to_compute(hit)}
-        computed = self._computed(list((anew | lacking).values()))
+        computed, refused = self._computed(list((anew | lacking).values()))
         if self.policy.on_missing == "store":
-            new = [(hit, record) for hit, record in computed if hit.id in lacking and hit.record is None]
+            new = [(hit, record) for hit, record in computed if hit.id in lacking and _lack(hit) == MISSING]
             self.bank.put([(hit, record) for hit, record in new if self._is_due(hit.id)], replace=False)
         fresh = {hit.id: record for hit, record in computed}
-        kept = []
+        usable = []
         for hits, is_online in pairs:
             ours = anew if is_online else lacking
-            candidates = [replace(hit, record=fresh.get(hit.id)) if hit.id in ours else hit for hit in hits]
-            kept.append([hit for hit in candidates if hit.record is not None and not hit.stale])
-            if hits and not kept[-1]:
-                warnings.warn(
-                    "none of the retrieved documents has a usable atom: answering with φ₀ alone", stacklevel=5
-                )
-        return kept
+            kept, left_out = [], dict[str, list[Hit]]()
+            for hit in hits:
+                whole = replace(hit, record=fresh.get(hit.id), damaged=None) if hit.id in ours else hit
+                lack = refused.get(hit.id) if whole.record is None and hit.id in ours else _lack(whole)
+                if lack is None:
+                    kept.append(whole)
+                else:
+                    left_out.setdefault(lack, []).append(hit)
+            usable.append(Usable(kept, [_note(lack, of) for lack, of in left_out.items()]))
+        return usable
 
     def _to_compute(self, hit: Hit) -> bool:
-        """Whether a hit's atom is to be computed for this query; warns where it is to be left out."""
-        if hit.record is None:
-            if self.policy.on_missing == "skip":
-                warnings.warn(
-                    f"point {hit.id!r} has no atom of space {self.bank.space}: run regrad-qdrant ingest", stacklevel=6
-                )
+        """Whether a hit's atom is to be computed for this query."""
+        lack = _lack(hit)
+        if lack is None:
+            return False
+        if lack == MISSING:
             return self.policy.on_missing != "skip"
-        if hit.stale and self.policy.on_stale == "refuse":
-            raise StaleAtomError(f"the text of point {hit.id!r} has changed since its atom was computed: ingest again")
-        if hit.stale and self.policy.on_stale == "skip":
-            warnings.warn(
-                f"the text of point {hit.id!r} has changed since its atom was computed: skipped", stacklevel=6
-            )
-        return hit.stale and self.policy.on_stale == "recompute"
+        if lack == STALE:
+            if self.policy.on_stale == "refuse":
+                raise StaleAtomError(
+                    f"the text of point {hit.id!r} has changed since its atom was computed: ingest again"
+                )
+            return self.policy.on_stale == "recompute"
+        if self.policy.on_damaged == "refuse":
+            raise RecordError(f"point {hit.id!r}: {hit.damaged}")
+        return self.policy.on_damaged == "recompute"
 
     def _is_due(self, key: PointId) -> bool:
         """Counts one more retrieval of a point without an atom; whether it is time to store one."""
@@ -111,21 +130,43 @@ class Filling:
             del self._retrieved[next(iter(self._retrieved))]
         return False
 
-    def _computed(self, hits: Sequence[Hit]) -> list[tuple[Hit, Record]]:
-        """The atoms of the hits' texts, coded as ingestion codes them."""
+    def _computed(self, hits: Sequence[Hit]) -> tuple[list[tuple[Hit, Record]], dict[PointId, str]]:
+        """The atoms of the hits' texts, coded as ingestion codes them; and of those that can have none, why."""
         encoded: list[tuple[Hit, EncodedDocument]] = []
+        refused: dict[PointId, str] = {}
         for hit in hits:
             try:
                 encoded.append((hit, self.gradients.encode(hit.text)))
             except DataError as error:
-                warnings.warn(f"point {hit.id!r} can have no atom: {error}", stacklevel=7)
+                refused[hit.id] = f"can have no atom: {error}"
         if not encoded:
-            return []
+            return [], refused
         with self.adapter.initial():
             flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
         finite = flat.isfinite().all(dim=1)
         kept = [hit for (hit, _), good in zip(encoded, finite.tolist(), strict=True) if good]
+        refused |= {hit.id: "can have no atom: its gradient is not finite" for hit, _ in encoded if hit not in kept}
         records = make_records(
             flat[finite], [hit.text for hit in kept], self.bank.space, self.policy.codec, self.adapter.space.layout
         )
-        return list(zip(kept, records, strict=True))
+        return list(zip(kept, records, strict=True)), refused
+
+
+MISSING = "has no atom of this initialization: run regrad-qdrant ingest"
+STALE = "has changed since its atom was computed: skipped; run regrad-qdrant ingest"
+
+
+def _lack(hit: Hit) -> str | None:
+    """What a hit lacks to be applied; None where it lacks nothing."""
+    if hit.damaged is not None:
+        return f"has a damaged atom ({hit.damaged}): skipped; run regrad-qdrant ingest"
+    if hit.record is None:
+        return MISSING
+    return STALE if hit.stale else None
+
+
+def _note(lack: str, hits: Sequence[Hit]) -> str:
+    """One sentence for all hits that lack the same."""
+    named = ", ".join(repr(hit.id) for hit in hits[:3])
+    others = f" and {len(hits) - 3} more" if len(hits) > 3 else ""
+    return f"point {named}{others} {lack}"

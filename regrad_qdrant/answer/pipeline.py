@@ -13,17 +13,21 @@ import contextlib
 import itertools
 import random
 import time
+import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from regrad_qdrant.answer.adapter import Adapter
-from regrad_qdrant.answer.filling import Filling, FillPolicy, OnMissing, OnStale
-from regrad_qdrant.answer.generation import generate
+from regrad_qdrant.answer.batching import Batcher
+from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale
+from regrad_qdrant.answer.generation import Generated, generate
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
-from regrad_qdrant.bank.bank import GradientBank
+from regrad_qdrant.atoms.merge import length_weight
+from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.bank.documents import relevances
-from regrad_qdrant.errors import RegradError, WrongSpaceError
+from regrad_qdrant.errors import BankError, DataError, RecordError, RegradError, WrongSpaceError
 from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.prompts import Prompt, QuestionType
 
@@ -42,6 +46,8 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 WITHOUT_DOCUMENTS = ("direct", "init")
 BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
 WITHOUT_ATOMS = (*BARE, "init", "init+icl")
+LONG = 1000  # characters of a text that surely has more tokens than a short one
+SEARCHERS = 8  # threads that search for `aanswer` over a bank that has no asyncio of its own
 WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
 
 
@@ -91,6 +97,26 @@ class Answer:
     hits: list[Hit] = field(repr=False)  # best first; those of `random` are the documents whose atoms were applied
     timings: Timings
     prompt_tokens: int
+    weights: dict[PointId, float] = field(default_factory=dict)  # of the atoms that were applied, by point
+    notes: tuple[str, ...] = ()  # what was left out, and why
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What one question is answered from."""
+
+    asked: Query
+    hits: list[Hit]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """The weighted sum of one question's atoms, (numel,); None in the modes without atoms."""
+
+    total: Tensor | None
+    weights: dict[PointId, float]
+    notes: list[str]
 
 
 class ReGrad:
@@ -109,9 +135,15 @@ class ReGrad:
             space stands under the bank's key, it stays.
         store_after: with on_missing="store", how often a point must be retrieved before its atom is stored, so that
             the bank holds what is asked for often. Counted by this object, for the points met last.
+        on_damaged: what to do with a value under the bank's key that can't be read as an atom: `skip` it with a
+            warning, `recompute` it for this query, or `refuse` the query.
         codec: of atoms that are computed at query time.
         check_model: compare the model's weights with those that the initialization was trained for.
         cache_bytes: of decoded atoms to keep from query to query, where a few documents are retrieved again and again.
+        batch_size: questions of `aanswer` that wait at the same time and share a forward pass, at most.
+        batch_wait: seconds that the first of them waits for others.
+
+    A model that another `ReGrad` uses is taken over from it. `close`, or leaving a `with` block, gives the model back.
 
     Raises:
         WrongModelError: if the initialization was trained for another model.
@@ -132,12 +164,15 @@ class ReGrad:
         codec: str = DEFAULT_CODEC,
         check_model: bool = True,
         cache_bytes: int = 0,
+        on_damaged: OnDamaged = "skip",
+        batch_size: int = 16,
+        batch_wait: float = 0.008,
     ) -> None:
         if bank.space != initialization.fingerprint:
             raise WrongSpaceError(
                 f"the bank reads space {bank.space}, the initialization is {initialization.fingerprint}"
             )
-        policy = FillPolicy(on_stale, on_missing, store_after, codec)  # checked before the model is touched
+        policy = FillPolicy(on_stale, on_missing, store_after, codec, on_damaged)  # checked before the model is touched
         self.adapter = Adapter(model, initialization, check_model=check_model, cache_bytes=cache_bytes)
         self.tokenizer = tokenizer
         self._async_bank = None if isinstance(bank, GradientBank) else bank
@@ -150,6 +185,20 @@ class ReGrad:
         if on_missing == "store" and self._async_bank is None:
             self.bank.index()
         self._all_ids: list[PointId] | None = None
+        self._batcher: Batcher[_Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
+        self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the model back as the plain base model, and end the threads. The bank stays open: it is the caller's."""
+        self._batcher.close()
+        self._searchers.shutdown(wait=False)
+        self.adapter.release()
 
     def answer(
         self,
@@ -183,18 +232,18 @@ class ReGrad:
         """
         asked = Query(question, mode, type, tuple(choices), query_filter, query, hits)
         started = time.perf_counter()
-        found = self._retrieve(asked, top_k, using, seed)
+        [found] = self._retrieve([asked], top_k, using, seed)
         searched = time.perf_counter()
-        prompt = asked.prompt(found)
+        prompt = asked.prompt(found.hits)
         with contextlib.ExitStack() as stack:
-            [atom_sum] = self._sums([(asked, found)])
-            decoded_at = searched if atom_sum is None else time.perf_counter()
+            [merged] = self._merged([found])
+            decoded_at = searched if merged.total is None else time.perf_counter()
             if mode in BARE:
                 stack.enter_context(self.adapter.disabled())
-            elif atom_sum is None:
+            elif merged.total is None:
                 stack.enter_context(self.adapter.initial())
             else:
-                stack.enter_context(self.adapter.applied_sum(atom_sum))
+                stack.enter_context(self.adapter.applied_sum(merged.total))
             applied_at = time.perf_counter()
             [said] = generate(self.adapter.model, self.tokenizer, [prompt])
             generated_at = time.perf_counter()
@@ -206,7 +255,7 @@ class ReGrad:
             generate=generated_at - applied_at,
             restore=restored_at - generated_at,
         )
-        return Answer(said.text, mode, found, timings, said.prompt_tokens)
+        return _answer(said, found, merged, timings)
 
     def answer_many(
         self,
@@ -231,66 +280,193 @@ class ReGrad:
         if not questions:
             return []
         asked = [question if isinstance(question, Query) else Query(question, mode) for question in questions]
-        times = [time.perf_counter()]
-        found = [self._retrieve(query, top_k, using, seed) for query in asked]
-        times.append(time.perf_counter())
-        pairs = list(zip(asked, found, strict=True))
-        sums = self._sums(pairs)
-        times.append(time.perf_counter())
-        with self.adapter.rows(sums, [query.mode in BARE for query in asked]) as names:
-            times.append(time.perf_counter())
-            prompts = [query.prompt(hits) for query, hits in pairs]
-            said = generate(self.adapter.model, self.tokenizer, prompts, adapter_names=names)
-            times.append(time.perf_counter())
-        times.append(time.perf_counter())
-        timings = Timings(*((end - start) / len(asked) for start, end in itertools.pairwise(times)))
-        return [
-            Answer(text.text, query.mode, hits, timings, text.prompt_tokens)
-            for text, (query, hits) in zip(said, pairs, strict=True)
-        ]
+        started = time.perf_counter()
+        found = self._retrieve(asked, top_k, using, seed)
+        return self._answered(found, (time.perf_counter() - started) / len(asked))
 
-    def _retrieve(self, asked: Query, top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Hit]:
-        """The documents that a question is answered from."""
-        if asked.mode in WITHOUT_DOCUMENTS:
-            return []
-        if asked.hits is not None:
-            found = list(asked.hits[:top_k])
-        else:
-            wants_atoms = asked.mode in ("regrad", "regrad+icl")  # not online: those are computed
-            query = asked.query or asked.question
-            found = self.bank.search(
-                query, top_k, using=using, query_filter=asked.query_filter, with_records=wants_atoms
-            )
-        return self._random_hits(found, top_k, f"{seed}-{asked.question}") if asked.mode == "random" else found
+    async def aanswer(
+        self,
+        question: str,
+        *,
+        mode: Mode = "regrad",
+        top_k: int = 3,
+        type: QuestionType = "open",
+        choices: Sequence[str] = (),
+        query_filter: Filter | None = None,
+        query: str | Vector | Mapping[str, Vector] | None = None,
+        using: str | Sequence[str] | None = None,
+        hits: Sequence[Hit] | None = None,
+        seed: int = 0,
+    ) -> Answer:
+        """`answer` for asyncio, with the same arguments.
 
-    async def aanswer(self, question: str, **options: Any) -> Answer:
-        """`answer` for asyncio, with the same arguments: search and generation run in a worker thread, and the requests
-        of an `AsyncGradientBank` on the event loop. One answer at a time uses the model; the others wait for it.
+        The search is awaited on the event loop with an `AsyncGradientBank`, and made by a thread of this object's own
+        with any other bank; never by the loop's executor, whose threads a client may need to resolve a host's name.
+        Questions that wait at the same time share forward passes, on one thread of their own (`batch_size`,
+        `batch_wait`). The answers are those of `answer`.
         """
+        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits)
+        [found] = await self._aretrieve([asked], top_k, using, seed)
+        return await self._batcher.ask(found)
+
+    async def aanswer_many(
+        self,
+        questions: Sequence[str | Query],
+        *,
+        mode: Mode = "regrad",
+        top_k: int = 3,
+        using: str | Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """`answer_many` for asyncio: in batches of at most `batch_size`, together with what else is asked meanwhile."""
+        import asyncio
+
+        asked = [question if isinstance(question, Query) else Query(question, mode) for question in questions]
+        found = await self._aretrieve(asked, top_k, using, seed) if asked else []
+        return list(await asyncio.gather(*(self._batcher.ask(one) for one in found)))
+
+    async def _aretrieve(
+        self, asked: list[Query], top_k: int, using: str | Sequence[str] | None, seed: int
+    ) -> list[_Found]:
         import asyncio
 
         if self._async_bank is not None:
-            self._async_bank.bind()
-        return await asyncio.to_thread(self.answer, question, **options)
+            return await self._async_bank.run(self._retrieve, asked, top_k, using, seed)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._searchers, self._retrieve, asked, top_k, using, seed)
 
-    def _sums(self, pairs: Sequence[tuple[Query, Sequence[Hit]]]) -> list[Tensor | None]:
-        """Σ wᵢ·g(dᵢ) over the usable hits of each question, (numel,); None in the modes without atoms."""
-        applied = [(query, hits) for query, hits in pairs if query.mode not in WITHOUT_ATOMS]
-        usable = self.filling.usable([hits for _, hits in applied], [query.mode == "online" for query, _ in applied])
-        sums = iter([self._merged(hits) for hits in usable])
-        return [None if query.mode in WITHOUT_ATOMS else next(sums) for query, _ in pairs]
+    def _retrieve(
+        self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int
+    ) -> list[_Found]:
+        """The documents that each question is answered from: all searches in as few requests as they take."""
+        searching = [one for one in asked if one.mode not in WITHOUT_DOCUMENTS and one.hits is None]
+        wanted = [
+            Asked(one.query or one.question, one.query_filter, one.mode in ("regrad", "regrad+icl"))
+            for one in searching
+        ]
+        results = iter(self.bank.search_many(wanted, top_k, using=using) if wanted else [])
+        found = []
+        for one in asked:
+            if one.mode in WITHOUT_DOCUMENTS:
+                found.append(_Found(one, [], []))
+                continue
+            hits = next(results) if one.hits is None else list(one.hits[:top_k])
+            if one.mode == "random":
+                hits = self._random_hits(one, hits, top_k, f"{seed}-{one.question}")
+            notes = [] if hits or one.hits is not None else [self._nothing_found(one)]
+            if hits and not any(hit.text for hit in hits):
+                fields = sorted({key for hit in hits for key in hit.payload})
+                raise BankError(
+                    f"none of the retrieved points has a text for the layout {self.bank.layout}; their fields are "
+                    f"{fields}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
+                )
+            found.append(_Found(one, hits, notes))
+        return found
 
-    def _merged(self, usable: Sequence[Hit]) -> Tensor:
-        weights = self.merge.weights(relevances(usable))
-        return self.adapter.decode([hit.record for hit in usable if hit.record is not None], weights)
+    def _nothing_found(self, asked: Query) -> str:
+        """What to say where a question has found no document; names the filter's fields that no point has."""
+        said = "nothing was retrieved: the answer comes from the model alone"
+        if asked.query_filter is None:
+            return said
+        absent = self.bank.absent_fields(asked.query_filter)
+        why = f"no point has the filter's field {', '.join(absent)}" if absent else "no document passes the filter"
+        return f"{said}; {why}"
 
-    def _random_hits(self, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
-        """Other documents' points under the scores of the retrieved ones."""
-        if self._all_ids is None:
-            self._all_ids = [hit.id for hit in self.bank.points()]
+    def _answered_together(self, found: list[_Found]) -> list[Answer]:
+        return self._answered(found, 0.0)
+
+    def _answered(self, found: Sequence[_Found], search: float) -> list[Answer]:
+        """One batch; `search` is the seconds that each question's search took."""
+        asked = [one.asked for one in found]
+        times = [time.perf_counter()]
+        merged = self._merged(found)
+        times.append(time.perf_counter())
+        with self.adapter.rows([one.total for one in merged], [query.mode in BARE for query in asked]) as names:
+            times.append(time.perf_counter())
+            prompts = [one.asked.prompt(one.hits) for one in found]
+            said = generate(self.adapter.model, self.tokenizer, prompts, adapter_names=names)
+            times.append(time.perf_counter())
+        times.append(time.perf_counter())
+        timings = Timings(search, *((end - start) / len(found) for start, end in itertools.pairwise(times)))
+        return [_answer(*parts, timings) for parts in zip(said, found, merged, strict=True)]
+
+    def _merged(self, found: Sequence[_Found]) -> list[_Merged]:
+        """Σ wᵢ·g(dᵢ) over the usable hits of each question."""
+        applied = [one for one in found if one.asked.mode not in WITHOUT_ATOMS]
+        online = [one.asked.mode == "online" for one in applied]
+        usable = iter(self.filling.usable([one.hits for one in applied], online))
+        merged = []
+        for one in found:
+            if one.asked.mode in WITHOUT_ATOMS:
+                merged.append(_Merged(None, {}, one.notes))
+                continue
+            documents = next(usable)
+            total = self._sum(documents.hits, [*one.notes, *documents.notes])
+            if one.hits and not total.weights:
+                total.notes.append("none of the retrieved documents has a usable atom: answering with φ₀ alone")
+            merged.append(total)
+        for notes in filter(None, (one.notes for one in merged)):
+            warnings.warn("; ".join(notes), stacklevel=4)  # one a question
+        return merged
+
+    def weights(self, hits: Sequence[Hit]) -> list[float]:
+        """wᵢ of these documents' atoms, best first: the merge rule's, less for short texts (`merge.length_weight`)."""
+        weights = self.merge.weights(relevances(hits))
+        return [weight * self._length_weight(hit.text) for hit, weight in zip(hits, weights, strict=True)]
+
+    def _length_weight(self, text: str) -> float:
+        if len(text) > LONG:
+            return 1.0
+        try:
+            return length_weight(len(self.gradients.encode(text).ids))
+        except DataError:
+            return 1.0
+
+    def _sum(self, hits: Sequence[Hit], notes: list[str]) -> _Merged:
+        """The sum of these hits' atoms; those that turn out to be damaged are left out, recomputed or refused."""
+        weights = self.weights(hits)
+        records = [hit.record for hit in hits if hit.record is not None]
+        try:
+            total = self.adapter.decode(records, weights)
+            return _Merged(total, {hit.id: weight for hit, weight in zip(hits, weights, strict=True)}, notes)
+        except RecordError:
+            if self.filling.policy.on_damaged == "refuse":
+                raise
+        examined = [replace(hit, damaged=self._damage(hit)) for hit in hits]
+        [left] = self.filling.usable([examined], [False])
+        return self._sum(left.hits, [*notes, *left.notes])
+
+    def _damage(self, hit: Hit) -> str | None:
+        """Why a hit's record can't be decoded."""
+        try:
+            self.adapter.decode([hit.record] if hit.record else [], [1.0] if hit.record else [])
+        except RecordError as error:
+            return str(error)
+        return None
+
+    def _random_hits(self, asked: Query, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
+        """Other documents' points under the scores of the retrieved ones, of those that pass the question's filter."""
+        if asked.query_filter is not None:
+            everything = [hit.id for hit in self.bank.points(asked.query_filter)]
+        else:
+            if self._all_ids is None:
+                self._all_ids = [hit.id for hit in self.bank.points()]
+            everything = self._all_ids
         retrieved = {hit.id for hit in hits}
-        others = [key for key in self._all_ids if key not in retrieved]
+        others = [key for key in everything if key not in retrieved]
         drawn = random.Random(seed).sample(others, min(count, len(others)))
         like = [(hit.score, hit.relevance) for hit in hits] + [(1.0, None)] * count
         drawn_hits = self.bank.fetch(drawn)
         return [replace(hit, score=s, relevance=r) for hit, (s, r) in zip(drawn_hits, like, strict=False)]
+
+
+def _answer(said: Generated, found: _Found, merged: _Merged, timings: Timings) -> Answer:
+    return Answer(
+        said.text,
+        found.asked.mode,
+        found.hits,
+        timings,
+        said.prompt_tokens,
+        weights=merged.weights,
+        notes=tuple(merged.notes),
+    )

@@ -22,7 +22,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+SHORT = 40  # tokens of a text below which its atom weighs less
+
 RULES = ("sum", "top1", "softmax", "margin")
+
+
+def length_weight(tokens: int) -> float:
+    """The further weight of the atom of a text of so many tokens: 1 from `SHORT` on, in proportion below.
+
+    The loss is a mean over tokens, so the gradient of a short text is large (its norm is 4.5 at 12 tokens, 1.3 at 90)
+    and a step sized for paragraphs overshoots: of invented facts in texts of 12 tokens 58.9 F1 without this weight,
+    94.2 with it (`regrad-qdrant bench lengths`).
+    """
+    return min(1.0, tokens / SHORT)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ class AsyncGradientBank:
     def space(self) -> str:
         return self.blocking.space
 
-    async def _run(self, method: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+    async def run(self, method: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
+        """Run what blocks in a thread of the bank's own; the requests that it makes are awaited on the event loop."""
         loop = self.bind()
         call = functools.partial(contextvars.copy_context().run, method, *arguments, **options)
         return await loop.run_in_executor(self._threads, call)
@@ -91,7 +92,7 @@ class AsyncGradientBank:
 
     async def _stream(self, iterator: Iterator[Hit]) -> AsyncIterator[Hit]:
         found = pages(iterator, PAGE)
-        while page := await self._run(next, found, None):
+        while page := await self.run(next, found, None):
             for hit in page:
                 yield hit
 
@@ -106,31 +107,31 @@ class AsyncGradientBank:
         self._threads.shutdown(wait=False)
 
     async def detect_layout(self) -> Layout:
-        return await self._run(self.blocking.detect_layout)
+        return await self.run(self.blocking.detect_layout)
 
     async def create(self) -> None:
-        await self._run(self.blocking.create)
+        await self.run(self.blocking.create)
 
     async def optimize(self) -> None:
-        await self._run(self.blocking.optimize)
+        await self.run(self.blocking.optimize)
 
     async def add(self, documents: Iterable[Document]) -> int:
-        return await self._run(self.blocking.add, documents)
+        return await self.run(self.blocking.add, documents)
 
     async def sync(self, documents: Iterable[Document]) -> tuple[int, int]:
-        return await self._run(self.blocking.sync, documents)
+        return await self.run(self.blocking.sync, documents)
 
     async def put(self, records: Iterable[tuple[PointId | Hit, Record]], *, replace: bool = True) -> int:
-        return await self._run(self.blocking.put, records, replace=replace)
+        return await self.run(self.blocking.put, records, replace=replace)
 
     async def search(self, query: Any, k: int, **options: Any) -> list[Hit]:
-        return await self._run(self.blocking.search, query, k, **options)
+        return await self.run(self.blocking.search, query, k, **options)
 
     async def search_many(self, asked: Any, k: int, **options: Any) -> list[list[Hit]]:
-        return await self._run(self.blocking.search_many, asked, k, **options)
+        return await self.run(self.blocking.search_many, asked, k, **options)
 
     async def fetch(self, ids: Any, scores: Any = None, **options: Any) -> list[Hit]:
-        return await self._run(self.blocking.fetch, ids, scores, **options)
+        return await self.run(self.blocking.fetch, ids, scores, **options)
 
     def points(self) -> AsyncIterator[Hit]:
         return self._stream(self.blocking.points())
@@ -142,10 +143,10 @@ class AsyncGradientBank:
         return self._stream(self.blocking.stale())
 
     async def status(self) -> BankStatus:
-        return await self._run(self.blocking.status)
+        return await self.run(self.blocking.status)
 
     async def recode(self, codec: str, layout: AtomLayout) -> RecodeReport:
-        return await self._run(self.blocking.recode, codec, layout)
+        return await self.run(self.blocking.recode, codec, layout)
 
     async def drop(self) -> int:
-        return await self._run(self.blocking.drop)
+        return await self.run(self.blocking.drop)

@@ -240,6 +240,21 @@ class AtomCollection:
             return 0
         return sum(self.belongs(point) for point in self.joined([], "space"))
 
+    def absent_fields(self, query_filter: Filter) -> list[str]:
+        """The fields of a filter's conditions that no point has, as far as the engine says so."""
+        from qdrant_client import models
+
+        absent = []
+        for key in _keys_of_filter(query_filter):
+            empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
+            try:
+                found, _ = self.store.scroll(models.Filter(must_not=[empty]), 1, None, False)
+            except BankError:
+                continue  # strict mode, and no index on it
+            if not found:
+                absent.append(key)
+        return absent
+
     def orphans(self) -> Iterator[PointId]:
         """The points of the sidecar that have an atom of this space, and whose document is gone."""
         if not self.in_sidecar or not self.atoms.exists():
@@ -319,3 +334,16 @@ class AtomCollection:
             damaged=damaged,
             key=key if isinstance(key, str | int) else None,
         )
+
+
+def _keys_of_filter(query_filter: Filter) -> list[str]:
+    """The payload fields that a filter's conditions look at, of nested ones too."""
+    keys: dict[str, None] = {}
+    for part in ("must", "should", "must_not"):
+        found = getattr(query_filter, part, None) or []
+        for condition in found if isinstance(found, list) else [found]:
+            if isinstance(key := getattr(condition, "key", None), str):
+                keys[key] = None
+            elif hasattr(condition, "must"):
+                keys |= dict.fromkeys(_keys_of_filter(condition))
+    return list(keys)

@@ -1,18 +1,30 @@
+import asyncio
 import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_initialization, tiny_model
+from qdrant_client import models
 
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.answer.filling import FillPolicy
 from regrad_qdrant.answer.generation import generate
-from regrad_qdrant.answer.pipeline import MODES, Query
+from regrad_qdrant.answer.pipeline import MODES, Query, _Found
+from regrad_qdrant.atoms.merge import SHORT
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import attach_atoms
+from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.stores.base import PayloadWrite
-from regrad_qdrant.errors import RegradError, StaleAtomError, WrongModelError, WrongSpaceError
+from regrad_qdrant.errors import (
+    AdapterError,
+    BankError,
+    RecordError,
+    RegradError,
+    StaleAtomError,
+    WrongModelError,
+    WrongSpaceError,
+)
 from regrad_qdrant.model.prompts import Prompt
 
 TEXTS = (
@@ -86,6 +98,11 @@ def test_a_callers_inference_mode_leaves_nothing_behind(regrad):
     torch.testing.assert_close(flat, regrad.gradients.atoms([regrad.gradients.encode(TEXTS[0])]))
 
 
+def summed(regrad, query, hits):
+    [merged] = regrad._merged([_Found(query, hits, [])])
+    return merged.total
+
+
 def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     question = "Who works as a baker, Ida Corvand or Noor Selowan?"
     regrad.bank.store.set_payload([PayloadWrite(point_id("d0"), {"text": "Ida Corvand works as a judge."})])
@@ -101,7 +118,9 @@ def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     [hit] = [hit for hit in regrad.bank.search(question, 2) if hit.stale]
     expected = regrad.gradients.atoms([regrad.gradients.encode("Ida Corvand works as a judge.")])[0]
     regrad.filling.policy = replace(regrad.filling.policy, codec="fp32")
-    torch.testing.assert_close(regrad._sums([(Query(question), [hit])])[0], expected)
+    found = summed(regrad, Query(question), [hit])
+    [weight] = regrad.weights([hit])
+    torch.testing.assert_close(found, weight * expected)
 
 
 def test_documents_without_atoms_are_reported(regrad):
@@ -109,17 +128,17 @@ def test_documents_without_atoms_are_reported(regrad):
     with pytest.warns(UserWarning) as caught:
         answer = regrad.answer("What is the job of Ida Corvand?", top_k=1)
     messages = [str(warning.message) for warning in caught]
-    assert any("has no atom of space" in message for message in messages)
-    assert any("with φ₀ alone" in message for message in messages)
+    assert len(messages) == 1 and "; ".join(answer.notes) == messages[0]  # one a question, not one a document
+    assert "has no atom of this initialization: run regrad-qdrant ingest" in messages[0]
+    assert "with φ₀ alone" in messages[0]
     assert answer.text == regrad.answer("What is the job of Ida Corvand?", mode="init").text
 
 
 def test_another_merge_rule_can_be_given(model, tokenizer, initialization, regrad):
     regrad.merge = MergeRule("top1")
     query = Query("Ida Corvand works as a diver")
-    [alone] = regrad._sums([(query, regrad.bank.search(query.question, 2))])
-    best = regrad.bank.search(query.question, 1)
-    assert (alone == regrad._sums([(query, best)])[0]).all()
+    alone = summed(regrad, query, regrad.bank.search(query.question, 2))
+    assert (alone == summed(regrad, query, regrad.bank.search(query.question, 1))).all()
 
 
 def test_wrong_settings_are_refused(regrad, model, tokenizer, initialization):
@@ -196,7 +215,7 @@ def test_a_batch_may_mix_modes_kinds_and_retrievers(regrad):
     hits = regrad.bank.fetch([point_id("d2")], [1.0])
     queries = [Query(QUESTIONS[0], mode) for mode in MODES]
     queries += [Query("Is Ida a baker?", "regrad", "yesno"), Query(QUESTIONS[1], "regrad+icl", hits=hits)]
-    queries += [Query("Which?", "rag", "choice", ("red", "blue"))]
+    queries += [Query("Which harp?", "rag", "choice", ("red", "blue"))]
     for query, found in zip(queries, regrad.answer_many(queries, top_k=2), strict=True):
         expected = regrad.answer(
             query.question, mode=query.mode, type=query.type, choices=query.choices, hits=query.hits, top_k=2
@@ -238,3 +257,120 @@ def test_a_retrieved_text_that_can_have_no_atom_is_passed_over(regrad, tokenizer
     with pytest.warns(UserWarning, match="can have no atom"):
         single = regrad.answer(QUESTIONS[0], mode="online", hits=hits)
     assert single.text == both[0].text
+
+
+# -- tenants, damage, nothing found, one model for several ----------------------------------------------
+
+
+BROAD = "Who works as a baker, works as a diver, plays the harp or likes plum cake?"  # all documents, of either tenant
+
+
+def only(tenant):
+    return models.Filter(must=[models.FieldCondition(key="tenant", match=models.MatchValue(value=tenant))])
+
+
+@pytest.fixture
+def tenants(regrad):
+    """Every document belongs to one of two tenants, whose documents say nearly the same."""
+    for i in range(len(TEXTS)):
+        regrad.bank.store.set_payload([PayloadWrite(point_id(f"d{i}"), {"tenant": "ab"[i % 2]})])
+    return regrad
+
+
+def owners(answers):
+    return {hit.payload["tenant"] for answer in answers for hit in answer.hits}
+
+
+WITH_DOCUMENTS = [mode for mode in MODES if mode not in ("direct", "init")]
+
+
+@pytest.mark.parametrize("mode", WITH_DOCUMENTS)
+def test_no_way_of_asking_returns_a_document_that_the_filter_excludes(tenants, mode):
+    ask = {"mode": mode, "query_filter": only("b")}
+    top_k = 1 if mode == "random" else 4  # which draws from the others that the filter lets pass
+    several = [Query(question, mode, query_filter=only("b")) for question in (BROAD, BROAD[:40])]
+    assert owners([tenants.answer(question, top_k=top_k, **ask) for question in (BROAD, BROAD[:40])]) == {"b"}
+    assert owners(tenants.answer_many(several, top_k=top_k)) == {"b"}
+    assert owners([asyncio.run(tenants.aanswer(BROAD, top_k=top_k, **ask))]) == {"b"}
+    assert owners(asyncio.run(tenants.aanswer_many(several, top_k=top_k))) == {"b"}
+
+
+def test_in_a_batch_every_question_has_its_own_filter(tenants):
+    asked = [Query(BROAD, "rag", query_filter=only(tenant)) for tenant in "abba"]
+    answers = tenants.answer_many(asked, top_k=4)
+    assert [owners([answer]) for answer in answers] == [{"a"}, {"b"}, {"b"}, {"a"}]
+
+
+@pytest.mark.parametrize("on_missing", ["compute", "store"])
+def test_atoms_that_are_computed_are_those_of_the_filtered_documents(tenants, on_missing):
+    tenants.bank.drop()
+    tenants.filling.policy = FillPolicy(on_missing=on_missing)
+    answer = tenants.answer(BROAD, top_k=4, query_filter=only("b"))
+    assert set(answer.weights) == {hit.id for hit in answer.hits} and owners([answer]) == {"b"}
+    stored = {hit.id for state, hit in tenants.bank.examined()}
+    assert stored == (set(answer.weights) if on_missing == "store" else set())
+
+
+def test_where_nothing_is_found_the_answer_and_a_warning_say_so(tenants):
+    of_nobody = models.Filter(must=[models.FieldCondition(key="metadata.tenant", match=models.MatchValue(value="b"))])
+    with pytest.warns(UserWarning, match=r"nothing was retrieved.*no point has the filter's field metadata\.tenant"):
+        answer = tenants.answer(BROAD, query_filter=of_nobody)
+    assert answer.hits == [] and "nothing was retrieved" in answer.notes[0]
+    with pytest.warns(UserWarning, match="no document passes the filter"):
+        tenants.answer(BROAD, query_filter=only("c"))
+
+
+def test_retrieved_points_without_text_are_an_error_that_names_their_fields(regrad, model):
+    bank = GradientBank(regrad.bank.store, "docs", regrad.bank.space, layout=Layout("mine", "body"))
+    regrad.bank = regrad.filling.bank = bank
+    with pytest.raises(BankError, match=r"none of the retrieved points has a text.*'text'.*layout=Layout"):
+        regrad.answer(BROAD)
+
+
+DAMAGES = {
+    "a later version": lambda value: value | {"v": 2},
+    "no atom in it": lambda value: {"v": 1, "space": value["space"]},
+    "cut short": lambda value: value | {"atom": value["atom"][:40]},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_one_damaged_atom_is_skipped_recomputed_or_refused(regrad, damage):
+    [first, second] = regrad.bank.search(BROAD, 2)
+    regrad.bank.store.set_payload([PayloadWrite(first.id, {"regrad": damage(first.record.to_payload())})])
+    with pytest.warns(UserWarning, match=f"point '{first.id}' has a damaged atom"):
+        skipped = regrad.answer(BROAD, top_k=2)
+    assert set(skipped.weights) == {second.id} and [hit.id for hit in skipped.hits] == [first.id, second.id]
+    with pytest.warns(UserWarning, match="damaged"):
+        both = regrad.answer_many([BROAD, QUESTIONS[1]], top_k=2)
+    assert both[0].text == skipped.text and both[1].text
+    regrad.filling.policy = FillPolicy(on_damaged="recompute", codec="int8")
+    assert set(regrad.answer(BROAD, top_k=2).weights) == {first.id, second.id}
+    regrad.filling.policy = FillPolicy(on_damaged="refuse")
+    before = weights(regrad)
+    with pytest.raises(RecordError):
+        regrad.answer(BROAD, top_k=2)
+    assert weights(regrad) == before
+
+
+def test_a_model_is_taken_over_and_given_back_bit_for_bit(model, tokenizer, initialization, regrad):
+    base = regrad.adapter.model.get_base_model()
+    expected = regrad.answer(BROAD, mode="direct").text
+    again = ReGrad(base, tokenizer, regrad.bank, initialization)  # the same cell of a notebook, run twice
+    assert again.answer(BROAD, mode="direct").text == expected
+    with pytest.raises(AdapterError, match="taken over"):
+        regrad.answer(BROAD)
+    with again:
+        again.answer(BROAD)
+    assert not any("lora" in name for name, _ in base.named_modules())
+    plain = tiny_model().state_dict()
+    assert all(torch.equal(value, plain[name]) for name, value in base.state_dict().items())
+    ReGrad(base, tokenizer, regrad.bank, initialization).close()
+    again.close()
+
+
+def test_a_short_text_weighs_less_and_a_long_one_in_full(regrad):
+    hit = replace(regrad.bank.search(BROAD, 1)[0], text="Ida is a diver.")
+    tokens = len(regrad.gradients.encode(hit.text).ids)
+    assert regrad.weights([hit]) == [tokens / SHORT] and tokens < SHORT
+    assert regrad.weights([replace(hit, text="Ida is a diver. " * 20)]) == [1]

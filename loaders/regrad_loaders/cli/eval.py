@@ -218,7 +218,7 @@ def evaluation(
                     settings |= {"layout": str(bank.layout)}
                     if party.fills:
                         settings |= {"codec": bank.status().codec, "merge": asdict(regrad.merge)}
-                    regrad.adapter.model.unload()
+                    regrad.close()
     others = tuple((k, Evaluation.joined(settings, parts, chosen)) for k, parts in swept.items() if parts)
     result = replace(
         Evaluation.joined(settings, found, chosen),
