@@ -111,6 +111,10 @@ class AtomCollection:
             self._use(found)
         return found
 
+    def name_documents_by(self, path: str) -> None:
+        """Take the documents' own ids from another field than the layout's."""
+        self._use(replace(self.layout, id=path))
+
     def _use(self, layout: Layout) -> None:
         own = [*layout.fields(), "id"]
         if self.payload_key in own:

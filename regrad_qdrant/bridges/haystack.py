@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from haystack import Document, component
 
+from regrad_qdrant.bridges.options import checked, merged
+from regrad_qdrant.errors import MissingExtraError
+
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import Answer, ReGrad
 
@@ -27,15 +30,41 @@ class ReGradAnswerer:
 
     def __init__(self, regrad: ReGrad, **options: Any) -> None:
         self.regrad = regrad
-        self.options = options
+        self.options = checked(options)
 
     @component.output_types(replies=list[str], documents=list[Document])
-    def run(self, query: str) -> dict[str, Any]:
-        return _output(self.regrad.answer(query, **self.options))
+    def run(
+        self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None, mode: str | None = None
+    ) -> dict[str, Any]:
+        """Answer one query.
+
+        Args:
+            filters: Haystack's own, for this query.
+            top_k, mode: instead of those that it was made with.
+        """
+        return _output(self.regrad.answer(query, **self._options(filters, top_k, mode)))
 
     @component.output_types(replies=list[str], documents=list[Document])
-    async def run_async(self, query: str) -> dict[str, Any]:
-        return _output(await self.regrad.aanswer(query, **self.options))
+    async def run_async(
+        self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None, mode: str | None = None
+    ) -> dict[str, Any]:
+        return _output(await self.regrad.aanswer(query, **self._options(filters, top_k, mode)))
+
+    def _options(self, filters: dict[str, Any] | None, top_k: int | None, mode: str | None) -> dict[str, Any]:
+        return merged(self.options, {"top_k": top_k, "mode": mode}, _filter_of(filters))
+
+
+def _filter_of(filters: dict[str, Any] | None) -> dict[str, Any]:
+    """Haystack's filters as one of Qdrant's, by Haystack's own integration."""
+    if not filters:
+        return {}
+    try:
+        from haystack_integrations.document_stores.qdrant.filters import convert_filters_to_qdrant
+    except ImportError as error:
+        raise MissingExtraError(
+            "Haystack's filters need its Qdrant integration: pip install qdrant-haystack"
+        ) from error
+    return {"query_filter": convert_filters_to_qdrant(filters)}
 
 
 def _output(given: Answer) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 ```python
 chain = regrad_runnable(regrad, mode="regrad+icl", top_k=3)
 chain.invoke("Where was Ida born?")["answer"]  # or await chain.ainvoke(…)
+chain.invoke({"question": "Where was Ida born?"}, query_filter=of_this_tenant)
 ```
 """
 
@@ -11,24 +12,52 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document
-from langchain_core.runnables import Runnable, RunnableLambda
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+
+from regrad_qdrant.bridges.options import checked, merged
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import Answer, ReGrad
 
 
-def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str, dict[str, Any]]:
+QUESTION_KEYS = ("question", "input", "query")  # of a dict that a chain hands on
+
+
+def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str | dict[str, Any], dict[str, Any]]:
     """A Runnable from a question to `{"answer": str, "documents": [Document]}`.
+
+    The question is a text, or a dict with it under "question", "input" or "query". Options can be given when it is
+    made, and for one call by LangChain's own ways, the later before the earlier: `config={"configurable": {"top_k":
+    5}}`, in the dict, `.bind(top_k=5)`, `invoke(question, top_k=5)`.
 
     Args:
         options: of `ReGrad.answer`: mode, top_k, using, query_filter, …
+
+    Raises:
+        TypeError: for an option that `ReGrad.answer` does not have.
+        ValueError: at a call, for a dict without a question.
     """
+    fixed = checked(options)
 
-    def answer(question: str) -> dict[str, Any]:
-        return _output(regrad.answer(question, **options))
+    def asked(given: str | dict[str, Any], config: RunnableConfig, call: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        of_input: dict[str, Any] = {}
+        if isinstance(given, dict):
+            of_input = {name: value for name, value in given.items() if name not in QUESTION_KEYS}
+            found = [given[key] for key in QUESTION_KEYS if isinstance(given.get(key), str)]
+            if not found:
+                raise ValueError(
+                    f"no question under {', '.join(QUESTION_KEYS)}; the input has {', '.join(given) or 'nothing'}"
+                )
+            given = str(found[0])
+        return given, merged(fixed, config.get("configurable"), of_input, checked(call))
 
-    async def aanswer(question: str) -> dict[str, Any]:
-        return _output(await regrad.aanswer(question, **options))
+    def answer(given: str | dict[str, Any], config: RunnableConfig, **call: Any) -> dict[str, Any]:
+        question, chosen = asked(given, config, call)
+        return _output(regrad.answer(question, **chosen))
+
+    async def aanswer(given: str | dict[str, Any], config: RunnableConfig, **call: Any) -> dict[str, Any]:
+        question, chosen = asked(given, config, call)
+        return _output(await regrad.aanswer(question, **chosen))
 
     return RunnableLambda(answer, aanswer, name="ReGrad")
 

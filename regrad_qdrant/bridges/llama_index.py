@@ -1,8 +1,9 @@
 """ReGrad as a LlamaIndex query engine (needs llama-index-core).
 
 ```python
-engine = ReGradQueryEngine(regrad=regrad, options={"mode": "regrad+icl", "top_k": 3})
+engine = ReGradQueryEngine(regrad, mode="regrad+icl", top_k=3)
 print(engine.query("Where was Ida born?"))  # or await engine.aquery(…)
+print(engine.having(filters=of_this_tenant).query("Where was Ida born?"))
 ```
 """
 
@@ -13,24 +14,82 @@ from typing import Any
 from llama_index.core.base.response.schema import Response
 from llama_index.core.query_engine import CustomQueryEngine
 from llama_index.core.schema import BaseNode, NodeWithScore, TextNode
+from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from pydantic import Field, SkipValidation
+from qdrant_client.models import FieldCondition, Filter, MatchAny, MatchExcept, MatchText, MatchValue, Range
 
 from regrad_qdrant.answer.pipeline import Answer, ReGrad
 from regrad_qdrant.bank.documents import Hit
+from regrad_qdrant.bridges.options import checked, merged
+
+OPERATORS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
 class ReGradQueryEngine(CustomQueryEngine):
-    """Answers with the retrieved documents' gradients; the response's source nodes are what was retrieved."""
+    """Answers with the retrieved documents' gradients; the response's source nodes are what was retrieved.
+
+    Args:
+        regrad: what answers.
+        filters: LlamaIndex's own metadata filters, for every question.
+        options: of `ReGrad.answer`: mode, top_k, using, query_filter, …
+    """
 
     regrad: SkipValidation[ReGrad]
-    options: dict[str, Any] = Field(default_factory=dict, description="Of ReGrad.answer: mode, top_k, using, …")
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def __init__(self, regrad: ReGrad, *, filters: MetadataFilters | None = None, **options: Any) -> None:
+        # the base class is a pydantic model, whose fields mypy does not see
+        super().__init__(regrad=regrad, options=merged(checked(options), _filter_of(filters)))  # type: ignore[call-arg]
+
+    def having(self, *, filters: MetadataFilters | None = None, **options: Any) -> ReGradQueryEngine:
+        """The same engine with other filters and options, for one question or for many."""
+        return ReGradQueryEngine(self.regrad, **merged(self.options, checked(options), _filter_of(filters)))
 
     def custom_query(self, query_str: str) -> Response:
         return _response(self.regrad.answer(query_str, **self.options))
 
     async def acustom_query(self, query_str: str) -> Response:
         return _response(await self.regrad.aanswer(query_str, **self.options))
+
+
+def _filter_of(filters: MetadataFilters | None) -> dict[str, Any]:
+    return {} if filters is None else {"query_filter": qdrant_filter(filters)}
+
+
+def qdrant_filter(filters: MetadataFilters) -> Filter:
+    """LlamaIndex's metadata filters as a filter of Qdrant's, on the fields where LlamaIndex keeps metadata.
+
+    Raises:
+        ValueError: for an operator that has no counterpart.
+    """
+    parts: list[Any] = [
+        qdrant_filter(part) if isinstance(part, MetadataFilters) else _condition(part) for part in filters.filters
+    ]
+    if filters.condition == FilterCondition.OR:
+        return Filter(should=parts)
+    return Filter(must_not=parts) if filters.condition == FilterCondition.NOT else Filter(must=parts)
+
+
+def _condition(one: Any) -> FieldCondition | Filter:
+    key, value, operator = one.key, one.value, FilterOperator(one.operator)
+    if operator == FilterOperator.EQ:
+        if isinstance(value, float):
+            return FieldCondition(key=key, range=Range(gte=value, lte=value))
+        return FieldCondition(key=key, match=MatchValue(value=value))
+    if operator == FilterOperator.NE:
+        return Filter(must_not=[FieldCondition(key=key, match=MatchValue(value=value))])
+    if operator.value in OPERATORS:
+        return FieldCondition(key=key, range=Range(**{OPERATORS[operator.value]: value}))
+    if operator in (FilterOperator.IN, FilterOperator.ANY):
+        return FieldCondition(key=key, match=MatchAny(any=value))
+    if operator == FilterOperator.NIN:
+        return FieldCondition(key=key, match=MatchExcept(**{"except": value}))
+    if operator in (FilterOperator.TEXT_MATCH, FilterOperator.TEXT_MATCH_INSENSITIVE):
+        return FieldCondition(key=key, match=MatchText(text=value))
+    raise ValueError(
+        f"the operator {operator.value!r} of the filter on {key!r} can't be asked of Qdrant here: use query_filter"
+    )
 
 
 def _response(given: Answer) -> Response:

@@ -119,6 +119,7 @@ def bank_of(
     text_path: str | None = None,
     using: str | None = None,
     sidecar: str | None = None,
+    id_field: str | None = None,
 ) -> Iterator[GradientBank]:
     from regrad_qdrant.bank.bank import GradientBank
     from regrad_qdrant.bank.embed import Bm25, DenseEmbedder, Embedder
@@ -138,6 +139,8 @@ def bank_of(
         sidecar=sidecar,
     )
     try:
+        if id_field is not None:
+            bank.name_documents_by(id_field)
         yield bank
     finally:
         bank.close()

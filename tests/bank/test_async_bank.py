@@ -84,6 +84,8 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "examined",
         "orphans",
         "noted",
+        "absent_fields",
+        "name_documents_by",
     }  # parts of ingestion, which is a command, and of the methods that are there
     assert methods(GradientBank) - inside <= methods(AsyncGradientBank)
 

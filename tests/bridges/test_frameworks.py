@@ -9,6 +9,7 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from regrad_qdrant import Adapter, GradientBank, GradientComputer, ReGrad
+from regrad_qdrant.answer.pipeline import Answer, Timings
 from regrad_qdrant.bank.ingest import attach_atoms
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own, about their own dependencies
@@ -151,7 +152,7 @@ def test_questions_are_answered_from_a_frameworks_collection_and_by_its_bridge(a
     elif layout == "LlamaIndex":
         from regrad_qdrant.bridges.llama_index import ReGradQueryEngine
 
-        engine = ReGradQueryEngine(regrad=regrad, options=options)
+        engine = ReGradQueryEngine(regrad, **options)
         response, again = engine.query(question), asyncio.run(engine.aquery(question))
         assert again == response and response.source_nodes[0].node.metadata == {"source": "s7"}
         assert response.source_nodes[0].node.get_content() == TEXTS[7] and response.source_nodes[0].score > 0.9
@@ -168,3 +169,90 @@ def test_questions_are_answered_from_a_frameworks_collection_and_by_its_bridge(a
         assert given["documents"][0].content == TEXTS[7] and given["documents"][0].meta == {"source": "s7"}
         [found] = given["replies"]
     assert found == expected.text
+
+
+# -- per call, by each framework's own convention -------------------------------------------------------
+
+
+class Recorder:
+    """Stands for a ReGrad: keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def answer(self, question, **options):
+        self.asked.append((question, options))
+        return Answer("yes", options.get("mode", "regrad"), [], Timings(), 1)
+
+    async def aanswer(self, question, **options):
+        return self.answer(question, **options)
+
+
+TENANT = models.Filter(must=[models.FieldCondition(key="tenant", match=models.MatchValue(value="b"))])
+
+
+def test_langchain_gives_options_for_one_call_in_all_of_its_ways():
+    from regrad_qdrant.bridges.langchain import regrad_runnable
+
+    regrad = Recorder()
+    chain = regrad_runnable(regrad, mode="rag", top_k=2)
+    whole = {"mode": "rag", "top_k": 2, "query_filter": TENANT}
+    chain.invoke("q", query_filter=TENANT)
+    chain.bind(query_filter=TENANT).invoke("q")
+    chain.invoke("q", config={"configurable": {"query_filter": TENANT, "thread_id": "7"}})
+    chain.invoke({"question": "q", "query_filter": TENANT, "chat_history": []})
+    chain.invoke({"input": "q", "query_filter": None}, query_filter=TENANT)
+    asyncio.run(chain.ainvoke({"query": "q"}, query_filter=TENANT))
+    chain.batch(["q", "q"], query_filter=TENANT)
+    assert regrad.asked == [("q", whole)] * 8
+    chain.invoke("q", config={"configurable": {"top_k": 5}}, top_k=7)
+    assert regrad.asked[-1] == ("q", {"mode": "rag", "top_k": 7})
+    with pytest.raises(ValueError, match="no question under.*the input has text"):
+        chain.invoke({"text": "q"})
+    for wrong in (lambda: chain.invoke("q", filter=TENANT), lambda: regrad_runnable(regrad, filter=TENANT)):
+        with pytest.raises(TypeError, match="'filter' is no option of ReGrad.answer"):
+            wrong()
+
+
+def test_llama_index_gives_its_own_filters():
+    from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
+
+    from regrad_qdrant.bridges.llama_index import ReGradQueryEngine, qdrant_filter
+
+    regrad = Recorder()
+    of_tenant = MetadataFilters(filters=[MetadataFilter(key="tenant", value="b")])
+    engine = ReGradQueryEngine(regrad, filters=of_tenant, mode="rag")
+    engine.query("q")
+    asyncio.run(ReGradQueryEngine(regrad, mode="rag").having(filters=of_tenant).aquery("q"))
+    assert regrad.asked == [("q", {"mode": "rag", "query_filter": TENANT})] * 2
+    engine.having(top_k=9).query("q")
+    assert regrad.asked[-1][1] == {"mode": "rag", "top_k": 9, "query_filter": TENANT}
+    several = MetadataFilters(
+        filters=[
+            MetadataFilter(key="year", value=2020, operator=FilterOperator.GTE),
+            MetadataFilter(key="kind", value=["a", "b"], operator=FilterOperator.IN),
+            MetadataFilters(filters=[MetadataFilter(key="draft", value="yes", operator=FilterOperator.NE)]),
+        ],
+        condition="or",
+    )
+    first, second, third = qdrant_filter(several).should
+    assert first.range.gte == 2020 and second.match.any == ["a", "b"] and third.must[0].must_not[0].key == "draft"
+    with pytest.raises(ValueError, match="contains"):
+        qdrant_filter(MetadataFilters(filters=[MetadataFilter(key="a", value="b", operator=FilterOperator.CONTAINS)]))
+    with pytest.raises(TypeError, match="'filter' is no option"):
+        ReGradQueryEngine(regrad, filter=of_tenant)
+
+
+def test_haystack_gives_its_own_filters_at_run():
+    from regrad_qdrant.bridges.haystack import ReGradAnswerer
+
+    regrad = Recorder()
+    answerer = ReGradAnswerer(regrad, mode="rag", top_k=2)
+    filters = {"field": "meta.tenant", "operator": "==", "value": "b"}
+    answerer.run("q", filters=filters, top_k=5)
+    asyncio.run(answerer.run_async("q", filters=filters, mode="regrad"))
+    [(_, first), (_, second)] = regrad.asked
+    assert (first["mode"], first["top_k"]) == ("rag", 5) and (second["mode"], second["top_k"]) == ("regrad", 2)
+    for options in (first, second):
+        [condition] = options["query_filter"].must
+        assert condition.key == "meta.tenant" and condition.match.value == "b"

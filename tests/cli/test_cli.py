@@ -356,6 +356,54 @@ def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, messag
     assert "│ 12     │ 12    │ 0       │ 0" in out
 
 
+def evaluated(run, tmp_path, *options):
+    common = ("--limit", "3", "--json", "eval.json", "--predictions", "said.jsonl")
+    modes = () if "--modes" in options else ("--modes", "rag")
+    code, out, err = run("eval", *options, *modes, *common)
+    assert code == 0, err
+    said = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text().splitlines()]
+    return json.loads((tmp_path / "eval.json").read_text()), said
+
+
+def test_gold_passages_are_found_by_a_field_of_ones_own(run, folder, tmp_path):
+    """A collection whose documents are named in a field of their own, and whose points are numbered."""
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    named = [{"id": f"n{i}", "text": row["text"], "meta": {"source": row["id"]}} for i, row in enumerate(rows)]
+    (tmp_path / "named.jsonl").write_text("\n".join(map(json.dumps, named)))
+    files = ("--corpus", tmp_path / "named.jsonl", "--qa", folder / "qa.jsonl")
+    unknown, _ = evaluated(run, tmp_path, *files)
+    assert unknown["recall_at_k"] is None  # and not 0: no gold id is known there
+    known, said = evaluated(run, tmp_path, *files, "--id-field", "meta.source")
+    assert known["recall_at_k"] > 0.5 and all(key.startswith("demo-p") for row in said for key in row["hits"])
+    evaluated(run, tmp_path, *files, "--id-field", "meta.source", "--oracle")
+    code, _, err = run("eval", *files, "--oracle", "--modes", "rag")
+    assert code == 2 and "is not in the collection" in err and "--id-field" in err
+
+
+def test_a_filter_on_a_field_that_is_not_there_is_refused_and_a_nested_one_works(run, folder, tmp_path):
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    nested = [{"id": row["id"], "text": row["text"], "meta": {"state": row["state"]}} for row in rows]
+    (tmp_path / "nested.jsonl").write_text("\n".join(map(json.dumps, nested)))
+    asked = [json.loads(line) for line in (folder / "qa.jsonl").read_text().splitlines()]
+    asked = [row | {"meta": {"state": row["state"]}} for row in asked]
+    (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    files = ("--corpus", tmp_path / "nested.jsonl", "--qa", tmp_path / "asked.jsonl")
+    code, _, err = run("eval", *files, "--filter-field", "state", "--modes", "rag")
+    assert code == 2 and "no passage has that field" in err
+    _, said = evaluated(run, tmp_path, *files, "--filter-field", "meta.state", "--modes", "random")
+    state_of = {row["id"]: row["state"] for row in rows}
+    wanted = {row["id"]: row["state"] for row in asked}
+    assert said and all(state_of[key] == wanted[row["id"]] for row in said for key in row["hits"])
+
+
+def test_drop_asks_and_where_it_can_not_ask_it_refuses(run, folder):
+    ingest(run, folder)
+    code, _, err = run("drop", "--collection", "docs", "--path", "bank")
+    assert code == 2 and "drop removes 12 atoms: give --yes" in err
+    assert "12 atoms removed" in run("drop", "--collection", "docs", "--path", "bank", "--yes")[1]
+    assert run("drop", "--collection", "docs", "--path", "bank")[0] == 0  # there is nothing to ask about
+
+
 def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
     from regrad_qdrant.bank.documents import point_id
     from regrad_qdrant.bank.stores.edge import EdgeStore

@@ -25,7 +25,7 @@ from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.generation import generate
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.codecs.registry import get_codec
-from regrad_qdrant.atoms.merge import MergeRule
+from regrad_qdrant.atoms.merge import MergeRule, length_weight
 from regrad_qdrant.atoms.record import Record, decode_sum, make_records
 from regrad_qdrant.model.gradients import BATCH_TOKENS, GradientComputer
 from regrad_qdrant.model.initialization import MetaInitialization
@@ -160,8 +160,11 @@ class AtomBench:
         total = torch.zeros(len(task.questions), self.space.numel)
         for i, hits in enumerate(task.hits):
             keys = list(hits)[:top_k]
-            weights = merge.weights([hits[key] for key in keys])
-            total[i] = torch.tensor(weights) @ decoded[[rows[key] for key in keys]]
+            tokens = [len(self.gradients.encode(task.texts[key]).ids) for key in keys]
+            weights = torch.tensor(merge.weights([hits[key] for key in keys]))
+            total[i] = (weights * torch.tensor([length_weight(n) for n in tokens])) @ decoded[
+                [rows[key] for key in keys]
+            ]
         return total
 
     def curve(

@@ -15,7 +15,7 @@ from regrad_loaders.bench.figures import Figure, flops, in_turns, milliseconds
 from regrad_loaders.bench.gradients import in_space
 from regrad_loaders.data.episodes import Episode, EpisodeSource
 from regrad_loaders.training.meta_learner import MetaLearner
-from regrad_qdrant.atoms.merge import merge_weights
+from regrad_qdrant.atoms.merge import length_weight, merge_weights
 
 
 def one_at_a_time(learner: MetaLearner, episode: Episode) -> Tensor:
@@ -35,6 +35,7 @@ def one_at_a_time(learner: MetaLearner, episode: Episode) -> Tensor:
         update = dict.fromkeys(space.shapes, 0.0)
         for row, share in zip(example.rows, shares, strict=True):
             ids = torch.tensor([episode.passages[row]])
+            share = share * length_weight(ids.shape[1])
             with sdpa_kernel(SDPBackend.MATH):
                 loss = model(input_ids=ids, labels=ids).loss
             grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)

@@ -12,7 +12,16 @@ from regrad_loaders.cli.speed import COMMANDS
 from regrad_qdrant.atoms.codecs.registry import CODECS, DEFAULT_CODEC
 from regrad_qdrant.atoms.merge import RULES
 from regrad_qdrant.cli.console import console, progress
-from regrad_qdrant.cli.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, load, whole_numbers, write_json
+from regrad_qdrant.cli.options import (
+    DEFAULT_INIT,
+    CodecName,
+    Init,
+    JsonOut,
+    check_outputs,
+    load,
+    whole_numbers,
+    write_json,
+)
 from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
@@ -196,6 +205,33 @@ def scores(
             console.print(table)
     settings = {"command": "bench scores", "inits": chosen, "sets": sets or ["facts"], "top_k": top_k, "dense": dense}
     write_json(json_out, report(rows, settings | {"codec": codec, "split": split, "limit": limit}))
+
+
+@bench.command()
+def lengths(
+    init: Init = DEFAULT_INIT,
+    codec: CodecName = DEFAULT_CODEC,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a length.")] = 60,
+    json_out: JsonOut = None,
+) -> None:
+    """The same facts in texts of one sentence and of many: what the weight of short texts is worth."""
+    from regrad_loaders.bench.atoms import AtomBench
+    from regrad_loaders.bench.lengths import SENTENCES, report, study
+    from regrad_qdrant.atoms.codecs.registry import get_codec
+
+    get_codec(codec)
+    check_outputs(json_out)
+    initialization, model, tokenizer = load(init, None)
+    with progress("Lengths", len(SENTENCES)) as advance:
+        rows = study(AtomBench(init, initialization, model, tokenizer), limit, codec, advance)
+    table = Table(title=f"{init}; {limit} questions about invented people, the right document alone")
+    for heading in ("sentences", "tokens", "norm of the atom", "F1", "F1, atoms in full", "gain"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        scores = (found.in_percent() for found in (row.f1, row.unweighted, row.gain))
+        table.add_row(str(row.sentences), str(row.tokens), f"{row.norm:.2f}", *scores)
+    console.print(table)
+    write_json(json_out, report(rows, {"command": "bench lengths", "init": init, "codec": codec, "limit": limit}))
 
 
 for command in COMMANDS:

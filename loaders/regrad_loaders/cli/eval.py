@@ -49,7 +49,9 @@ from regrad_qdrant.cli.options import (
 from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
+    from regrad_loaders.data.folders import Question
     from regrad_loaders.evaluation.plan import Party
+    from regrad_qdrant.bank.bank import GradientBank
     from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.stores.base import Store
     from regrad_qdrant.model.initialization import MetaInitialization
@@ -102,6 +104,10 @@ def evaluation(
     filter_field: Annotated[
         str | None,
         typer.Option("--filter-field", help="Search only passages that share the question's value of this field."),
+    ] = None,
+    id_field: Annotated[
+        str | None,
+        typer.Option("--id-field", help="Where payloads keep the id that gold_ids name, such as metadata.source."),
     ] = None,
     url: Url = None,
     path: BankPath = None,
@@ -173,7 +179,7 @@ def evaluation(
         "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
         "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
         "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
-        "filter_field": filter_field, "batch": batch, "collection": collection, "url": url,
+        "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
         "icl_init": icl_init, "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
     }  # fmt: skip
@@ -198,7 +204,7 @@ def evaluation(
                 ours = _initialization(party, init, initialization, base, tokenizer, passages)
                 key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}"
                 on_missing = "store" if collection is None else "skip" if party.fills else "compute"
-                with bank_of(opened(), ours, key, dense, text_path, using, sidecar) as bank:
+                with bank_of(opened(), ours, key, dense, text_path, using, sidecar, id_field) as bank:
                     is_new = collection is None and not bank.store.exists()
                     if is_new:
                         bank.create()
@@ -207,6 +213,7 @@ def evaluation(
                         add_passages(regrad, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and party.fills:
                         report = ingest_corpus(regrad, passages, codec)
+                    _check_filter(bank, questions[0], filter_field)
                     ask = functools.partial(
                         evaluate, regrad, questions, using=using, filter_field=filter_field, oracle=oracle,
                         distractors=distractors, batch=batch, on_progress=lambda _: advance(1),
@@ -238,6 +245,15 @@ def evaluation(
     if plot_out is not None:
         plot(result, plot_out)
     write_json(json_out, result.as_dict())
+
+
+def _check_filter(bank: GradientBank, question: Question, field: str | None) -> None:
+    """Refuse a field that no passage has: every search would find nothing."""
+    from regrad_loaders.evaluation.plan import field_filter
+
+    only = field_filter(question, field)
+    if only is not None and bank.store.count() and bank.absent_fields(only):
+        raise DataError(f"--filter-field {field}: no passage has that field (dots descend into objects)")
 
 
 def _check_search(store: Store, using: str | None, dense: str | None) -> None:

@@ -60,12 +60,12 @@ def evaluate(
     ]
     given: list[_Given | None] = [None] * len(questions)
     if oracle or distractors:
-        given = list(_given(regrad.bank, questions, searched, oracle, distractors))
+        given = list(_given(regrad.bank, questions, searched, filters, oracle, distractors))
     used = [
         points or {hit.id: (hit.score, hit.relevance) for hit in hits}
         for points, hits in zip(given, searched, strict=True)
     ]
-    others = _of_others(regrad.bank, questions, used) if "random" in modes else given
+    others = _of_others(regrad.bank, questions, used, filters) if "random" in modes else given
     most = max([top_k, *(len(points) for points in given if points)])
     # Questions whose prompts are about as long are answered together: little of a batch is padding.
     by_length = sorted(range(len(questions)), key=lambda i: sum(len(hit.text) for hit in searched[i]))
@@ -88,28 +88,77 @@ def evaluate(
                 answered[i] = _scored(questions[i], replace(answer, mode=mode), seconds)
                 on_progress(answered[i])
         predictions += [answered[i] for i in range(len(questions))]
-    recalls = []
+    return Evaluation(settings or {}, predictions, recall(regrad.bank, questions, searched))
+
+
+def recall(bank: GradientBank, questions: Sequence[Question], searched: Sequence[Sequence[Hit]]) -> float | None:
+    """The mean share of each question's gold passages among its hits, by the ids of points or of documents.
+
+    None where no question names any, or the collection knows none of them.
+    """
+    shares = []
     for question, hits in zip(questions, searched, strict=True):
-        if question.gold_ids:
-            found = {str(hit.document_id) for hit in hits}
-            recalls.append(len(found & set(question.gold_ids)) / len(set(question.gold_ids)))
-    return Evaluation(settings or {}, predictions, mean(recalls) if recalls else None)
+        if golds := set(question.gold_ids):
+            found = {str(hit.document_id) for hit in hits} | {str(hit.id) for hit in hits}
+            shares.append(len(found & golds) / len(golds))
+    if shares and not any(shares):
+        golds = {key for question in questions for key in question.gold_ids}
+        if not any({str(hit.document_id), str(hit.id)} & golds for hit in bank.points()):
+            return None
+    return mean(shares) if shares else None
 
 
 def _given(
-    bank: GradientBank, questions: Sequence[Question], searched: Sequence[Sequence[Hit]], oracle: bool, distractors: int
+    bank: GradientBank,
+    questions: Sequence[Question],
+    searched: Sequence[Sequence[Hit]],
+    filters: Sequence[Any],
+    oracle: bool,
+    distractors: int,
 ) -> Iterator[_Given]:
-    everything = [hit.id for hit in bank.points()] if distractors else []
-    for question, hits in zip(questions, searched, strict=True):
+    passing = _Passing(bank)
+    golds = _points_of(bank, questions) if oracle else {}
+    for question, hits, only in zip(questions, searched, filters, strict=True):
         points: _Given = {hit.id: (hit.score, hit.relevance) for hit in hits}
         if oracle:
             if not question.gold_ids:
                 raise DataError(f"question {question.id!r} names no gold passages (gold_ids), which --oracle needs")
-            points = {point_id(key): (1.0, 1.0) for key in question.gold_ids}
+            absent = [key for key in question.gold_ids if key not in golds]
+            if absent:
+                raise DataError(
+                    f"question {question.id!r}: its gold passage {absent[0]!r} is not in the collection, neither as a "
+                    "point's id nor in its id field (--id-field)"
+                )
+            points = {golds[key]: (1.0, 1.0) for key in question.gold_ids}
         lowest = list(points.values())[-1] if points else (1.0, 1.0)
-        left = [key for key in everything if key not in points]
+        left = [key for key in passing.ids(only) if key not in points] if distractors else []
         drawn = random.Random(question.id).sample(left, min(distractors, len(left)))
         yield points | dict.fromkeys(drawn, lowest)
+
+
+def _points_of(bank: GradientBank, questions: Sequence[Question]) -> dict[str, PointId]:
+    """The points of the questions' gold passages: by the id that a document of that name gets, or else by looking."""
+    wanted = {key for question in questions for key in question.gold_ids}
+    direct = {point_id(key): key for key in wanted}
+    found = {direct[hit.id]: hit.id for hit in bank.fetch(list(direct))} if direct else {}
+    if len(found) < len(wanted):
+        for hit in bank.points():
+            found |= {str(key): hit.id for key in (hit.id, hit.document_id) if str(key) in wanted}
+    return found
+
+
+class _Passing:
+    """The ids of all points that pass a filter, looked up once for each filter."""
+
+    def __init__(self, bank: GradientBank) -> None:
+        self.bank = bank
+        self._ids: dict[str, list[PointId]] = {}
+
+    def ids(self, only: Any) -> list[PointId]:
+        key = "" if only is None else only.model_dump_json()
+        if key not in self._ids:
+            self._ids[key] = sorted((hit.id for hit in self.bank.points(only)), key=str)
+        return self._ids[key]
 
 
 def _fetched(bank: GradientBank, points: _Given | None) -> list[Hit] | None:
@@ -119,20 +168,23 @@ def _fetched(bank: GradientBank, points: _Given | None) -> list[Hit] | None:
     return [replace(hit, score=points[hit.id][0], relevance=points[hit.id][1]) for hit in hits]
 
 
-def _of_others(bank: GradientBank, questions: Sequence[Question], used: Sequence[_Given]) -> list[_Given | None]:
+def _of_others(
+    bank: GradientBank, questions: Sequence[Question], used: Sequence[_Given], filters: Sequence[Any] = ()
+) -> list[_Given | None]:
     """For each question as many documents as it is answered from, under the same scores, drawn from those of the other
     questions, so that their atoms are there already; where these are too few, from the whole bank. Neither its own
-    documents nor its gold passages."""
+    documents nor its gold passages, and none that its filter excludes."""
     # Sorted: the engine leaves the order of equal scores open, and the draw must not depend on it.
     pool = sorted({key for points in used for key in points}, key=str)
-    everything: list[PointId] = []
+    passing = _Passing(bank)
     found: list[_Given | None] = []
-    for question, points in zip(questions, used, strict=True):
+    for i, (question, points) in enumerate(zip(questions, used, strict=True)):
         own = set(points) | {point_id(key) for key in question.gold_ids}
-        left = [key for key in pool if key not in own]
+        only = filters[i] if filters else None
+        allowed = pool if only is None else [key for key in pool if key in set(passing.ids(only))]
+        left = [key for key in allowed if key not in own]
         if len(left) < len(points):
-            everything = everything or sorted((hit.id for hit in bank.points()), key=str)
-            left = [key for key in everything if key not in own]
+            left = [key for key in passing.ids(only) if key not in own]
         drawn = random.Random(question.id).sample(left, min(len(points), len(left)))
         found.append(dict(zip(drawn, points.values(), strict=False)))
     return found

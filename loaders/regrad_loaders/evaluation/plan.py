@@ -9,6 +9,7 @@ from typing import Any
 
 from regrad_loaders.data.folders import Question
 from regrad_qdrant.answer.pipeline import MODES, WITHOUT_DOCUMENTS, Mode
+from regrad_qdrant.bank.layouts import value_at
 from regrad_qdrant.errors import DataError
 
 ICL = "regrad+icl"  # the mode that has an initialization of its own, trained with the passages in the prompt
@@ -110,7 +111,7 @@ def select(
 
 
 def field_filter(question: Question, field: str | None) -> Any:
-    """The filter on passages that share the question's own value of a field.
+    """The filter on passages that share the question's own value of a field; dots descend into objects.
 
     Raises:
         DataError: if the question has no such field, or no text, whole number or truth value there.
@@ -119,8 +120,9 @@ def field_filter(question: Question, field: str | None) -> Any:
 
     if field is None:
         return None
-    if not isinstance(question.fields.get(field, ""), str | int):
-        raise DataError(f"question {question.id!r}: can't filter on {field!r} = {question.fields[field]!r}")
-    if field not in question.fields:
+    value = question.fields[field] if field in question.fields else value_at(question.fields, field)
+    if value is None:
         raise DataError(f"question {question.id!r} has no field {field!r}; it has {sorted(question.fields)}")
-    return models.Filter(must=[models.FieldCondition(key=field, match=models.MatchValue(value=question.fields[field]))])
+    if not isinstance(value, str | int):
+        raise DataError(f"question {question.id!r}: can't filter on {field!r} = {value!r}")
+    return models.Filter(must=[models.FieldCondition(key=field, match=models.MatchValue(value=value))])

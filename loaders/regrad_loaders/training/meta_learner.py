@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from regrad_loaders.data.episodes import Episode, Example
 from regrad_qdrant.atoms.codecs.registry import get_codec
-from regrad_qdrant.atoms.merge import MergeRule, merge_weights
+from regrad_qdrant.atoms.merge import MergeRule, length_weight, merge_weights
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, batches, document_losses, hidden_states, pad
 from regrad_qdrant.model.initialization import MetaInitialization
@@ -192,7 +192,10 @@ class MetaLearner(nn.Module):
             atoms = self.projected_atoms(episode.passages)
         else:
             atoms, _ = self.atoms(episode.passages, create_graph=order == 2)
-        return self.updates(episode.examples, self.coded(atoms, codec))
+        coded = self.coded(atoms, codec)
+        shares = self.lora_a[0].new_tensor([length_weight(len(passage)) for passage in episode.passages])
+        short = {name: atom * shares.view(-1, *[1] * (atom.dim() - 1)) for name, atom in coded.items()}
+        return self.updates(episode.examples, short)
 
     def refitted(self, card: Mapping[str, Any]) -> MetaInitialization:
         """The initialization that it started from with the learned α and τ: its fingerprint stays."""

@@ -1,0 +1,27 @@
+"""What of `ReGrad.answer` a framework may give for one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+PER_CALL = ("mode", "top_k", "type", "choices", "query_filter", "query", "using", "hits", "seed")
+
+
+def merged(*given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of these mappings that are `ReGrad.answer`'s, later ones before earlier ones; None is not given."""
+    options: dict[str, Any] = {}
+    for one in given:
+        options |= {name: value for name, value in (one or {}).items() if name in PER_CALL and value is not None}
+    return options
+
+
+def checked(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options given to a bridge when it is made.
+
+    Raises:
+        TypeError: for one that `ReGrad.answer` does not have.
+    """
+    if unknown := [name for name in options if name not in PER_CALL]:
+        raise TypeError(f"{unknown[0]!r} is no option of ReGrad.answer; it has {', '.join(PER_CALL)}")
+    return dict(options)
