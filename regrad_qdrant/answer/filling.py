@@ -68,6 +68,7 @@ class Filling:
 
     def __init__(self, bank: GradientBank, adapter: Adapter, gradients: GradientComputer, policy: FillPolicy) -> None:
         self.bank, self.adapter, self.gradients, self.policy = bank, adapter, gradients, policy
+        self._prepared = False
         self._retrieved: dict[PointId, int] = {}  # of points without an atom, how often; the latest last
 
     def usable(self, found: Sequence[Sequence[Hit]], online: Sequence[bool]) -> list[Usable]:
@@ -87,7 +88,11 @@ class Filling:
         computed, refused = self._computed(list((anew | lacking).values()))
         if self.policy.on_missing == "store":
             new = [(hit, record) for hit, record in computed if hit.id in lacking and _lack(hit) == MISSING]
-            self.bank.put([(hit, record) for hit, record in new if self._is_due(hit.id)], replace=False)
+            if due := [(hit, record) for hit, record in new if self._is_due(hit.id)]:
+                if not self._prepared:
+                    self.bank.index()  # and the sidecar, where there is to be one
+                    self._prepared = True
+                self.bank.put(due, replace=False)
         fresh = {hit.id: record for hit, record in computed}
         usable = []
         for hits, is_online in pairs:

@@ -182,8 +182,6 @@ class ReGrad:
         # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
         self.gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
-        if on_missing == "store" and self._async_bank is None:
-            self.bank.index()
         self._all_ids: list[PointId] | None = None
         self._batcher: Batcher[_Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
         self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")

@@ -226,7 +226,7 @@ class GradientBank(AtomCollection):
         there = {point.id for point in self.atoms.retrieve([write.id for write in valid], False)}
         if new := [Point(write.id, {}, {}) for write in valid if write.id not in there]:
             self.atoms.upsert(new)
-        return [PayloadWrite(write.id, write.payload, vacant) for write in valid]
+        return [PayloadWrite(write.id, write.payload, vacant, bool(vacant)) for write in valid]
 
     def _write(
         self, target: PointId | Hit, record: Record, vacant: Mapping[str, str | None]
@@ -234,7 +234,7 @@ class GradientBank(AtomCollection):
         """The write of one record and its bytes."""
         state = self.layout.state_of(target.payload) if isinstance(target, Hit) else {}
         key = target.id if isinstance(target, Hit) else canonical_id(target)
-        write = PayloadWrite(key, {self.payload_key: record.to_payload()}, {**state, **vacant})
+        write = PayloadWrite(key, {self.payload_key: record.to_payload()}, {**state, **vacant}, bool(vacant))
         return write, json_bytes(write.payload) + json_bytes(state)
 
     # -- looking ----------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from regrad_qdrant.bank.stores.base import (
     WithPayload,
     pages,
 )
-from regrad_qdrant.bank.stores.client import ClientStore
+from regrad_qdrant.bank.stores.client import UNINDEXED, ClientStore
 from regrad_qdrant.errors import BankError, RecordError
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ class AtomCollection:
         Points may be given their atoms while this iterates. A point without text has an empty `text`.
         """
         if not self.in_sidecar:
-            return (self.hit(point) for point in self.scroll(self.lacks_atom, self._fields))
+            return (self.hit(point) for point in self._with_atom(False, self._fields))
         return (self.hit(point) for point in self.joined(self._fields, "space") if not self.belongs(point))
 
     def stale(self) -> Iterator[Hit]:
@@ -214,10 +214,20 @@ class AtomCollection:
         if self.in_sidecar:
             points = filter(self.belongs, self.joined(self._fields, *EXAMINED))
         else:
-            points = self.scroll(self.has_atom, [*self._fields, *(f"{self.payload_key}.{name}" for name in EXAMINED)])
+            points = self._with_atom(True, [*self._fields, *(f"{self.payload_key}.{name}" for name in EXAMINED)])
         for point in points:
             hit = self.hit(point)
             yield self._state_of(point, hit.text), hit
+
+    def _with_atom(self, has: bool, fields: list[str]) -> Iterator[StoredPoint]:
+        """The points that have an atom of this space, or lack one. Where strict mode refuses the filter for want of an
+        index, as before the first ingestion, all points are looked at."""
+        try:
+            yield from self.scroll(self.has_atom if has else self.lacks_atom, fields)
+        except BankError as error:
+            if UNINDEXED not in str(error):
+                raise
+            yield from (p for p in self.scroll(None, [*fields, self.space_path]) if self.belongs(p) == has)
 
     def _state_of(self, point: StoredPoint, text: str) -> AtomState:
         if not self.belongs(point):
@@ -239,7 +249,12 @@ class AtomCollection:
     def count_atoms(self) -> int:
         """Points that carry an atom of this space, stale ones among them; of a server, as its index has it."""
         if not self.in_sidecar:
-            return self.store.count(self.has_atom)
+            try:
+                return self.store.count(self.has_atom)
+            except BankError as error:
+                if UNINDEXED not in str(error):
+                    raise
+                return sum(1 for _ in self._with_atom(True, []))
         if not self.atoms.exists():
             return 0
         return sum(self.belongs(point) for point in self.joined([], "space"))
@@ -311,7 +326,13 @@ class AtomCollection:
         """The points with what the sidecar holds for them, as if it stood in their payload."""
         if not self.in_sidecar or not points:
             return list(points)
-        atoms = {point.id: point.payload for point in self.atoms.retrieve([p.id for p in points], [self.payload_key])}
+        try:
+            found = self.atoms.retrieve([point.id for point in points], [self.payload_key])
+        except BankError:
+            if self.atoms.exists():
+                raise
+            return list(points)  # nothing was ingested yet: none has an atom
+        atoms = {point.id: point.payload for point in found}
         return [replace(point, payload=point.payload | atoms.get(point.id, {})) for point in points]
 
     def belongs(self, point: StoredPoint) -> bool:

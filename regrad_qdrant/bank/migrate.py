@@ -34,6 +34,7 @@ class MigrationReport:
     written: int = 0
     present: int = 0  # were in the target already, equal
     differing: list[PointId] = field(default_factory=list)  # do not read back as they were written
+    left_out: list[str] = field(default_factory=list)  # settings of the source that the target's engine does not hold
 
 
 def migrate(
@@ -43,10 +44,10 @@ def migrate(
     *,
     max_request_bytes: int = MAX_REQUEST_BYTES,
 ) -> MigrationReport:
-    """Copy every point; the target is made with the source's vectors where it is not there.
+    """Copy every point; where the target is not there it is made as the source is: its vectors, their storage and
+    quantization, its payload indexes and metadata, as far as the target's engine holds them (`left_out`).
 
-    Points that the target alone has stay. Payload indexes, metadata and the vectors' storage settings are not copied;
-    the next ingestion makes the bank's own index.
+    Points that the target alone has stay, and a target that is there keeps its own settings.
 
     Raises:
         BankError: if there is no source, or if the target has other vectors.
@@ -54,14 +55,14 @@ def migrate(
     if not source.exists():
         raise BankError(f"there is no collection {source.name!r} to copy")
     vectors = source.vectors()
+    report = MigrationReport()
     if not target.exists():
-        target.create(vectors)
+        report.left_out = target.create_as(source.configuration())
     elif target.vectors() != vectors:
         raise BankError(
             f"collection {target.name!r} exists with other vectors: {target.vectors()}, expected {vectors}: choose "
             "another name for the copy"
         )
-    report = MigrationReport()
     offset: PointId | None = None
     while True:
         points, offset = source.read(PAGE, offset)

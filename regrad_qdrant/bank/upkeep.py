@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.codecs.registry import CODECS, get_codec
@@ -15,15 +15,12 @@ from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank.collection import PAGE, AtomCollection
 from regrad_qdrant.bank.stores.base import (
     PayloadWrite,
+    PointId,
     bounded,
     json_bytes,
     pages,
 )
 from regrad_qdrant.errors import RecordError
-
-if TYPE_CHECKING:
-    from qdrant_client.models import Filter
-
 
 STATUS_SAMPLE = 1000  # atoms whose size `status` measures
 
@@ -112,9 +109,10 @@ def recode(
     """
     wanted = get_codec(codec)
     report = RecodeReport()
-    condition = finer_than(bank, codec, layout)
+    finer = finer_codecs(codec, layout)
     page = max(1, min(PAGE, bank.max_request_bytes // (8 * layout.numel)))  # an atom is at most fp32 in base64
-    for points in pages(bank.scroll(condition, [bank.payload_key], page, bank.atoms), page):
+    for ids in pages(_with_codec(bank, finer), page):
+        points = bank.atoms.retrieve(ids, [bank.payload_key])
         writes: list[tuple[PayloadWrite, int]] = []
         for point in points:
             if not bank.belongs(point):  # gone, though the index still has it
@@ -129,18 +127,27 @@ def recode(
         for batch in bounded(bank.max_request_bytes, writes, lambda write: write.id):
             bank.atoms.set_payload(batch)
             report.recoded += len(batch)
-        on_progress(len(points))
+        on_progress(len(ids))
     return report
 
 
-def finer_than(bank: AtomCollection, codec: str, layout: AtomLayout) -> Filter:
-    """The filter on points whose atom of this space takes more bytes than it would in `codec`."""
-    from qdrant_client import models
-
+def finer_codecs(codec: str, layout: AtomLayout) -> set[str]:
+    """The codecs in which an atom takes more bytes than in this one."""
     size = get_codec(codec).size(layout)
-    finer = [name for name, other in CODECS.items() if other.size(layout) > size]
-    of_codec = models.FieldCondition(key=f"{bank.payload_key}.codec", match=models.MatchAny(any=finer))
-    return models.Filter(must=[bank.in_space(), of_codec])
+    return {name for name, other in CODECS.items() if other.size(layout) > size}
+
+
+def count_finer(bank: AtomCollection, codec: str, layout: AtomLayout) -> int:
+    """How many atoms `recode` would bring to this codec."""
+    return sum(1 for _ in _with_codec(bank, finer_codecs(codec, layout)))
+
+
+def _with_codec(bank: AtomCollection, codecs: set[str]) -> Iterator[PointId]:
+    """The points whose atom of this space is in one of these codecs: read, not filtered by, for it has no index."""
+    fields = [bank.space_path, f"{bank.payload_key}.codec"]
+    for point in bank.scroll(bank.has_atom, fields, store=bank.atoms):
+        if bank.belongs(point) and point.payload[bank.payload_key].get("codec") in codecs:
+            yield point.id
 
 
 def drop(bank: AtomCollection) -> int:

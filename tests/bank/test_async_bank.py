@@ -1,5 +1,7 @@
 import asyncio
 import inspect
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import tiny_initialization, tiny_model
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
 from regrad_qdrant import AsyncGradientBank, Document, GradientBank, ReGrad
+from regrad_qdrant.answer.batching import Batcher
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.documents import point_id
@@ -142,3 +145,84 @@ def test_a_blocking_call_on_the_loop_is_refused_instead_of_waiting_for_ever(regr
     over_loop = asyncio.run(main())
     with pytest.raises(BankError, match="no event loop runs"):
         over_loop.answer("What does Ida do?")
+
+
+class Resolving:
+    """An async client whose every request first needs the loop's own executor, as resolving a host name does."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def __getattr__(self, name):
+        method = getattr(self.client, name)
+
+        async def request(*arguments, **options):
+            await asyncio.get_running_loop().run_in_executor(None, time.sleep, 0.001)
+            return await method(*arguments, **options)
+
+        return request if asyncio.iscoroutinefunction(method) else method
+
+
+def test_two_hundred_questions_at_once_are_all_answered_while_requests_need_the_loops_executor(regrad):
+    questions = [("What does Ida do?", "What does Noor do?", "What does Orla play?")[i % 3] for i in range(200)]
+
+    async def main():
+        over_loop = await regrad()
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+        client = over_loop.bank.store.client
+        over_loop.bank.store.client = over_loop.bank.atoms.client = Resolving(client)
+        answers = await asyncio.wait_for(
+            asyncio.gather(*(over_loop.aanswer(question, top_k=2) for question in questions)), 60
+        )
+        again = await over_loop.aanswer_many(questions[:3], top_k=2)
+        over_loop.close()
+        return answers, again
+
+    answers, again = asyncio.run(main())
+    assert [answer.text for answer in answers] == [again[i % 3].text for i in range(200)]
+    assert [answer.hits for answer in answers[:3]] == [answer.hits for answer in again]
+
+
+def test_questions_that_wait_together_share_a_batch_and_one_that_fails_fails_alone():
+    sizes = []
+
+    def work(items):
+        sizes.append(len(items))
+        if "bad" in items:
+            raise ValueError("bad")
+        return [item.upper() for item in items]
+
+    async def main():
+        batcher = Batcher(work, size=4, wait=0.05)
+        given = await asyncio.gather(
+            *(batcher.ask(item) for item in ["a", "b", "bad", "c", "d"]), return_exceptions=True
+        )
+        left = asyncio.ensure_future(batcher.ask("e"))
+        await asyncio.sleep(0)
+        left.cancel()
+        last = await batcher.ask("f")
+        batcher.close()
+        assert await batcher.ask("g") == "G"  # begins anew
+        batcher.close()
+        return given, last
+
+    (a, b, bad, c, d), last = asyncio.run(main())
+    assert (a, b, c, d, last) == ("A", "B", "C", "D", "F") and isinstance(bad, ValueError)
+    assert sizes[0] == 4 and max(sizes) == 4
+
+
+def test_a_sidecar_that_is_not_there_yet_is_made_when_the_first_atom_is_stored(tokenizer):
+    model = tiny_model()
+    initialization = tiny_initialization(model)
+
+    async def main():
+        client = AsyncQdrantClient(":memory:")
+        bank = AsyncGradientBank(client, "docs", initialization.fingerprint, sidecar="atoms")
+        await AsyncGradientBank(client, "docs", initialization.fingerprint).create()
+        await bank.add(DOCUMENTS)
+        with ReGrad(model, tokenizer, bank, initialization, on_missing="store") as regrad:
+            answer = await regrad.aanswer("What does Ida do?", top_k=1)
+        return answer, await client.collection_exists("atoms"), (await bank.status()).atoms
+
+    answer, made, atoms = asyncio.run(main())
+    assert made and atoms == 1 == len(answer.weights)

@@ -17,7 +17,7 @@ from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.stores.base import PayloadWrite, SparseVector
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.bank.stores.opening import open_store
-from regrad_qdrant.bank.upkeep import finer_than
+from regrad_qdrant.bank.upkeep import count_finer
 from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
 
 SPACE, OTHER = "a" * 16, "b" * 16
@@ -487,7 +487,7 @@ def test_recoding_that_was_stopped_goes_on_where_it_was(bank):
 
     with pytest.raises(KeyboardInterrupt):
         bank.recode("sign", NUMBERS, stop)
-    assert 0 < bank.store.count(finer_than(bank, "sign", NUMBERS)) < 4
+    assert 0 < count_finer(bank, "sign", NUMBERS) < 4
     assert 0 < bank.recode("sign", NUMBERS).recoded < 4
     assert bank.status().codec == "sign"
 

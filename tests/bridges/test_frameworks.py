@@ -129,8 +129,9 @@ TEXTS = texts_of(100)
 def asked(make, model, tokenizer, initialization):
     """ReGrad over a framework's collection, with the options that find person 7."""
     framework = make(TEXTS)
-    bank = GradientBank(framework.client, framework.name, initialization.fingerprint, embedders={})
-    bank.detect_layout()
+    bank = GradientBank(
+        framework.client, framework.name, initialization.fingerprint, embedders={}
+    )  # no word of a layout
     regrad = ReGrad(model, tokenizer, bank, initialization)
     attach_atoms(bank, regrad.gradients, "sign")
     return framework.layout, regrad, {"query": vector(TEXTS[7]), "using": "", "top_k": 2}

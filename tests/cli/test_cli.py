@@ -417,3 +417,14 @@ def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
     code, out, err = run("ingest", "--from-collection", "docs", "--path", "bank")
     assert code == 1 and "10 atoms written" in out and "skipped demo-p3" in err
     assert "1 without text" in out and "demo-p4" not in err
+
+
+def test_a_dry_run_says_what_would_be_done_and_changes_nothing(run, folder, tmp_path):
+    corpus = ("--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank", "--json", "dry.json")
+    code, out, _ = run("ingest", *corpus, "--dry-run")
+    said = json.loads((tmp_path / "dry.json").read_text())
+    assert code == 0 and "nothing was changed" in out and not (tmp_path / "bank").exists()
+    assert (said["points_to_add"], said["atoms_to_write"]) == (12, 12) and said["bytes_to_write"] > 12 * 100
+    ingest(run, folder)
+    run("ingest", "--from-collection", "docs", "--path", "bank", "--dry-run", "--json", "dry.json")
+    assert json.loads((tmp_path / "dry.json").read_text())["atoms_to_write"] == 0

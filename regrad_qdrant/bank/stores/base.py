@@ -66,6 +66,7 @@ class PayloadWrite:
     id: PointId
     payload: Payload
     unless_changed: Mapping[str, str | None] = field(default_factory=dict)
+    atomic: bool = False  # check and write in one step on any store: it protects somebody else's atom
 
     def target(self) -> Filter:
         """The filter on that point in that state: engines check it in the same step as they write."""
@@ -120,6 +121,16 @@ class VectorNames:
         return name in self.dense or name in self.sparse
 
 
+@dataclass(frozen=True)
+class Configuration:
+    """A collection's settings, to make another one like it."""
+
+    vectors: VectorNames
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of Qdrant's `create_collection`
+    indexes: Mapping[str, Any] = field(default_factory=dict)  # payload field → schema, as Qdrant's client has it
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Store(Protocol):
     """One collection. Every method raises `StoreUnavailableError` if it can't be reached."""
 
@@ -137,6 +148,11 @@ class Store(Protocol):
     def create(self, vectors: VectorNames) -> None: ...
 
     def vectors(self) -> VectorNames: ...
+
+    def configuration(self) -> Configuration: ...
+
+    def create_as(self, configuration: Configuration) -> list[str]:
+        """Make the collection with these settings; returns the names of those that this engine does not hold."""
 
     def upsert(self, points: Sequence[Point]) -> None: ...
 

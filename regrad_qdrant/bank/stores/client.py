@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.bank.stores.base import (
+    Configuration,
     PayloadWrite,
     Point,
     PointId,
@@ -104,6 +105,44 @@ class ClientStore:
             tuple(sorted(name for name, vector in sparse.items() if vector.modifier != "idf")),
         )
 
+    def configuration(self) -> Configuration:
+        from qdrant_client import models
+
+        info = self._request("get_collection")
+        parameters, config = info.config.params, info.config
+        settings: dict[str, Any] = {
+            "vectors_config": parameters.vectors or {},
+            "sparse_vectors_config": parameters.sparse_vectors,
+            "on_disk_payload": parameters.on_disk_payload,
+            "quantization_config": config.quantization_config,
+        }
+        if not self.in_process:
+            settings |= {
+                "shard_number": parameters.shard_number,
+                "replication_factor": parameters.replication_factor,
+                "hnsw_config": models.HnswConfigDiff(**config.hnsw_config.model_dump()),
+                "optimizers_config": models.OptimizersConfigDiff(**config.optimizer_config.model_dump()),
+                "strict_mode_config": getattr(config, "strict_mode_config", None),
+            }
+        indexes = {name: index.params or index.data_type for name, index in (info.payload_schema or {}).items()}
+        kept = {name: value for name, value in settings.items() if value is not None}
+        return Configuration(self.vectors(), kept, indexes, self.read_metadata())
+
+    def create_as(self, configuration: Configuration) -> list[str]:
+        if configuration.settings:
+            self._request("create_collection", **configuration.settings)
+        else:
+            self.create(configuration.vectors)
+        left_out = []
+        if self.in_process:
+            left_out = [f"the payload index on {name}" for name in configuration.indexes]
+        else:
+            for name, schema in configuration.indexes.items():
+                self._request("create_payload_index", name, schema, wait=True)
+        if configuration.metadata:
+            self.write_metadata(dict(configuration.metadata))
+        return left_out
+
     def upsert(self, points: Sequence[Point]) -> None:
         from qdrant_client import models
 
@@ -131,9 +170,9 @@ class ClientStore:
         """
         if not writes:
             return
-        guarded = [write for write in writes if None in write.unless_changed.values()]
+        guarded = [write for write in writes if write.atomic]
         if self.in_process or (len(guarded) < len(writes) and self._has_several_shards):
-            by_id = list(writes) if self.in_process else [write for write in writes if write not in guarded]
+            by_id = [write for write in writes if self.in_process or not write.atomic]
             self._write_by_id(by_id)
             writes = [] if self.in_process else guarded
         if writes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.bank.stores.base import (
+    Configuration,
     PayloadWrite,
     Point,
     PointId,
@@ -99,6 +100,20 @@ class EdgeStore:
             {name: vector["distance"] for name, vector in named.items() if vector["distance"] != "Cosine"},
             tuple(sorted(name for name, vector in sparse.items() if vector.get("modifier") != "idf")),
         )
+
+    def configuration(self) -> Configuration:
+        return Configuration(self.vectors(), metadata=self.read_metadata())
+
+    def create_as(self, configuration: Configuration) -> list[str]:
+        self.create(configuration.vectors)
+        if configuration.metadata:
+            self.write_metadata(dict(configuration.metadata))
+        left_out = [f"the payload index on {name}" for name in configuration.indexes]
+        kept = ("vectors_config", "sparse_vectors_config")  # names, sizes, distances and IDF; not how they are stored
+        settings = [name for name in configuration.settings if name not in kept]
+        if any(_stored_apart(vector) for vector in _each(configuration.settings.get("vectors_config"))):
+            settings.append("the vectors' on_disk, hnsw_config or quantization_config")
+        return left_out + settings
 
     def upsert(self, points: Sequence[Point]) -> None:
         import qdrant_edge as edge
@@ -262,6 +277,15 @@ def _selector(with_payload: WithPayload) -> Any:
     if isinstance(with_payload, Without):
         return edge.PayloadSelector.Exclude(list(with_payload.keys))  # type: ignore[attr-defined] # not in the stub
     return with_payload
+
+
+def _each(vectors: Any) -> list[Any]:
+    return list(vectors.values()) if isinstance(vectors, dict) else [vectors] if vectors else []
+
+
+def _stored_apart(vector: Any) -> bool:
+    """Whether a vector's parameters say how it is stored."""
+    return any(getattr(vector, name, None) for name in ("on_disk", "hnsw_config", "quantization_config"))
 
 
 def _edge_vector(vector: Vector) -> Any:

@@ -1,0 +1,264 @@
+"""What only a server does: strict mode, limits, several shards.
+
+The engine in process stands in, with a server's refusals; the same on a real one where QDRANT_URL names it, on a
+collection of its own.
+"""
+
+import os
+import uuid
+
+import httpx
+import pytest
+import torch
+from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import UnexpectedResponse
+
+from regrad_qdrant import Document, GradientBank
+from regrad_qdrant.atoms.codec import AtomLayout
+from regrad_qdrant.atoms.record import make_records
+from regrad_qdrant.bank.documents import point_id
+from regrad_qdrant.bank.migrate import migrate
+from regrad_qdrant.bank.stores.base import PayloadWrite, VectorNames
+from regrad_qdrant.bank.stores.client import ClientStore
+from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.errors import BankError
+
+SPACE, COUNT, NUMBERS = "a" * 16, 12, AtomLayout.flat(128)
+TEXTS = [f"Person {i} works as a diver." for i in range(COUNT)]
+pytestmark = pytest.mark.filterwarnings("ignore:Payload indexes have no effect")
+
+
+def refusal(said, code=400):
+    return UnexpectedResponse(code, "", f"Bad request: {said}".encode(), httpx.Headers())
+
+
+class Strict:
+    """The in-process engine with a server's limits in front of it."""
+
+    def __init__(self, *, shards=1, limit=None, capacity=None, exact=True, unindexed=True):
+        self.client = QdrantClient(":memory:")
+        self.shards, self.limit, self.capacity, self.exact, self.unindexed = shards, limit, capacity, exact, unindexed
+        self.indexed, self.calls = set(), []
+
+    def __getattr__(self, name):
+        method = getattr(self.client, name)
+        if not callable(method) or name.startswith("_"):
+            return method
+
+        def call(*arguments, **options):
+            self.calls.append((name, arguments, options))
+            self._check(name, arguments, options)
+            answer = method(*arguments, **options)
+            if name == "get_collection":
+                answer.config.params.shard_number = self.shards
+            return answer
+
+        return call
+
+    def _check(self, name, arguments, options):
+        size = options.get("limit", len(arguments[1]) if name == "retrieve" else 0)
+        if self.limit is not None and size > self.limit:
+            raise refusal(f'Limit exceeded {size} > {self.limit} for "limit". Help: Reduce the "limit" parameter.')
+        if self.capacity is not None and size > self.capacity:
+            raise refusal("request larger than rate limiter capacity, please try to split your request", 429)
+        if name == "count" and options.get("exact") and not self.exact:
+            raise refusal("Exact count is not allowed. Help: set exact to false.")
+        if name == "create_payload_index":
+            self.indexed.add(arguments[1])
+        if not self.unindexed:
+            given = options.get("scroll_filter") or options.get("count_filter")
+            if name == "batch_update_points":
+                given = next((o.set_payload.filter for o in arguments[1] if o.set_payload.filter), None)
+            for key in _keys(given):
+                if key not in self.indexed:
+                    raise refusal(f'Index required but not found for "{key}". Help: Create an index for this key.')
+
+
+def _keys(given):
+    for part in ("must", "must_not"):
+        for condition in getattr(given, part, None) or ():
+            if getattr(condition, "key", None):
+                yield condition.key
+            if getattr(condition, "is_empty", None):
+                yield condition.is_empty.key
+
+
+def bank_over(client, monkeypatch):
+    monkeypatch.setattr(ClientStore, "in_process", False)
+    bank = GradientBank(ClientStore(client, "docs"), "docs", SPACE)
+    bank.store.create(VectorNames({}, ("bm25",)))
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    return bank
+
+
+def records():
+    torch.manual_seed(0)
+    return make_records(torch.randn(COUNT, 128), TEXTS, SPACE, "sign")
+
+
+def fill(bank):
+    bank.index()
+    bank.put(zip([hit for hit in bank.points()], records(), strict=True))
+
+
+def test_before_anything_is_indexed_status_looks_at_all_points(monkeypatch):
+    bank = bank_over(Strict(unindexed=False), monkeypatch)
+    status = bank.status()
+    assert (status.points, status.atoms, status.missing) == (COUNT, 0, COUNT)
+    assert len(list(bank.missing())) == COUNT and bank.count_atoms() == 0
+
+
+def test_in_strict_mode_everything_that_filters_by_the_index_works(monkeypatch):
+    bank = bank_over(Strict(unindexed=False), monkeypatch)
+    fill(bank)
+    assert bank.status().atoms == COUNT and bank.count_of_other_spaces() == 0
+    assert bank.recode("sparse", NUMBERS).recoded == COUNT and bank.status().codec == "sparse"
+    assert bank.recode("sparse", NUMBERS).recoded == 0
+    assert bank.drop() == COUNT and bank.status().atoms == 0
+
+
+@pytest.mark.parametrize("limits", [{"limit": 5}, {"capacity": 3}], ids=["max_query_limit", "read_rate_limit"])
+def test_pages_shrink_to_what_the_server_allows_and_lose_nothing(monkeypatch, limits):
+    client = Strict(**limits)
+    bank = bank_over(client, monkeypatch)
+    fill(bank)
+    assert bank.status().atoms == COUNT
+    assert {hit.id for hit in bank.points()} == {point_id(f"d{i}") for i in range(COUNT)}
+    assert len(bank.fetch([point_id(f"d{i}") for i in range(COUNT)])) == COUNT
+    client.calls.clear()
+    list(bank.points())
+    assert all(options["limit"] <= 5 for name, _, options in client.calls if name == "scroll")  # it is remembered
+
+
+def test_where_exact_counts_are_refused_approximate_ones_serve(monkeypatch):
+    bank = bank_over(Strict(exact=False), monkeypatch)
+    assert bank.store.count() == COUNT
+
+
+def test_on_several_shards_writes_go_by_id_but_where_they_protect_a_foreign_atom(monkeypatch):
+    client = Strict(shards=6)
+    bank = bank_over(client, monkeypatch)
+    bank.index()
+    hits = list(bank.points())
+    bank.store.set_payload([PayloadWrite(hits[0].id, {"text": "changed meanwhile"})])
+    client.calls.clear()
+    bank.put(zip(hits, records(), strict=True))
+    operations = [o.set_payload for name, given, _ in client.calls if name == "batch_update_points" for o in given[1]]
+    assert all(operation.filter is None and len(operation.points) == 1 for operation in operations)
+    assert {o.points[0] for o in operations} == {hit.id for hit in hits[1:]}  # the changed one is passed over
+    reads = [options["with_payload"] for name, _, options in client.calls if name == "retrieve"]
+    assert reads == [["text", "title"]]  # nothing but what the condition compares
+    client.calls.clear()
+    bank.put(zip(hits, records(), strict=True), replace=False)
+    operations = [o.set_payload for name, given, _ in client.calls if name == "batch_update_points" for o in given[1]]
+    assert operations and all(operation.filter is not None for operation in operations)
+
+
+def test_a_copy_takes_the_settings_along_and_names_what_its_engine_does_not_hold(monkeypatch, tmp_path):
+    client = QdrantClient(":memory:")
+    dense = models.VectorParams(size=4, distance=models.Distance.DOT, on_disk=True)
+    client.create_collection("docs", vectors_config={"dense": dense})
+    source = ClientStore(client, "docs")
+    asked = {}
+    configuration = source.configuration()
+    tenant = models.KeywordIndexParams(type=models.KeywordIndexType.KEYWORD, is_tenant=True)
+    monkeypatch.setattr(source, "configuration", lambda: replaced(configuration, tenant))
+
+    class Server(ClientStore):
+        in_process = False
+
+        def _request(self, method, *arguments, **options):
+            asked.setdefault(method, []).append((arguments, options))
+            return (
+                None
+                if method in ("create_payload_index", "update_collection")
+                else super()._request(method, *arguments, **options)
+            )
+
+    assert migrate(source, Server(QdrantClient(":memory:"), "copy")).left_out == []
+    [(_, made)] = asked["create_collection"]
+    assert made["vectors_config"]["dense"].on_disk and made["vectors_config"]["dense"].distance == "Dot"
+    assert asked["create_payload_index"] == [(("tenant", tenant), {"wait": True})]
+    left_out = migrate(source, EdgeStore(tmp_path / "edge")).left_out
+    assert "the payload index on tenant" in left_out and any("on_disk" in setting for setting in left_out)
+
+
+def replaced(configuration, tenant):
+    from dataclasses import replace
+
+    return replace(configuration, indexes={"tenant": tenant})
+
+
+# -- on a real server -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["rest", "grpc"])
+def served(request):
+    """A bank on a collection of its own in strict mode, filled."""
+    if not os.environ.get("QDRANT_URL"):
+        pytest.skip("QDRANT_URL is not set")
+    client = QdrantClient(
+        os.environ["QDRANT_URL"],
+        api_key=os.environ.get("QDRANT_API_KEY"),
+        prefer_grpc=request.param == "grpc",
+        timeout=60,
+        check_compatibility=False,
+    )
+    name = f"regrad_test_{uuid.uuid4().hex[:8]}"
+    bank = GradientBank(client, name, SPACE)
+    bank.store.create(VectorNames({}, ("bm25",)))
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    yield bank, client, name
+    client.delete_collection(name)
+
+
+def strict(client, name, **limits):
+    client.update_collection(name, strict_mode_config=models.StrictModeConfig(enabled=True, **limits))
+
+
+def test_a_strict_server_is_filled_counted_recoded_and_emptied(served):
+    bank, client, name = served
+    strict(client, name, unindexed_filtering_retrieve=False, unindexed_filtering_update=False, search_allow_exact=False)
+    assert bank.status().missing == COUNT
+    fill(bank)
+    assert bank.status().atoms == COUNT and bank.recode("sparse", NUMBERS).recoded == COUNT
+    assert bank.drop() == COUNT and bank.drop() == 0
+    status = bank.status()
+    assert (status.atoms, status.missing) == (0, COUNT) and bank.noted() == {}
+
+
+def test_a_server_with_small_pages_loses_nothing(served):
+    bank, client, name = served
+    strict(client, name, max_query_limit=5)
+    fill(bank)
+    assert bank.status().atoms == COUNT and len(list(bank.points())) == COUNT
+
+
+def test_a_key_that_an_application_deletes_by_itself_is_missing_and_comes_back(served):
+    bank, client, name = served
+    fill(bank)
+    client.delete_payload(name, ["regrad"], points=[point_id("d0")], wait=True)
+    status = bank.status()
+    assert (status.atoms, status.missing) == (COUNT - 1, 1)
+    assert [state for state, _ in bank.examined()].count("gone") <= 1
+    fill(bank)
+    assert bank.status().atoms == COUNT
+
+
+def test_euclid_weighs_the_nearest_most(served):
+    _, client, name = served
+    other = f"{name}_euclid"
+    client.create_collection(other, vectors_config=models.VectorParams(size=2, distance=models.Distance.EUCLID))
+    try:
+        points = [models.PointStruct(id=i, vector=[float(i), 0.0], payload={"text": str(i)}) for i in range(30)]
+        client.upsert(other, points, wait=True)
+        hits = GradientBank(client, other, SPACE, embedders={}).search([0.0, 0.0], 3, using="", with_records=False)
+        assert [hit.id for hit in hits] == [0, 1, 2] and hits[0].relevance == 1 > hits[1].relevance
+    finally:
+        client.delete_collection(other)
+
+
+def test_errors_of_a_missing_collection_are_sorted(served):
+    _, client, _ = served
+    with pytest.raises(BankError, match="regrad_no_such"):
+        GradientBank(client, "regrad_no_such", SPACE).store.count()
