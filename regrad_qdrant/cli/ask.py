@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,6 +33,9 @@ from regrad_qdrant.cli.options import (
 )
 from regrad_qdrant.errors import DataError
 
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
+
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
@@ -53,6 +56,10 @@ def ask(
     payload_key: Key = DEFAULT_KEY,
     sidecar: Sidecar = None,
     text_path: TextPath = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--filter", help="FIELD=VALUE: only documents with that value; dots descend; repeat it."),
+    ] = None,
     json_out: JsonOut = None,
 ) -> None:
     """Answer one question from the bank."""
@@ -76,7 +83,13 @@ def ask(
     with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
         regrad = regrad_of(base, tokenizer, bank, initialization, merge)
         answer = regrad.answer(
-            prompt.question, mode=chosen, top_k=top_k, type=prompt.type, choices=prompt.choices, using=using
+            prompt.question,
+            mode=chosen,
+            top_k=top_k,
+            type=prompt.type,
+            choices=prompt.choices,
+            using=using,
+            query_filter=_filter_of(only or []),
         )
     console.print(answer.text, style="bold", markup=False)
     for hit in answer.hits:
@@ -90,7 +103,28 @@ def ask(
             "mode": answer.mode,
             "answer": answer.text,
             "hits": [{"id": hit.document_id, "score": hit.score, "text": hit.text} for hit in answer.hits],
+            "weights": {str(key): weight for key, weight in answer.weights.items()},
+            "notes": list(answer.notes),
             "timings": asdict(answer.timings),
             "prompt_tokens": answer.prompt_tokens,
         },
     )
+
+
+def _filter_of(conditions: list[str]) -> Filter | None:
+    """The filter of FIELD=VALUE conditions, all of which must hold; numbers and true and false match as such too."""
+    from qdrant_client import models
+
+    must: list[models.Condition] = []
+    for condition in conditions:
+        field, equals, text = condition.partition("=")
+        if not (field and equals):
+            raise DataError(f"--filter wants FIELD=VALUE, found {condition!r}")
+        values: list[str | int | bool] = [text]
+        if text.lstrip("-").isdigit():
+            values.append(int(text))
+        if text in ("true", "false"):
+            values.append(text == "true")
+        either = [models.FieldCondition(key=field, match=models.MatchValue(value=value)) for value in values]
+        must.append(either[0] if len(either) == 1 else models.Filter(should=list(either)))
+    return models.Filter(must=must) if must else None

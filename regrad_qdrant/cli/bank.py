@@ -89,6 +89,10 @@ def ingest(
     replace: Annotated[
         bool, typer.Option("--replace", help="Write over atoms of another initialization under the same payload key.")
     ] = False,
+    language: Annotated[
+        str | None,
+        typer.Option("--language", help="Of BM25's words: german, japanese, …; english where none is noted yet."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written and how long it would take; change nothing.")
     ] = False,
@@ -113,7 +117,7 @@ def ingest(
     if passages is None and not store.exists():
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
     initialization, base, tokenizer = load(init, model)
-    with bank_of(store, initialization, payload_key, dense, text_path, sidecar=sidecar) as bank:
+    with bank_of(store, initialization, payload_key, dense, text_path, sidecar=sidecar, language=language) as bank:
         if passages is None:
             console.print(collection_summary(bank), highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)

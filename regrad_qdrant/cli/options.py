@@ -44,7 +44,11 @@ Batch = Annotated[
 ]
 Dense = Annotated[
     str | None,
-    typer.Option("--dense", help="sentence-transformers model for a dense vector named 'dense', beside bm25."),
+    typer.Option(
+        "--dense",
+        help="sentence-transformers model of the dense vector that --using names ('' is the unnamed one), or else of "
+        "one named 'dense', beside bm25. package:NAME/FOLDER is one that an installed package carries.",
+    ),
 ]
 Merge = Annotated[
     str | None, typer.Option("--merge", help=f"Merge rule instead of the trained one: {', '.join(RULES)}.")
@@ -92,10 +96,11 @@ def check_vector(store: Store, using: str | None) -> None:
 
     present = store.vectors()
     if vector_name(using) not in present:
-        names = [name or "the unnamed one" for name in (*present.dense, *present.sparse)]
+        dense = [f"--using {name or repr('')} --dense MODEL" for name in present.dense]
+        ways = [*dense, *(f"--using {name}" for name in present.sparse)]
         raise BankError(
-            f"collection {store.name!r} has no vector {vector_name(using)!r}; it has {', '.join(names) or 'none'}: "
-            "choose with --using NAME (and --dense MODEL for a dense one)"
+            f"collection {store.name!r} has no vector {vector_name(using)!r}; search one that it has with "
+            f"{', or '.join(ways) or 'none: it has no vectors'}"
         )
 
 
@@ -120,14 +125,20 @@ def bank_of(
     using: str | None = None,
     sidecar: str | None = None,
     id_field: str | None = None,
+    language: str | None = None,
 ) -> Iterator[GradientBank]:
     from regrad_qdrant.bank.bank import GradientBank
     from regrad_qdrant.bank.embed import Bm25, DenseEmbedder, Embedder
     from regrad_qdrant.bank.layouts import CORPUS, Layout
 
     embedders: dict[str, Embedder] | None = None  # as ingestion noted them, or bm25
+    if language is not None:
+        embedders = {"bm25": Bm25(language)}
     if dense is not None:
-        embedders = {"bm25": Bm25(), "dense" if using in (None, "bm25") else str(using): DenseEmbedder(dense)}
+        embedders = {
+            "bm25": Bm25(language or "english"),
+            "dense" if using in (None, "bm25") else str(using): DenseEmbedder(dense),
+        }
     layout = None if text_path is None else CORPUS if text_path == CORPUS.text else Layout("given", text_path)
     bank = GradientBank(
         store,

@@ -333,7 +333,10 @@ def test_a_long_text_is_truncated_and_counted(run, tmp_path):
         (["status", "--collection", "docs", "--url", "http://127.0.0.1:9"], "can't reach the Qdrant server"),
         (["status", "--collection", "none", "--path", "bank"], "no collection 'none'"),
         (["ask", "x", "--collection", "docs", "--path", "bank", "--mode", "magic"], "mode 'magic' is not one of"),
-        (["ask", "x", "--collection", "docs", "--path", "bank", "--using", "dense"], "no vector 'dense'; it has bm25"),
+        (
+            ["ask", "x", "--collection", "docs", "--path", "bank", "--using", "dense"],
+            "no vector 'dense'; search one that it has with --using bm25",
+        ),
         (["ask", "x", "--collection", "docs", "--path", "bank", "--type", "choice"], "0 choices"),
         (["ask", " ", "--collection", "docs", "--path", "bank"], "question is empty"),
         (["ask", "x", "--collection", "docs", "--path", "bank", "--merge", "mean"], "merge rule 'mean'"),
@@ -428,3 +431,19 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(run, folder, tmp_
     ingest(run, folder)
     run("ingest", "--from-collection", "docs", "--path", "bank", "--dry-run", "--json", "dry.json")
     assert json.loads((tmp_path / "dry.json").read_text())["atoms_to_write"] == 0
+
+
+@pytest.mark.filterwarnings("default:nothing was retrieved")
+def test_ask_takes_a_filter(run, folder, tmp_path):
+    ingest(run, folder)
+    rows = {row["id"]: row for row in map(json.loads, (folder / "corpus.jsonl").read_text().splitlines())}
+    everything = " ".join(row["text"] for row in rows.values())
+    for state in "01":
+        only = ("--filter", f"state={state}", "--json", "a.json")
+        code, _, err = run("ask", everything, "-c", "docs", "--path", "bank", *only)
+        found = json.loads((tmp_path / "a.json").read_text())
+        assert code == 0 and {rows[hit["id"]]["state"] for hit in found["hits"]} == {state}, err
+        assert len(found["weights"]) == len(found["hits"]) == 3 and found["notes"] == []
+    code, _, err = run("ask", "Who works?", "-c", "docs", "--path", "bank", "--filter", "nosuch=1")
+    assert code == 0 and "no point has the filter's field nosuch" in " ".join(err.split())
+    assert run("ask", "Who?", "-c", "docs", "--path", "bank", "--filter", "state")[0] == 2

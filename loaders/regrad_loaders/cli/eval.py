@@ -152,7 +152,15 @@ def evaluation(
     """Answer a question file in several modes, side by side, and score the answers."""
     from regrad_loaders.data.folders import read_questions
     from regrad_loaders.evaluation.evaluate import evaluate
-    from regrad_loaders.evaluation.plan import EVALUATION_MODES, field_filter, parse_modes, parties, retrieves, select
+    from regrad_loaders.evaluation.plan import (
+        BASELINES,
+        EVALUATION_MODES,
+        field_filter,
+        parse_modes,
+        parties,
+        retrieves,
+        select,
+    )
     from regrad_loaders.evaluation.plots import plot
     from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
@@ -173,15 +181,16 @@ def evaluation(
         raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
     # A bank that exists holds the atoms of one initialization, and all modes read those.
     icl_init = icl_init or (DEFAULT_ICL_INIT if init == DEFAULT_INIT and collection is None else init)
-    ft_direct, ft_rag = ft_direct or _baseline("ft-direct"), ft_rag or _baseline("ft-rag")
-    answering = parties(chosen, init, icl_init, {"ft-direct": ft_direct, "ft-rag": ft_rag})
+    folders = {"ft-direct": ft_direct, "ft-rag": ft_rag}
+    fine_tuned = {name: folders.get(name) or _baseline(name) for name, one in BASELINES.items() if one.fine_tuned}
+    answering = parties(chosen, init, icl_init, fine_tuned)
     settings: dict[str, Any] = {
         "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
         "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
         "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
-        "icl_init": icl_init, "ft_direct": ft_direct, "ft_rag": ft_rag, "sweep": further,
+        "icl_init": icl_init, "ft_direct": fine_tuned["ft-direct"], "ft_rag": fine_tuned["ft-rag"], "sweep": further,
     }  # fmt: skip
     retrieving = [mode for mode in chosen if retrieves(mode)]
     with ExitStack() as stack:
