@@ -53,6 +53,10 @@ SIDECAR_ADVICE = (
     "A server copies and indexes anew every point that gets an atom in place: from 20,000 points a collection of their "
     "own is twice as fast, at 100,000 eight times (--sidecar NAME)"
 )
+HAYSTACK_ADVICE = (
+    "Haystack hands on the whole payload as a document's meta, and writes it back when a document is edited: a sidecar "
+    "keeps atoms out of it (--sidecar NAME)"
+)
 SAMPLE = 8  # documents whose atoms a rehearsal computes
 
 
@@ -123,6 +127,8 @@ def ingest(
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
         if passages is None and sidecar is None and bank.store.count() >= IN_PLACE:
             console.print(SIDECAR_ADVICE, highlight=False)
+        if passages is None and sidecar is None and bank.layout.name == "Haystack":
+            console.print(HAYSTACK_ADVICE, highlight=False)
         if dry_run:
             _rehearse(regrad, passages, codec, json_out)
             return

@@ -203,7 +203,8 @@ def collection_summary(bank: GradientBank) -> str:
     """What a collection that exists holds, in one line."""
     vectors = bank.store.vectors()
     dense = [f"{name or 'the unnamed one'} ({size})" for name, size in vectors.dense.items()]
-    sparse = [f"{name} (sparse)" for name in vectors.sparse]
+    lacks = {name: ", without the IDF modifier that BM25 needs" for name in vectors.without_idf}
+    sparse = [f"{name} (sparse{lacks.get(name, '')})" for name in vectors.sparse]
     return f"{bank.store.name}: {bank.store.count()} points, {bank.layout}, vectors {', '.join(dense + sparse)}"
 
 

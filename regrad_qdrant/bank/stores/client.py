@@ -384,9 +384,9 @@ def is_transient(error: BaseException) -> bool:
 def retrying(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Call with exponential back-off and jitter between attempts, or after as long as the server asks for; the last
     error is raised as it is."""
-    from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+    from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
-    back_off = wait_exponential_jitter(initial=FIRST_WAIT, max=LONGEST_WAIT, jitter=FIRST_WAIT)
+    back_off = wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0, FIRST_WAIT)
 
     def wait(state: RetryCallState) -> float:
         error = state.outcome.exception() if state.outcome else None

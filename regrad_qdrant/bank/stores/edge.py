@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -251,7 +252,7 @@ class EdgeStore:
             raise
         except Exception as error:  # noqa: BLE001 (qdrant_edge has no exception type of its own)
             message = str(error)
-            if "WouldBlock" in message or "lock" in message.lower():
+            if "WouldBlock" in message or re.search(r"\block(ed)?\b", message, re.IGNORECASE):
                 raise StoreUnavailableError(
                     f"the collection folder {self.folder} is open in another process: wait for it or stop it"
                 ) from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 from regrad_qdrant.bank.stores.base import Store
 from regrad_qdrant.bank.stores.client import ClientStore, client_errors
@@ -10,6 +12,8 @@ from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 
 CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
+
+LOSING = ("1.19.0",)  # versions that may lose acknowledged points after a write in place (qdrant/qdrant#10201)
 
 
 def open_store(
@@ -25,6 +29,7 @@ def open_store(
         with client_errors(collection):
             client = QdrantClient(url=url, api_key=api_key, timeout=CLIENT_TIMEOUT, check_compatibility=False)
             client.get_collections()
+            _warn_of(client)
         return ClientStore(client, collection, owns_client=True)
     folder = Path(path or "regrad_bank")
     if not collection or Path(collection).name != collection or collection == "..":
@@ -39,3 +44,17 @@ def open_store(
     if folder.exists() and not folder.is_dir():
         raise BankError(f"{folder} is a file; --path wants a folder")
     return EdgeStore(folder / collection)
+
+
+def _warn_of(client: Any) -> None:
+    """Say so where the server's version is known to lose points; one that does not tell its version is let pass."""
+    try:
+        version = str(client.info().version)
+    except Exception:  # noqa: BLE001 (an old server, a proxy, or a key that may not ask)
+        return
+    if version in LOSING:
+        warnings.warn(
+            f"Qdrant {version} may lose acknowledged points after atoms are written in place (qdrant/qdrant#10201): "
+            "use another version, or a sidecar",
+            stacklevel=3,
+        )
