@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.adapter import Adapter
-    from regrad_qdrant.answer.pipeline import Answer, Query, ReGrad
+    from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.answer.query import Answer, Query
     from regrad_qdrant.atoms.merge import MergeRule
     from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.bank.async_bank import AsyncGradientBank
@@ -35,7 +36,7 @@ __version__ = "0.1.0"
 
 _MODULES = {
     "Adapter": "answer.adapter",
-    "Answer": "answer.pipeline",
+    "Answer": "answer.query",
     "AsyncGradientBank": "bank.async_bank",
     "Bm25": "bank.embed",
     "DenseEmbedder": "bank.embed",
@@ -47,7 +48,7 @@ _MODULES = {
     "MergeRule": "atoms.merge",
     "MetaInitialization": "model.initialization",
     "Prompt": "model.prompts",
-    "Query": "answer.pipeline",
+    "Query": "answer.query",
     "ReGrad": "answer.pipeline",
     "Record": "atoms.record",
     "RegradError": "errors",

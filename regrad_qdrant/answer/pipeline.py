@@ -1,11 +1,4 @@
-"""The way of a question: search, decode and merge, apply, generate, restore.
-
-direct      the bare model                         rag         the bare model, passages in the prompt
-pe-rag      as rag, with a stronger prompt
-regrad      atoms applied, question alone          regrad+icl  atoms applied, passages in the prompt
-online      atoms computed now, none stored        random      atoms of other documents of the bank (a control)
-init        φ₀ with no atoms (a control)           init+icl    φ₀ with no atoms, passages in the prompt
-"""
+"""The way of a question: search, decode and merge, apply, generate, restore."""
 
 from __future__ import annotations
 
@@ -16,20 +9,21 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.batching import Batcher
 from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale
 from regrad_qdrant.answer.generation import Generated, generate
+from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, WITHOUT_DOCUMENTS, Answer, Mode, Query, Timings
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.merge import length_weight
 from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.bank.documents import relevances
-from regrad_qdrant.errors import BankError, DataError, RecordError, RegradError, WrongSpaceError
+from regrad_qdrant.errors import BankError, DataError, RecordError, WrongSpaceError
 from regrad_qdrant.model.gradients import GradientComputer
-from regrad_qdrant.model.prompts import Prompt, QuestionType
+from regrad_qdrant.model.prompts import QuestionType
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -41,64 +35,8 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.stores.base import PointId, Vector
     from regrad_qdrant.model.initialization import MetaInitialization
 
-Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "random", "init", "init+icl"]
-MODES: tuple[Mode, ...] = get_args(Mode)
-WITHOUT_DOCUMENTS = ("direct", "init")
-BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
-WITHOUT_ATOMS = (*BARE, "init", "init+icl")
 LONG = 1000  # characters of a text that surely has more tokens than a short one
 SEARCHERS = 8  # threads that search for `aanswer` over a bank that has no asyncio of its own
-WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
-
-
-@dataclass(frozen=True)
-class Query:
-    """One question, with what of `ReGrad.answer` belongs to it alone."""
-
-    question: str
-    mode: Mode = "regrad"
-    type: QuestionType = "open"
-    choices: tuple[str, ...] = ()
-    query_filter: Filter | None = None
-    query: str | Vector | Mapping[str, Vector] | None = None
-    hits: Sequence[Hit] | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise RegradError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
-
-    def prompt(self, hits: Sequence[Hit]) -> Prompt:
-        """What the model is asked, with the passages in the modes that show them."""
-        passages = tuple(hit.text for hit in hits) if self.mode in WITH_PASSAGES else ()
-        return Prompt(self.question, self.type, self.choices, passages, engineered=self.mode == "pe-rag")
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of each part of one answer; a part that the mode does not have is 0."""
-
-    search: float = 0.0
-    decode: float = 0.0
-    apply: float = 0.0
-    generate: float = 0.0
-    restore: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.search + self.decode + self.apply + self.generate + self.restore
-
-
-@dataclass(frozen=True)
-class Answer:
-    """An answer with what it came from."""
-
-    text: str
-    mode: Mode
-    hits: list[Hit] = field(repr=False)  # best first; those of `random` are the documents whose atoms were applied
-    timings: Timings
-    prompt_tokens: int
-    weights: dict[PointId, float] = field(default_factory=dict)  # of the atoms that were applied, by point
-    notes: tuple[str, ...] = ()  # what was left out, and why
 
 
 @dataclass(frozen=True)

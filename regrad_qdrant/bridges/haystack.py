@@ -17,7 +17,8 @@ from regrad_qdrant.bridges.options import checked, merged
 from regrad_qdrant.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from regrad_qdrant.answer.pipeline import Answer, ReGrad
+    from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.answer.query import Answer
 
 
 @component

@@ -17,7 +17,8 @@ from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from regrad_qdrant.bridges.options import checked, merged
 
 if TYPE_CHECKING:
-    from regrad_qdrant.answer.pipeline import Answer, ReGrad
+    from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.answer.query import Answer
 
 
 QUESTION_KEYS = ("question", "input", "query")  # of a dict that a chain hands on

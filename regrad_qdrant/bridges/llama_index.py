@@ -19,7 +19,8 @@ from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from pydantic import Field, SkipValidation
 from qdrant_client.models import FieldCondition, Filter, MatchAny, MatchExcept, MatchText, MatchValue, Range
 
-from regrad_qdrant.answer.pipeline import Answer, ReGrad
+from regrad_qdrant.answer.pipeline import ReGrad
+from regrad_qdrant.answer.query import Answer
 from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bridges.options import checked, merged
 

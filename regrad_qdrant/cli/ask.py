@@ -63,7 +63,7 @@ def ask(
     json_out: JsonOut = None,
 ) -> None:
     """Answer one question from the bank."""
-    from regrad_qdrant.answer.pipeline import MODES
+    from regrad_qdrant.answer.query import MODES
     from regrad_qdrant.model.prompts import INSTRUCTIONS, Prompt
 
     chosen = next((known for known in MODES if known == mode), None)

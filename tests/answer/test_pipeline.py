@@ -10,7 +10,8 @@ from qdrant_client import models
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.answer.filling import FillPolicy
 from regrad_qdrant.answer.generation import generate
-from regrad_qdrant.answer.pipeline import MODES, Query, _Found
+from regrad_qdrant.answer.pipeline import _Found
+from regrad_qdrant.answer.query import MODES, Query
 from regrad_qdrant.atoms.merge import SHORT
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import attach_atoms

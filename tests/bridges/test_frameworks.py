@@ -9,7 +9,7 @@ import pytest
 from qdrant_client import QdrantClient, models
 
 from regrad_qdrant import Adapter, GradientBank, GradientComputer, ReGrad
-from regrad_qdrant.answer.pipeline import Answer, Timings
+from regrad_qdrant.answer.query import Answer, Timings
 from regrad_qdrant.bank.ingest import attach_atoms
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the frameworks' own, about their own dependencies

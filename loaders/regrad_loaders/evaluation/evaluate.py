@@ -13,7 +13,8 @@ from regrad_loaders.data.folders import Question
 from regrad_loaders.evaluation.plan import field_filter
 from regrad_loaders.evaluation.results import Evaluation, Prediction
 from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1
-from regrad_qdrant.answer.pipeline import Answer, Mode, Query, ReGrad
+from regrad_qdrant.answer.pipeline import ReGrad
+from regrad_qdrant.answer.query import Answer, Mode, Query
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit, point_id
 from regrad_qdrant.bank.stores.base import PointId

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrad_loaders.data.folders import Question
-from regrad_qdrant.answer.pipeline import MODES, WITHOUT_DOCUMENTS, Mode
+from regrad_qdrant.answer.query import MODES, WITHOUT_DOCUMENTS, Mode
 from regrad_qdrant.bank.layouts import value_at
 from regrad_qdrant.errors import DataError
 
