@@ -69,8 +69,8 @@ def test_the_wheel_is_small_and_holds_both_packages_and_the_initializations(whee
 
 
 def test_a_bank_is_filled_asked_and_emptied_without_any_extra(installed, place):
-    def regrad_qdrant(*arguments):
-        done = run(installed / "regrad-qdrant", *arguments, "--init", "init", "--json", "out.json", cwd=place)
+    def regrad_qdrant(*arguments, init=("--init", "init")):
+        done = run(installed / "regrad-qdrant", *arguments, *init, "--json", "out.json", cwd=place)
         assert done.returncode == 0, done.stderr
         return json.loads((place / "out.json").read_text())
 
@@ -78,6 +78,8 @@ def test_a_bank_is_filled_asked_and_emptied_without_any_extra(installed, place):
     answer = regrad_qdrant("ask", "What is the work of Ida Corvand?", "-c", "docs")
     assert answer["hits"][0]["id"] == "d0"
     assert regrad_qdrant("recode", "-c", "docs", "--codec", "sparse")["recoded"] == 5
+    assert regrad_qdrant("status", "-c", "docs")["atoms"] == 5
+    assert regrad_qdrant("migrate", "-c", "docs", "--to-path", "copy", init=())["written"] == 5
     dropped = run(installed / "regrad-qdrant", "drop", "-c", "docs", "--init", "init", "--yes", cwd=place)
     assert dropped.returncode == 0 and "5 atoms removed" in dropped.stdout
 
