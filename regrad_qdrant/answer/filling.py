@@ -164,7 +164,9 @@ STALE = "has changed since its atom was computed: skipped; run regrad-qdrant ing
 def _lack(hit: Hit) -> str | None:
     """What a hit lacks to be applied; None where it lacks nothing."""
     if hit.damaged is not None:
-        return f"has a damaged atom ({hit.damaged}): skipped; run regrad-qdrant ingest"
+        return (
+            f"has a damaged atom ({hit.damaged}): skipped; remove its key from the payload and run regrad-qdrant ingest"
+        )
     if hit.record is None:
         return MISSING
     return STALE if hit.stale else None
