@@ -40,8 +40,10 @@ class ReGradAnswerer:
         """Answer one query.
 
         Args:
+            query: the question.
             filters: Haystack's own, for this query.
-            top_k, mode: instead of those that it was made with.
+            top_k: how many documents to retrieve, instead of what it was made with.
+            mode: one of `ReGrad.answer`'s, instead of what it was made with.
         """
         return _output(self.regrad.answer(query, **self._options(filters, top_k, mode)))
 
