@@ -16,6 +16,7 @@ RegradError
 │   └── WrongShapeError       decodes to other tensors than its space says
 ├── BankError                 a collection that is missing, or lacks what was asked of it
 │   ├── StoreUnavailableError the server or folder can't be reached
+│   ├── UnindexedFilterError  strict mode refuses a filter on a field without an index
 │   └── RecordTooLargeError   one record is larger than a request may be
 └── AdapterError              an update that can't be applied
     └── AdapterInUseError     … since one is applied already
@@ -86,6 +87,10 @@ class BankError(RegradError):
 
 class StoreUnavailableError(BankError):
     """The server or the folder can't be reached."""
+
+
+class UnindexedFilterError(BankError):
+    """A server in strict mode refuses a filter on a field without an index."""
 
 
 class RecordTooLargeError(BankError):

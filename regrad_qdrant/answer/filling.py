@@ -149,8 +149,12 @@ class Filling:
         with self.adapter.initial():
             flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
         finite = flat.isfinite().all(dim=1)
-        kept = [hit for (hit, _), good in zip(encoded, finite.tolist(), strict=True) if good]
-        refused |= {hit.id: "can have no atom: its gradient is not finite" for hit, _ in encoded if hit not in kept}
+        kept = []
+        for (hit, _), good in zip(encoded, finite.tolist(), strict=True):
+            if good:
+                kept.append(hit)
+            else:
+                refused[hit.id] = "can have no atom: its gradient is not finite"
         records = make_records(
             flat[finite], [hit.text for hit in kept], self.bank.space, self.policy.codec, self.adapter.space.layout
         )

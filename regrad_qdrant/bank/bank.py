@@ -103,11 +103,10 @@ class GradientBank(AtomCollection):
     def embedders(self) -> dict[str, Embedder]:
         """What makes each named vector from text."""
         if self._embedders is None:
-            noted = self.noted().get("embedders") if self.store.exists() else None
-            found = {name: embedder_of(spec) for name, spec in (noted or {}).items()}
-            if not found:
-                return {"bm25": Bm25()}
-            self._embedders = found
+            if not self.store.exists():
+                return {"bm25": Bm25()}  # until there is something to look at
+            found = {name: embedder_of(spec) for name, spec in (self.noted().get("embedders") or {}).items()}
+            self._embedders = found or {"bm25": Bm25()}
         return self._embedders
 
     @classmethod

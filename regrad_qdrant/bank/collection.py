@@ -22,8 +22,8 @@ from regrad_qdrant.bank.stores.base import (
     WithPayload,
     pages,
 )
-from regrad_qdrant.bank.stores.client import UNINDEXED, ClientStore
-from regrad_qdrant.errors import BankError, RecordError
+from regrad_qdrant.bank.stores.client import ClientStore
+from regrad_qdrant.errors import BankError, RecordError, UnindexedFilterError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 PAGE = 256
 SAMPLE = 64  # points that show the layout
 EXAMINED = ("v", "space", "sha", "codec")  # of a record, what says what it is worth
-AtomState = Literal["current", "stale", "damaged", "gone"]
+AtomState = Literal["current", "stale", "damaged", "gone", "missing"]
 
 
 class AtomCollection:
@@ -219,14 +219,22 @@ class AtomCollection:
             hit = self.hit(point)
             yield self._state_of(point, hit.text), hit
 
+    def surveyed(self) -> Iterator[tuple[AtomState, Hit]]:
+        """Every point with what its atom is worth, without reading any atom; every text is read once."""
+        if not self.in_sidecar:
+            yield from self.examined()
+            yield from (("missing", hit) for hit in self.missing())
+            return
+        for point in self.joined(self._fields, *EXAMINED):
+            hit = self.hit(point)
+            yield self._state_of(point, hit.text) if self.belongs(point) else "missing", hit
+
     def _with_atom(self, has: bool, fields: list[str]) -> Iterator[StoredPoint]:
         """The points that have an atom of this space, or lack one. Where strict mode refuses the filter for want of an
         index, as before the first ingestion, all points are looked at."""
         try:
             yield from self.scroll(self.has_atom if has else self.lacks_atom, fields)
-        except BankError as error:
-            if UNINDEXED not in str(error):
-                raise
+        except UnindexedFilterError:
             yield from (p for p in self.scroll(None, [*fields, self.space_path]) if self.belongs(p) == has)
 
     def _state_of(self, point: StoredPoint, text: str) -> AtomState:
@@ -251,9 +259,7 @@ class AtomCollection:
         if not self.in_sidecar:
             try:
                 return self.store.count(self.has_atom)
-            except BankError as error:
-                if UNINDEXED not in str(error):
-                    raise
+            except UnindexedFilterError:
                 return sum(1 for _ in self._with_atom(True, []))
         if not self.atoms.exists():
             return 0
@@ -296,14 +302,12 @@ class AtomCollection:
     def scroll(
         self,
         query_filter: Filter | None,
-        fields: list[str],
+        fields: WithPayload,
         page: int = PAGE,
         store: Store | None = None,
-        *,
-        with_payload: bool = False,
     ) -> Iterator[StoredPoint]:
-        """The points that pass, page by page, with these fields of their payload, or with all of it."""
-        wanted: WithPayload = True if with_payload else fields or False
+        """The points that pass, page by page, with these fields of their payload."""
+        wanted = fields or False  # no fields are nothing, not all
         offset: PointId | None = None
         while True:
             points, offset = (store or self.store).scroll(query_filter, page, offset, wanted)

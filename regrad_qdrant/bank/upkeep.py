@@ -69,8 +69,9 @@ def status(bank: AtomCollection) -> BankStatus:
 
     Every text is read once, and no atom but those whose size is taken.
     """
-    states = Counter(state for state, _ in bank.examined())
-    lacking = Counter(bool(hit.text) for hit in bank.missing())
+    states: Counter[str] = Counter(
+        "without text" if state == "missing" and not hit.text else state for state, hit in bank.surveyed()
+    )
     sizes: list[int] = []
     codecs: set[str] = set()
     atoms = states["current"] + states["stale"] + states["damaged"]
@@ -81,15 +82,15 @@ def status(bank: AtomCollection) -> BankStatus:
             sizes.append(json_bytes(value))
             codecs.add(str(value.get("codec")))
     return BankStatus(
-        points=atoms + states["gone"] + lacking.total(),
+        points=states.total(),
         atoms=atoms,
-        missing=lacking[True] + states["gone"],
+        missing=states["missing"] + states["gone"],
         stale=states["stale"],
         space=bank.space,
         codec=", ".join(sorted(codecs)) or None,
         bytes_median=int(statistics.median(sizes)) if sizes else None,
         bytes_max=max(sizes) if sizes else None,
-        without_text=lacking[False],
+        without_text=states["without text"],
         damaged=states["damaged"],
         orphans=sum(1 for _ in bank.orphans()),
     )
@@ -163,7 +164,7 @@ def drop(bank: AtomCollection) -> int:
     count = sum(bank.belongs(point) for point in points)
     bank.atoms.delete_keys([bank.space_path, bank.payload_key], bank.has_atom)
     if bank.in_sidecar:
-        for page in pages(bank.scroll(None, [], store=bank.atoms, with_payload=True), PAGE):
+        for page in pages(bank.scroll(None, True, store=bank.atoms), PAGE):
             if empty := [point.id for point in page if not point.payload]:
                 bank.atoms.delete_points(empty)
     if bank.noted():

@@ -85,6 +85,7 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "belongs",
         "hit",
         "examined",
+        "surveyed",
         "orphans",
         "noted",
         "absent_fields",

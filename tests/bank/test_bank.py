@@ -579,3 +579,35 @@ def test_orphans_of_a_sidecar_are_counted_and_go_with_the_others(store):
     assert (status.points, status.atoms, status.orphans, status.missing) == (len(PEOPLE) - 1, len(PEOPLE) - 1, 1, 0)
     assert bank.drop() == len(PEOPLE)
     assert bank.atoms.count() == 0 and bank.status().orphans == 0
+
+
+def test_what_embeds_is_looked_up_once_and_not_for_every_question(bank, monkeypatch):
+    fresh = GradientBank(bank.store, bank.store.name, SPACE)
+    asked = []
+    for name in ("exists", "read_metadata"):
+        method = getattr(fresh.store, name)
+        monkeypatch.setattr(fresh.store, name, lambda name=name, method=method: asked.append(name) or method())
+    fresh.search("Noor", 1)
+    first, asked[:] = list(asked), []
+    fresh.search("Ida", 1)
+    assert first and asked == [] and fresh.embedders["bm25"] is fresh.embedders["bm25"]
+
+
+def test_status_reads_every_text_once_beside_a_sidecar_too(store, monkeypatch):
+    bank = GradientBank(store, store.name, SPACE, sidecar=f"{store.name}_atoms")
+    bank.create()
+    bank.add(documents())
+    bank.put((point_id(f"d{i}"), record) for i, record in enumerate(records(PEOPLE[:2])))
+    read = []
+    scroll = bank.store.scroll
+
+    def watched(*arguments):
+        points, following = scroll(*arguments)
+        read.extend(point.id for point in points if "text" in point.payload)
+        return points, following
+
+    monkeypatch.setattr(bank.store, "scroll", watched)
+    assert bank.layout.name == "corpus"
+    read.clear()
+    assert (bank.status().atoms, bank.status().missing) == (2, len(PEOPLE) - 2)
+    assert len(read) == 2 * len(PEOPLE)  # two times status

@@ -30,19 +30,29 @@ def _distances(scores: Sequence[float]) -> list[float]:
     return [(2 - 2 * cosine) ** 0.5 for cosine in _cosines(scores)]
 
 
+def _fused(scores: Sequence[float]) -> list[float]:
+    return [1 / (RRF_K + rank) for rank in range(len(scores))]
+
+
+def _relative(written: Callable[[Sequence[float]], list[float]]) -> Callable[[Sequence[float]], list[float]]:
+    """From BM25's scores to the relevances of the same, written in another way."""
+
+    def relevances(scores: Sequence[float]) -> list[float]:
+        there = written(scores)
+        return from_candidates(there, there)
+
+    return relevances
+
+
 # From BM25's scores of the deeper candidates to relevances: as they are taken for each kind of score.
 KINDS: dict[str, Callable[[Sequence[float]], list[float]]] = {
     BM25: from_zero,
-    "close cosines": lambda s: from_candidates(_cosines(s), _cosines(s)),
-    "distances": lambda s: from_candidates(_distances(s), _distances(s)),
-    "reciprocal rank fusion": lambda s: from_candidates(_fused(len(s)), _fused(len(s))),
+    "close cosines": _relative(_cosines),
+    "distances": _relative(_distances),
+    "reciprocal rank fusion": _relative(_fused),
     "an order alone": lambda s: by_rank(len(s)),
     AS_IT_WAS: lambda s: [score / _cosines(s)[0] for score in _cosines(s)],
 }  # fmt: skip
-
-
-def _fused(count: int) -> list[float]:
-    return [1 / (RRF_K + rank) for rank in range(count)]
 
 
 @dataclass(frozen=True)

@@ -182,8 +182,8 @@ def _of_others(
     for i, (question, points) in enumerate(zip(questions, used, strict=True)):
         own = set(points) | {point_id(key) for key in question.gold_ids}
         only = filters[i] if filters else None
-        allowed = pool if only is None else [key for key in pool if key in set(passing.ids(only))]
-        left = [key for key in allowed if key not in own]
+        allowed = None if only is None else set(passing.ids(only))
+        left = [key for key in pool if key not in own and (allowed is None or key in allowed)]
         if len(left) < len(points):
             left = [key for key in passing.ids(only) if key not in own]
         drawn = random.Random(question.id).sample(left, min(len(points), len(left)))

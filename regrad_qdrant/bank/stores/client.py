@@ -24,7 +24,7 @@ from regrad_qdrant.bank.stores.base import (
     plain_id,
     whole_point,
 )
-from regrad_qdrant.errors import BankError, StoreUnavailableError
+from regrad_qdrant.errors import BankError, StoreUnavailableError, UnindexedFilterError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
@@ -86,9 +86,11 @@ class ClientStore:
             for name in vectors.sparse
         }
         unnamed = set(dense) == {""}
-        configs = {"vectors_config": dense[""] if unnamed else dense, "sparse_vectors_config": sparse}
+        self._create({"vectors_config": dense[""] if unnamed else dense, "sparse_vectors_config": sparse})
+
+    def _create(self, settings: Mapping[str, Any]) -> None:
         try:
-            self._request("create_collection", **configs)
+            self._request("create_collection", **settings)
         except BankError:
             if not self.exists():  # it may be there from an attempt whose answer was lost
                 raise
@@ -130,7 +132,7 @@ class ClientStore:
 
     def create_as(self, configuration: Configuration) -> list[str]:
         if configuration.settings:
-            self._request("create_collection", **configuration.settings)
+            self._create(configuration.settings)
         else:
             self.create(configuration.vectors)
         left_out = []
@@ -185,10 +187,8 @@ class ClientStore:
         try:
             operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
             self._request("batch_update_points", operations, wait=True)
-        except BankError as error:
-            if UNINDEXED not in str(error):
-                raise
-            self._write_by_id(writes)  # strict mode refuses a filter on a field without an index
+        except UnindexedFilterError:
+            self._write_by_id(writes)
 
     def _write_by_id(self, writes: Sequence[PayloadWrite]) -> None:
         """Write those that still apply; a point that is deleted between the look and the write is passed over."""
@@ -401,6 +401,12 @@ def retrying(function: Callable[..., Any], *arguments: Any, **options: Any) -> A
     return attempts(function, *arguments, **options)
 
 
+def _refused(collection: str, code: Any, said: str) -> BankError:
+    """The error of a request that the server refused; strict mode's want of an index has one of its own."""
+    kind = UnindexedFilterError if UNINDEXED in said else BankError
+    return kind(f"collection {collection!r}: the server answered {code}: {said}")
+
+
 @contextlib.contextmanager
 def client_errors(collection: str) -> Iterator[None]:
     """Sort what the client raises into ours; the message keeps what the server said."""
@@ -432,7 +438,7 @@ def client_errors(collection: str) -> Iterator[None]:
         if is_transient(error):
             raise StoreUnavailableError(f"can't reach the Qdrant server, still after retries: {error}") from error
         said = getattr(error, "details", lambda: None)() or error
-        raise BankError(f"collection {collection!r}: the server answered {code}: {said}") from error
+        raise _refused(collection, code, str(said)) from error
     except (ResponseHandlingException, ConnectionError) as error:
         raise StoreUnavailableError(
             f"can't reach the Qdrant server: {error}. Is it running, and is the URL right?"
@@ -443,6 +449,6 @@ def client_errors(collection: str) -> Iterator[None]:
         said = error.content.decode(errors="replace")[:300]
         if error.status_code == 403 and "Help:" not in said:  # of older servers also what strict mode refuses
             raise forbidden(said) from error
-        raise BankError(f"collection {collection!r}: the server answered {error.status_code}: {said}") from error
+        raise _refused(collection, error.status_code, said) from error
     except (ValueError, KeyError) as error:  # what the in-process engine raises
         raise BankError(f"collection {collection!r}: {error}") from error
