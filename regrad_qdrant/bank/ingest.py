@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import make_records
@@ -116,12 +116,14 @@ def attach_atoms(
     before = report.present + len(outdated)
     ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
     started = time.perf_counter()
-    sent_new, left_stale = 0, 0
-    for page in pages(bank.missing(), PAGE):
-        sent_new += len(ingestion.attach(page))
-    for ids in pages(outdated, PAGE):
-        sent = ingestion.attach(bank.fetch(ids))
-        left_stale += sum(hit.stale or hit.record is None for hit in bank.fetch(sent))
+    with ingestion:
+        for page in pages(bank.missing(), PAGE):
+            ingestion.attach(page)
+        sent_new = len(ingestion.sent())
+        for ids in pages(outdated, PAGE):
+            ingestion.attach(bank.fetch(ids))
+        renewed = ingestion.sent()
+    left_stale = sum(hit.stale or hit.record is None for ids in pages(renewed, PAGE) for hit in bank.fetch(ids))
     report.seconds = time.perf_counter() - started
     if report.without_text and not report.present and not report.atoms_written:
         raise BankError(
@@ -151,6 +153,9 @@ class _Open:
 
 @dataclass
 class _Ingestion:
+    """Where the store allows it, a thread codes and writes what was computed, while the next page is read and the next
+    batch's gradients are computed."""
+
     bank: GradientBank
     gradients: GradientComputer
     codec: str
@@ -158,14 +163,25 @@ class _Ingestion:
     long_texts: LongTexts
     on_progress: Callable[[int, int], None]
     report: IngestReport
+    _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "regrad-write"))
+    _waiting: deque[Future[list[PointId]]] = field(default_factory=deque)
+    _sent: list[PointId] = field(default_factory=list)
 
-    def attach(self, page: Sequence[Hit]) -> list[PointId]:
-        """The atoms of one page of points, batch by batch of windows of like length; returns whose were sent.
+    def __enter__(self) -> Self:
+        return self
 
-        Where the store allows it, a thread codes and writes a batch while the next one's gradients are computed; it is
-        idle when the page is done, so that nothing else meets it in the bank.
-        """
-        sent: list[PointId] = []
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown(cancel_futures=True)
+
+    def sent(self) -> list[PointId]:
+        """Whose atoms were sent since it was last asked, when all of them are."""
+        while self._waiting:
+            self._sent += self._waiting.popleft().result()
+        sent, self._sent = self._sent, []
+        return sent
+
+    def attach(self, page: Sequence[Hit]) -> None:
+        """The atoms of one page of points, batch by batch of windows of like length."""
         windows: list[tuple[_Open, EncodedDocument]] = []
         for hit in page:
             found = self._windows(hit)
@@ -173,27 +189,22 @@ class _Ingestion:
             windows += [(opened, window) for window in found]
             if not found:
                 self.on_progress(1, 0)
-        with ThreadPoolExecutor(1, "regrad-write") as writer:
-            waiting: deque[Future[list[PointId]]] = deque()
-            for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
-                atoms = self.gradients.atoms([windows[i][1] for i in batch])
-                whole = []
-                for atom, i in zip(atoms, batch, strict=True):
-                    opened = windows[i][0]
-                    opened.total = atom if opened.total is None else opened.total + atom
-                    opened.windows -= 1
-                    if opened.windows == 0:
-                        whole.append(opened)
-                if self.bank.atoms.one_thread:
-                    sent += self._put(whole)
-                else:
-                    waiting.append(writer.submit(self._put, whole))
-                    while len(waiting) > WAITING:
-                        sent += waiting.popleft().result()
-                give_back_memory()
-            while waiting:
-                sent += waiting.popleft().result()
-        return sent
+        for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
+            atoms = self.gradients.atoms([windows[i][1] for i in batch])
+            whole = []
+            for atom, i in zip(atoms, batch, strict=True):
+                opened = windows[i][0]
+                opened.total = atom if opened.total is None else opened.total + atom
+                opened.windows -= 1
+                if opened.windows == 0:
+                    whole.append(opened)
+            if self.bank.atoms.one_thread:
+                self._sent += self._put(whole)
+            else:
+                self._waiting.append(self._writer.submit(self._put, whole))
+                while len(self._waiting) > WAITING:
+                    self._sent += self._waiting.popleft().result()
+            give_back_memory()
 
     def _windows(self, hit: Hit) -> list[EncodedDocument]:
         """What of a text its atom is computed from: one window or several; none where it gets no atom."""
