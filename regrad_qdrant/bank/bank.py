@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import DEFAULT_KEY, Record
@@ -22,6 +22,7 @@ from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.relevance import DEPTH, from_candidates, from_zero
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
+    TEXT_INDEX,
     PayloadWrite,
     Point,
     PointId,
@@ -33,6 +34,7 @@ from regrad_qdrant.bank.stores.base import (
     VectorNames,
     Without,
     WithPayload,
+    Words,
     bounded,
     json_bytes,
     pages,
@@ -73,7 +75,8 @@ class GradientBank(AtomCollection):
         embedders: for each named vector, what makes it from text; by itself what ingestion noted, or BM25 for `bm25`.
         max_request_bytes: bound of one write request.
         sidecar: keep the atoms in a collection of this name beside the documents' (same ids, no vectors), so that no
-            reader of the documents ever meets them. Costs a second request a search.
+            reader of the documents ever meets them. Costs a second request a search. By itself the one that ingestion
+            noted; False keeps them in place in spite of that.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class GradientBank(AtomCollection):
         layout: Layout | None = None,
         embedders: Mapping[str, Embedder] | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
-        sidecar: str | None = None,
+        sidecar: str | Literal[False] | None = None,
     ) -> None:
         super().__init__(
             client,
@@ -256,6 +259,7 @@ class GradientBank(AtomCollection):
             query: a text, embedded by the embedder of each vector in `using`; or a ready vector; or ready vectors by
                 name.
             using: name of the vector, or names; by default the bank's only embedder, or `bm25` where there are several.
+                `text:FIELD` is the text index of that field, which a server ranks by BM25 (Qdrant 1.20).
             query_filter: restricts every search, also those that a fusion begins with.
 
         Raises:
@@ -277,7 +281,7 @@ class GradientBank(AtomCollection):
             raise
         except BankError as error:
             present = self.store.vectors()
-            absent = [name for vectors in every for name in vectors if name not in present]
+            absent = [n for vectors in every for n in vectors if n not in present and not n.startswith(TEXT_INDEX)]
             raise (self._no_vector(absent[0], present) if absent else error) from error
         of_records = [points for one, (points, _) in zip(asked, found, strict=True) if one.with_records]
         joined = {point.id: point for point in self.with_atoms([point for points in of_records for point in points])}
@@ -294,7 +298,7 @@ class GradientBank(AtomCollection):
         return hits
 
     def _found(
-        self, asked: Sequence[Asked], every: Sequence[Mapping[str, Vector]], k: int
+        self, asked: Sequence[Asked], every: Sequence[Mapping[str, Vector | Words]], k: int
     ) -> list[tuple[list[StoredPoint], list[float]]]:
         """The k best points of each question, and their relevances."""
         searches: list[Search] = []
@@ -321,23 +325,27 @@ class GradientBank(AtomCollection):
         """What is read of a payload: exactly k are."""
         return True if one.with_records else Without((self.payload_key,))
 
-    def _from_zero(self, vectors: Mapping[str, Vector]) -> bool:
-        """Whether the scores have a zero of their own: those of one sparse vector."""
-        return len(vectors) == 1 and all(isinstance(vector, SparseVector) for vector in vectors.values())
+    def _from_zero(self, vectors: Mapping[str, Vector | Words]) -> bool:
+        """Whether the scores have a zero of their own: those of one sparse vector, or of a text index."""
+        return len(vectors) == 1 and all(isinstance(vector, SparseVector | Words) for vector in vectors.values())
 
     def _vectors(
         self, query: str | Vector | Mapping[str, Vector], using: str | Sequence[str] | None
-    ) -> dict[str, Vector]:
+    ) -> dict[str, Vector | Words]:
         """What to search with, by the vector's name."""
         if isinstance(query, Mapping):
             return dict(query)
         names = [self._using(using)] if using is None or isinstance(using, str) else list(dict.fromkeys(using))
         if not isinstance(query, str):
             return dict.fromkeys(names, query)
-        for name in names:
-            if name not in self.embedders:
-                raise BankError(f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it")
-        return {name: self.embedders[name].query(query) for name in names}
+        return {name: self._embedded(name, query) for name in names}
+
+    def _embedded(self, name: str, query: str) -> Vector | Words:
+        if name.startswith(TEXT_INDEX):
+            return Words(query)
+        if name not in self.embedders:
+            raise BankError(f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it")
+        return self.embedders[name].query(query)
 
     def fetch(
         self, ids: Sequence[PointId], scores: Sequence[float] | None = None, *, zero: float | None = None

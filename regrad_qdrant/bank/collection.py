@@ -49,10 +49,12 @@ class AtomCollection:
         payload_key: str = DEFAULT_KEY,
         layout: Layout | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
-        sidecar: str | None = None,
+        sidecar: str | Literal[False] | None = None,
     ) -> None:
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
-        self.atoms: Store = self.store if sidecar is None else self.store.sibling(sidecar)
+        self._atoms: Store | None = None
+        if sidecar is not None:
+            self.keep_atoms_in(sidecar or None)
         self.space = space
         if not payload_key or json_path([payload_key]) != payload_key or payload_key in ("id", *SUSPECTS):
             raise BankError(
@@ -74,8 +76,22 @@ class AtomCollection:
     def close(self) -> None:
         """Release the store; an embedded shard can then be opened by another process."""
         self.store.close()
-        if self.in_sidecar:
-            self.atoms.close()
+        if self._atoms is not None and self._atoms is not self.store:
+            self._atoms.close()
+
+    @property
+    def atoms(self) -> Store:
+        """Where the atoms are: the documents' own collection, or the sidecar that was given or that ingestion noted."""
+        if self._atoms is None:
+            if not self.store.exists():
+                return self.store  # until there is something to see
+            self.keep_atoms_in(self._entry(self.store).get("sidecar"))
+        assert self._atoms is not None
+        return self._atoms
+
+    def keep_atoms_in(self, sidecar: str | None) -> None:
+        """Read and write atoms in the collection of this name beside the documents', or in place."""
+        self._atoms = self.store if sidecar is None else self.store.sibling(sidecar)
 
     @property
     def in_sidecar(self) -> bool:
@@ -125,7 +141,11 @@ class AtomCollection:
         """What ingestion wrote down about this space in the collection's metadata; nothing where there is none."""
         if self.in_sidecar and not self.atoms.exists():
             return {}
-        value = self.atoms.read_metadata().get(self.metadata_key)
+        return self._entry(self.atoms)
+
+    def _entry(self, store: Store) -> dict[str, Any]:
+        """What stands about this space in the metadata of the documents' collection, or of the sidecar."""
+        value = store.read_metadata().get(self.metadata_key)
         return dict(value) if isinstance(value, Mapping) else {}
 
     @property
@@ -167,7 +187,8 @@ class AtomCollection:
 
     def describe(self, space: AtomSpace, embedders: Mapping[str, Any] | None = None) -> None:
         """Note in the collection's metadata what readers need to know (Qdrant 1.16 and later; older ones ignore it):
-        the shapes of the space's tensors, the layout, and what embeds each vector.
+        the shapes of the space's tensors, the layout, and what embeds each vector. With a sidecar all of it stands
+        there, and its name in the documents' collection.
 
         Args:
             embedders: by the vector's name, what `Embedder.noted` says.
@@ -181,6 +202,15 @@ class AtomCollection:
         noted = {name: value for name, value in noted.items() if value is not None}
         if self.noted() != noted:
             self.atoms.write_metadata({self.metadata_key: noted})
+        if self.in_sidecar:
+            self.note_sidecar()
+
+    def note_sidecar(self) -> bool:
+        """Note in the documents' collection where the atoms are; False where the server keeps no metadata."""
+        found = {"sidecar": self.atoms.name}
+        if self._entry(self.store) != found:
+            self.store.write_metadata({self.metadata_key: found})
+        return self._entry(self.store) == found
 
     def optimize(self) -> None:
         """Let an embedded engine put its segments in order, after a bulk load; a server does so by itself."""

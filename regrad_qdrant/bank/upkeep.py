@@ -167,8 +167,9 @@ def drop(bank: AtomCollection) -> int:
         for page in pages(bank.scroll(None, True, store=bank.atoms), PAGE):
             if empty := [point.id for point in page if not point.payload]:
                 bank.atoms.delete_points(empty)
-    if bank.noted():
-        bank.atoms.write_metadata({bank.metadata_key: None})
+    for store in {id(store): store for store in (bank.store, bank.atoms)}.values():
+        if bank.metadata_key in store.read_metadata():
+            store.write_metadata({bank.metadata_key: None})
     if bank.count_of_other_spaces() == 0:
         bank.atoms.delete_index(bank.space_path)
     return count

@@ -46,12 +46,13 @@ from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.bank.bank import GradientBank
     from regrad_qdrant.bank.corpus import Passage
 
 IN_PLACE = 20_000  # points from which a sidecar is the better place for atoms
-SIDECAR_ADVICE = (
-    "A server copies and indexes anew every point that gets an atom in place: from 20,000 points a collection of their "
-    "own is twice as fast, at 100,000 eight times (--sidecar NAME)"
+WHY_SIDECAR = (
+    "a server copies and indexes anew every point that gets an atom in place, so from 20,000 points a collection of "
+    "their own is twice as fast, at 100,000 eight times"
 )
 HAYSTACK_ADVICE = (
     "Haystack hands on the whole payload as a document's meta, and writes it back when a document is edited: a sidecar "
@@ -79,6 +80,13 @@ def ingest(
     dense: Dense = None,
     payload_key: Key = DEFAULT_KEY,
     sidecar: Sidecar = None,
+    in_place: Annotated[
+        bool,
+        typer.Option(
+            "--in-place",
+            help="Keep the atoms in the points of a server's large collection too, where a sidecar is the default.",
+        ),
+    ] = False,
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", min=16, help="Tokens in one gradient batch; lower it to save memory.")
     ] = 2048,
@@ -116,19 +124,21 @@ def ingest(
         raise DataError("give either --corpus FILE with --collection NAME, or --from-collection NAME")
     if corpus is not None and collection is None:
         raise DataError("--corpus needs --collection NAME to fill")
+    if in_place and sidecar is not None:
+        raise DataError("give either --sidecar NAME or --in-place")
     passages = read_corpus(corpus) if corpus is not None else None
     store = store_of(str(collection or from_collection), url, path)
     if passages is None and not store.exists():
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
     initialization, base, tokenizer = load(init, model)
-    with bank_of(store, initialization, payload_key, dense, text_path, sidecar=sidecar, language=language) as bank:
+    with bank_of(
+        store, initialization, payload_key, dense, text_path, sidecar=False if in_place else sidecar, language=language
+    ) as bank:
         if passages is None:
             console.print(collection_summary(bank), highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
-        if passages is None and sidecar is None and bank.store.count() >= IN_PLACE:
-            console.print(SIDECAR_ADVICE, highlight=False)
-        if passages is None and sidecar is None and bank.layout.name == "Haystack":
-            console.print(HAYSTACK_ADVICE, highlight=False)
+        if passages is None and not in_place:
+            _choose_place(bank, dry_run)
         if dry_run:
             _rehearse(regrad, passages, codec, json_out)
             return
@@ -143,6 +153,25 @@ def ingest(
     write_json(json_out, report.as_dict() | {"status": status.as_dict()})
     if report.skipped:
         raise typer.Exit(1)
+
+
+def _choose_place(bank: GradientBank, dry_run: bool) -> None:
+    """A sidecar for a server's large collection that has no atoms yet; advice where atoms are in place."""
+    if bank.in_sidecar:
+        return
+    if bank.store.copies_points and bank.store.count() >= IN_PLACE:
+        name = f"{bank.store.name}-regrad"
+        if not bank.count_atoms():
+            bank.keep_atoms_in(name)
+            if dry_run or bank.note_sidecar():
+                console.print(
+                    f"Atoms go into the sidecar {name!r}: {WHY_SIDECAR} (--in-place overrides)", highlight=False
+                )
+                return
+            bank.keep_atoms_in(None)  # this server would not tell readers where they are
+        console.print(f"Consider --sidecar {name}: {WHY_SIDECAR}", highlight=False)
+    if bank.layout.name == "Haystack":
+        console.print(HAYSTACK_ADVICE, highlight=False)
 
 
 def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_out: Path | None) -> None:
@@ -170,6 +199,7 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
         seconds = (time.perf_counter() - started) / len(texts)
         [record, *_] = make_records(atoms, texts, bank.space, codec, regrad.gradients.space.layout)
         size = json_bytes(record.to_payload())
+    remarks = bank.store.remarks() if there else []
     said = {
         "collection": bank.store.name,
         "atoms_into": bank.atoms.name,
@@ -178,6 +208,7 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
         "status": found.as_dict() if found else None,
         "bytes_to_write": todo * size,
         "seconds": todo * seconds,
+        "remarks": remarks,
     }
     console.print(
         f"dry run: {len(new)} points to add, {todo} atoms to write into {bank.atoms.name!r} under "
@@ -185,6 +216,8 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
         f"document (from {len(texts)} of them); nothing was changed",
         highlight=False,
     )
+    for remark in remarks:
+        console.print(remark, highlight=False, markup=False)
     write_json(json_out, said)
 
 
@@ -294,6 +327,8 @@ def migrate(
         raise DataError("source and target are the same collection")
     source = existing_store(collection, url, path)
     target = store_of(name, to_url, to_path)
+    entries = source.read_metadata().values()
+    sidecars = sorted({str(entry["sidecar"]) for entry in entries if isinstance(entry, dict) and "sidecar" in entry})
     try:
         with progress("Copying", source.count()) as advance:
             report = copy(source, target, advance)
@@ -307,6 +342,8 @@ def migrate(
     )
     for setting in report.left_out:
         console.print(f"not copied, for the target's engine does not hold it: {setting}", highlight=False, markup=False)
+    for sidecar in sidecars:
+        console.print(f"its atoms are in {sidecar!r}: migrate that too", highlight=False, markup=False)
     write_json(json_out, asdict(report))
     if report.differing:
         errors.print(f"differing: {report.differing[:20]}", style="yellow", markup=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -37,7 +37,14 @@ Init = Annotated[str, typer.Option("--init", help="Meta-initialization: a shippe
 Model = Annotated[str | None, typer.Option("--model", help="Base model; by default the one the initialization names.")]
 Key = Annotated[str, typer.Option("--payload-key", help="The payload key that holds the atoms.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what is reported as one JSON object to this file.")]
-Using = Annotated[str | None, typer.Option("--using", help="Name of the vector to search; bm25 by default.")]
+Using = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--using",
+        help="Name of the vector to search, bm25 by default; repeat it for a hybrid search. text:FIELD is that field's "
+        "text index (Qdrant 1.20).",
+    ),
+]
 TopK = Annotated[int, typer.Option("--top-k", "-k", min=1, help="How many documents to retrieve.")]
 Batch = Annotated[
     int, typer.Option("--batch", min=1, help="Questions answered together; less memory with fewer, the same answers.")
@@ -55,7 +62,10 @@ Merge = Annotated[
 ]
 Sidecar = Annotated[
     str | None,
-    typer.Option("--sidecar", help="Keep the atoms in this collection beside the documents' (same ids, no vectors)."),
+    typer.Option(
+        "--sidecar",
+        help="Keep the atoms in this collection beside the documents' (same ids, no vectors); later commands find it.",
+    ),
 ]
 TextPath = Annotated[
     str | None,
@@ -90,16 +100,19 @@ def existing_store(collection: str, url: str | None, path: Path | None) -> Store
     return store
 
 
-def check_vector(store: Store, using: str | None) -> None:
+def check_vector(store: Store, using: list[str] | None) -> None:
     """Refuse a vector that the collection lacks, before the model is loaded."""
+    from regrad_qdrant.bank.stores.base import TEXT_INDEX
     from regrad_qdrant.errors import BankError
 
     present = store.vectors()
-    if vector_name(using) not in present:
-        dense = [f"--using {name or repr('')} --dense MODEL" for name in present.dense]
-        ways = [*dense, *(f"--using {name}" for name in present.sparse)]
+    for name in vector_names(using):
+        if name in present or name.startswith(TEXT_INDEX):
+            continue
+        dense = [f"--using {other or repr('')} --dense MODEL" for other in present.dense]
+        ways = [*dense, *(f"--using {other}" for other in present.sparse)]
         raise BankError(
-            f"collection {store.name!r} has no vector {vector_name(using)!r}; search one that it has with "
+            f"collection {store.name!r} has no vector {name!r}; search one that it has with "
             f"{', or '.join(ways) or 'none: it has no vectors'}"
         )
 
@@ -122,8 +135,8 @@ def bank_of(
     payload_key: str,
     dense: str | None,
     text_path: str | None = None,
-    using: str | None = None,
-    sidecar: str | None = None,
+    using: list[str] | None = None,
+    sidecar: str | Literal[False] | None = None,
     id_field: str | None = None,
     language: str | None = None,
 ) -> Iterator[GradientBank]:
@@ -137,7 +150,7 @@ def bank_of(
     if dense is not None:
         embedders = {
             "bm25": Bm25(language or "english"),
-            "dense" if using in (None, "bm25") else str(using): DenseEmbedder(dense),
+            next((name for name in using or () if name != "bm25"), "dense"): DenseEmbedder(dense),
         }
     layout = None if text_path is None else CORPUS if text_path == CORPUS.text else Layout("given", text_path)
     bank = GradientBank(
@@ -208,8 +221,8 @@ def collection_summary(bank: GradientBank) -> str:
     return f"{bank.store.name}: {bank.store.count()} points, {bank.layout}, vectors {', '.join(dense + sparse)}"
 
 
-def vector_name(using: str | None) -> str:
-    return "bm25" if using is None else using
+def vector_names(using: list[str] | None) -> list[str]:
+    return using or ["bm25"]
 
 
 def check_outputs(*paths: Path | None) -> None:

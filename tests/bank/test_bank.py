@@ -398,6 +398,19 @@ def test_a_sidecar_holds_the_atoms_and_the_documents_stay_as_they_were(beside):
     assert beside.drop() == 3 and beside.status().atoms == 0 and payloads(beside) == before
 
 
+def test_a_bank_that_is_not_told_finds_the_sidecar_that_was_noted_until_the_last_atom_goes(beside):
+    beside.index()
+    fill(beside)
+    assert beside.note_sidecar()
+    told_nothing = GradientBank(beside.store, beside.store.name, SPACE)
+    assert told_nothing.in_sidecar and told_nothing.status() == beside.status()
+    assert told_nothing.search("Which Noor is a diver?", 1)[0].record == records(PEOPLE)[1]
+    assert not GradientBank(beside.store, beside.store.name, SPACE, sidecar=False).in_sidecar
+    assert not GradientBank(beside.store, beside.store.name, OTHER).in_sidecar
+    told_nothing.drop()
+    assert not GradientBank(beside.store, beside.store.name, SPACE).in_sidecar
+
+
 def test_a_sidecar_sees_changed_and_deleted_documents(beside):
     ids = fill(beside)
     beside.store.set_payload([PayloadWrite(ids[2], {"text": "Galen Zimuken the sailor"})])
@@ -541,7 +554,8 @@ class Believing:
 
 
 def test_what_the_index_alone_remembers_is_missing_and_no_one_fails(bank):
-    bank.store = bank.atoms = Believing(bank.store, [point_id("d2")])
+    bank.store = Believing(bank.store, [point_id("d2")])
+    bank.keep_atoms_in(None)
     bank.put((point_id(f"d{i}"), record) for i, record in enumerate(records(PEOPLE[:2])))
     status = bank.status()
     assert (status.atoms, status.stale, status.damaged) == (2, 0, 0)

@@ -32,6 +32,10 @@ def refusal(said, code=400):
     return UnexpectedResponse(code, "", f"Bad request: {said}".encode(), httpx.Headers())
 
 
+class Empty:
+    points = ()
+
+
 class Strict:
     """The in-process engine with a server's limits in front of it."""
 
@@ -133,6 +137,30 @@ def test_pages_shrink_to_what_the_server_allows_and_lose_nothing(monkeypatch, li
 def test_where_exact_counts_are_refused_approximate_ones_serve(monkeypatch):
     bank = bank_over(Strict(exact=False), monkeypatch)
     assert bank.store.count() == COUNT
+
+
+def test_a_text_index_is_asked_in_the_clients_own_words_beside_a_vector_or_alone(monkeypatch):
+    asked = []
+    monkeypatch.setattr(Strict, "query_points", lambda self, *_, **options: asked.append(options) or Empty(), False)
+    bank = bank_over(Strict(), monkeypatch)
+    bank.search("who dives", 2, using="text:body")
+    bank.search("who dives", 2, using=["text:body", "bm25"])
+    words = models.TextQuery(text="who dives")
+    assert (asked[0]["query"], asked[0]["using"]) == (words, "body")
+    assert [(p.query == words, p.using) for p in asked[1]["prefetch"]] == [(True, "body"), (False, "bm25")]
+
+
+def test_an_embedded_engine_says_that_it_ranks_no_text_index(tmp_path):
+    with GradientBank.open(tmp_path, "docs", SPACE) as bank:
+        bank.create()
+        with pytest.raises(BankError, match="ranks no text index"):
+            bank.search("who dives", 2, using="text:body")
+
+
+def test_what_a_servers_settings_mean_is_said(monkeypatch):
+    client = Strict(shards=3)
+    bank = bank_over(client, monkeypatch)
+    assert "3 shards: atoms are written by id after a look" in bank.store.remarks()
 
 
 def test_on_several_shards_writes_go_by_id_but_where_they_protect_a_foreign_atom(monkeypatch):
@@ -243,6 +271,17 @@ def test_a_key_that_an_application_deletes_by_itself_is_missing_and_comes_back(s
     assert [state for state, _ in bank.examined()].count("gone") <= 1
     fill(bank)
     assert bank.status().atoms == COUNT
+
+
+def test_a_text_index_is_ranked_by_the_server(served):
+    bank, client, name = served
+    if tuple(map(int, client.info().version.split(".")[:2])) < (1, 20):
+        pytest.skip("text indexes are ranked from Qdrant 1.20")
+    schema = models.TextIndexParams(type=models.TextIndexType.TEXT, scoring=True)
+    client.create_payload_index(name, "text", schema, wait=True)
+    fill(bank)
+    assert bank.search("Who is person 7?", 1, using="text:text")[0].document_id == "d7"
+    assert bank.search("Who is person 7?", 1, using=["text:text", "bm25"])[0].document_id == "d7"
 
 
 def test_euclid_weighs_the_nearest_most(served):

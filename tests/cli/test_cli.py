@@ -289,10 +289,40 @@ def test_atoms_beside_the_documents(run, folder, tmp_path):
     assert code == 0 and "12 atoms written" in out, err
     code, out, _ = run("ask", "Who is Ida?", *place, "--sidecar", "atoms")
     assert code == 0
-    run("status", *place, "--json", "in_place.json")
+    run("status", *place, "--json", "found.json")  # by itself
     run("status", *place, "--sidecar", "atoms", "--json", "beside.json")
-    found = [json.loads((tmp_path / name).read_text())["atoms"] for name in ("in_place.json", "beside.json")]
-    assert found == [0, 12]
+    run("status", *place, "--sidecar", "others", "--json", "others.json")
+    found = [json.loads((tmp_path / f"{name}.json").read_text())["atoms"] for name in ("found", "beside", "others")]
+    assert found == [12, 12, 0]
+    code, out, _ = run("migrate", *place, "--to-path", "copy")
+    assert code == 0 and "its atoms are in 'atoms': migrate that too" in out
+
+
+def test_a_servers_large_collection_gets_a_sidecar_unless_told_otherwise(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("regrad_qdrant.cli.bank.IN_PLACE", 10)
+    monkeypatch.setattr("regrad_qdrant.bank.stores.edge.EdgeStore.copies_points", True)
+    ingest(run, folder)
+    run("drop", "--collection", "docs", "--path", "bank", "--yes")
+    place = ("ingest", "--from-collection", "docs", "--path", "bank")
+    code, out, err = run(*place, "--dry-run")
+    assert code == 0 and "sidecar 'docs-regrad'" in out and not (tmp_path / "bank" / "docs-regrad").exists(), err
+    code, out, err = run(*place)
+    assert code == 0 and "sidecar 'docs-regrad'" in out and "12 atoms written" in out, err
+    code, out, _ = run(*place)
+    assert code == 0 and "0 atoms written, 12 present" in out
+    code, out, _ = run(*place, "--in-place")
+    assert code == 0 and "12 atoms written" in out
+    code, out, _ = run(*place)
+    assert code == 0 and "Consider --sidecar docs-regrad" in out and "12 present" in out
+
+
+def test_a_repeated_using_searches_by_several_vectors(run, folder):
+    ingest(run, folder)
+    asked = ("ask", "Who is Ida?", "--collection", "docs", "--path", "bank")
+    code, out, err = run(*asked, "--using", "bm25", "--using", "bm25")
+    assert code == 0, err
+    code, _, err = run(*asked, "--using", "bm25", "--using", "dense")
+    assert code == 2 and "no vector 'dense'" in err
 
 
 CORPUS_ERRORS = [

@@ -42,7 +42,7 @@ from regrad_qdrant.cli.options import (
     load,
     regrad_of,
     store_of,
-    vector_name,
+    vector_names,
     whole_numbers,
     write_json,
 )
@@ -187,7 +187,7 @@ def evaluation(
     settings: dict[str, Any] = {
         "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
         "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
-        "distractors": distractors, "against": references, "using": vector_name(using), "dense": dense,
+        "distractors": distractors, "against": references, "using": "+".join(vector_names(using)), "dense": dense,
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
         "icl_init": icl_init, "ft_direct": fine_tuned["ft-direct"], "ft_rag": fine_tuned["ft-rag"], "sweep": further,
@@ -265,12 +265,12 @@ def _check_filter(bank: GradientBank, question: Question, field: str | None) -> 
         raise DataError(f"--filter-field {field}: no passage has that field (dots descend into objects)")
 
 
-def _check_search(store: Store, using: str | None, dense: str | None) -> None:
+def _check_search(store: Store, using: list[str] | None, dense: str | None) -> None:
     """Refuse a vector that nothing makes, before the model is loaded; closes the store."""
     try:
         if store.exists():
             check_vector(store, using)
-        elif vector_name(using) != "bm25" and dense is None:
+        elif vector_names(using) != ["bm25"] and dense is None:
             raise DataError(f"nothing makes the vector {using!r}: give --dense MODEL, or leave --using out")
     finally:
         store.close()

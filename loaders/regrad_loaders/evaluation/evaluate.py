@@ -30,7 +30,7 @@ def evaluate(
     modes: Sequence[Mode],
     *,
     top_k: int = 3,
-    using: str | None = None,
+    using: str | Sequence[str] | None = None,
     filter_field: str | None = None,
     oracle: bool = False,
     distractors: int = 0,

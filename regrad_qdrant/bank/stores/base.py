@@ -44,6 +44,15 @@ class SparseVector:
     values: list[float]
 
 
+@dataclass(frozen=True)
+class Words:
+    """What a server ranks a field's text index by: BM25 of its own, with no vector (Qdrant 1.20)."""
+
+    text: str
+
+
+TEXT_INDEX = "text:"  # what stands before a field's name where its text index is searched in place of a vector
+
 Vector = list[float] | SparseVector
 
 
@@ -101,7 +110,7 @@ class Search:
     A fusion reads the payload of every candidate where any payload is asked for: ask for none, and fetch what wins.
     """
 
-    vectors: Mapping[str, Vector]  # by name
+    vectors: Mapping[str, Vector | Words]  # by name; of words by `text:FIELD`
     limit: int
     query_filter: Filter | None = None  # of every vector's search
     with_payload: WithPayload = False
@@ -139,6 +148,13 @@ class Store(Protocol):
     @property
     def one_thread(self) -> bool:
         """Whether it may be used in the thread that made it alone."""
+
+    @property
+    def copies_points(self) -> bool:
+        """Whether a payload write copies the whole point, vectors and all, to be indexed again."""
+
+    def remarks(self) -> list[str]:
+        """What the engine is, and what its settings mean for atoms: for people to read."""
 
     def sibling(self, name: str) -> Store:
         """The collection of another name in the same place."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.bank.stores.base import (
+    TEXT_INDEX,
     Configuration,
     PayloadWrite,
     Point,
@@ -21,6 +22,7 @@ from regrad_qdrant.bank.stores.base import (
     VectorNames,
     Without,
     WithPayload,
+    Words,
     plain_id,
     whole_point,
 )
@@ -58,6 +60,28 @@ class ClientStore:
     @property
     def one_thread(self) -> bool:
         return self.in_process  # whose files SQLite keeps
+
+    @property
+    def copies_points(self) -> bool:
+        return not self.in_process  # from 1.17, and earlier where a segment is immutable
+
+    def remarks(self) -> list[str]:
+        if self.in_process:
+            return []
+        config = self._request("get_collection").config
+        said = []
+        with contextlib.suppress(Exception):  # an old server, a proxy, or a key that may not ask
+            said.append(f"Qdrant {self.method('info')().version}")
+        if (shards := config.params.shard_number or 1) > 1:
+            said.append(f"{shards} shards: atoms are written by id after a look")
+        strict = getattr(config, "strict_mode_config", None)
+        if strict is not None and strict.enabled:
+            limits = strict.model_dump(exclude_none=True, exclude={"enabled"})
+            named = ", ".join(f"{name} {value}" for name, value in limits.items())
+            said.append(f"strict mode ({named or 'no limits'}): pages, counts and filters keep to it")
+        if config.params.on_disk_payload is False:
+            said.append("payloads stay in memory, atoms too: on_disk_payload=true keeps them on disk")
+        return said
 
     def sibling(self, name: str) -> ClientStore:
         return ClientStore(self.client, name)
@@ -341,14 +365,22 @@ def _query(search: Search) -> dict[str, Any]:
     rest = {"limit": search.limit, "with_payload": _selector(search.with_payload)}
     if len(search.vectors) == 1:
         [(name, vector)] = search.vectors.items()
-        return {"query": _client_vector(vector), "using": name or None, "filter": search.query_filter, **rest}
+        return {**_asked(name, vector), "filter": search.query_filter, **rest}
     prefetch = [
-        models.Prefetch(
-            query=_client_vector(vector), using=name or None, limit=search.depth, filter=search.query_filter
-        )
+        models.Prefetch(**_asked(name, vector), limit=search.depth, filter=search.query_filter)
         for name, vector in search.vectors.items()
     ]
     return {"prefetch": prefetch, "query": models.FusionQuery(fusion=models.Fusion.RRF), "filter": None, **rest}
+
+
+def _asked(name: str, vector: Vector | Words) -> dict[str, Any]:
+    from qdrant_client import models
+
+    if not isinstance(vector, Words):
+        return {"query": _client_vector(vector), "using": name or None}
+    if not hasattr(models, "TextQuery"):
+        raise BankError(f"{name!r} needs qdrant-client 1.20 or newer, and a server as new")
+    return {"query": models.TextQuery(text=vector.text), "using": name.removeprefix(TEXT_INDEX)}
 
 
 def _client_vectors(vectors: Mapping[str, Vector]) -> Any:

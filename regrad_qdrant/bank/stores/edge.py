@@ -23,6 +23,7 @@ from regrad_qdrant.bank.stores.base import (
     VectorNames,
     Without,
     WithPayload,
+    Words,
     plain_id,
     whole_point,
 )
@@ -41,6 +42,7 @@ class EdgeStore:
     """A collection as an embedded Qdrant Edge shard in a folder of its own. One process opens it at a time."""
 
     one_thread = False
+    copies_points = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,6 +65,9 @@ class EdgeStore:
                 with self._errors():
                     self._shard = EdgeShard.load(str(self.folder))
             return self._shard
+
+    def remarks(self) -> list[str]:
+        return []
 
     def sibling(self, name: str) -> EdgeStore:
         return self._siblings.setdefault(name, EdgeStore(self.folder.parent / name))
@@ -289,7 +294,9 @@ def _stored_apart(vector: Any) -> bool:
     return any(getattr(vector, name, None) for name in ("on_disk", "hnsw_config", "quantization_config"))
 
 
-def _edge_vector(vector: Vector) -> Any:
+def _edge_vector(vector: Vector | Words) -> Any:
     import qdrant_edge as edge
 
+    if isinstance(vector, Words):
+        raise BankError("the embedded engine ranks no text index: search a vector, such as bm25, or use a server")
     return edge.SparseVector(vector.indices, vector.values) if isinstance(vector, SparseVector) else vector
