@@ -88,6 +88,8 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "surveyed",
         "orphans",
         "noted",
+        "note_sidecar",
+        "keep_atoms_in",
         "absent_fields",
         "name_documents_by",
     }  # parts of ingestion, which is a command, and of the methods that are there

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -340,7 +341,9 @@ class ClientStore:
 
     def close(self) -> None:
         if self.owns_client:
-            self.client.close()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)  # that the server had gone before
+                self.client.close()
 
 
 def _allowed(refusal: str, size: int) -> int | None:
