@@ -62,7 +62,7 @@ def tiny_gradients() -> tuple[GradientComputer, str]:
         layers=range(14), rank=16, basis_rank=16, lora_alpha=32, step_size=1.0, max_length=256,
     )  # fmt: skip
     adapter = Adapter(model, initialization)
-    gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    gradients = adapter.gradients(tokenizer)
     return gradients, initialization.fingerprint
 
 

@@ -4,7 +4,8 @@ RegradError
 ├── MissingExtraError         a part whose optional dependencies are not installed
 ├── DataError                 a corpus, a question file or a text that can't be used
 ├── InitializationError       a meta-initialization that is missing or damaged
-│   └── WrongModelError       … or that was trained for another base model
+│   ├── WrongModelError       … or that was trained for another base model
+│   └── UnsupportedModelError … or a base model whose losses or layers can't be followed
 ├── RecordError               a payload value that is no usable knowledge atom
 │   ├── RecordVersionError    written by another version of the record's format
 │   ├── WrongSpaceError       computed in another atom space
@@ -43,6 +44,10 @@ class InitializationError(RegradError):
 
 class WrongModelError(InitializationError):
     """The meta-initialization was trained for another base model."""
+
+
+class UnsupportedModelError(InitializationError):
+    """The base model computes its loss, or runs its layers, in a way that can't be followed exactly."""
 
 
 class RecordError(RegradError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 
@@ -59,21 +60,23 @@ class Letters:
         return [float(text.lower().count(letter)) + 0.1 for letter in "aeio"]
 
 
+TINY = {
+    "vocab_size": 640,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 2,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=640,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=2,
-        eos_token_id=2,
-        bos_token_id=1,
-    )
-    return LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**TINY)).eval().requires_grad_(False)
 
 
 def tiny_initialization(model: torch.nn.Module, kind: str = "core", **changes) -> MetaInitialization:
@@ -93,6 +96,15 @@ def tiny_initialization(model: torch.nn.Module, kind: str = "core", **changes) -
     for module in initialization.modules.values():
         module.lora_b.copy_(0.1 * torch.randn(module.lora_b.shape, generator=generator))
     return initialization
+
+
+def state_of(adapter) -> str:
+    """A hash of the base model's weights and of the plug-in's, as they are now."""
+    state = hashlib.sha256()
+    base = adapter.model.get_base_model()
+    for name, tensor in (*base.state_dict().items(), *adapter._parameters.items()):
+        state.update(name.encode() + tensor.detach().float().numpy().tobytes())
+    return state.hexdigest()
 
 
 @pytest.fixture

@@ -12,18 +12,18 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.answer.atom_cache import AtomCache
 from regrad_qdrant.atoms.record import decode_sum
 from regrad_qdrant.errors import AdapterError, AdapterInUseError, WrongShapeError
+from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.identity import PEFT_PREFIX
 from regrad_qdrant.model.plugin import (
-    ADAPTER,
-    base_of,
-    lean_forward,
+    Seats,
     live_space,
     lora_layers,
     lora_weight,
@@ -37,11 +37,13 @@ if TYPE_CHECKING:
     from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.model.initialization import MetaInitialization
 
-_HOLDER = "_regrad_adapter"  # of a base model, the adapter that is in it
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()  # of a base model
 
 
 class Adapter:
     """The plug-in of one meta-initialization on one model; one query at a time uses it.
+
+    Outside of its blocks the model is the bare base model, bit for bit.
 
     Other threads wait for their turn; the same thread gets an `AdapterInUseError` instead of a deadlock.
 
@@ -66,12 +68,12 @@ class Adapter:
         self._released = False
         self._lock = threading.Lock()
         self._owner: int | None = None
-        other: Adapter | None = getattr(model, _HOLDER, None)
-        if other is not None:
-            other.release()  # a notebook's cell that is run again, or another bank
+        self._at_rest = 0  # blocks of φ₀ that the owner is inside of
+        if (other := _HOLDERS.get(model)) is not None and (before := other()) is not None:
+            before.release()  # a notebook's cell that is run again, or another bank
         self.initialization = initialization
         self.model = plug_in(model, initialization)
-        setattr(model, _HOLDER, self)
+        _HOLDERS[model] = weakref.ref(self)
         self.space = live_space(self.model, initialization)
         layers = lora_layers(self.model)
         self._parameters = {
@@ -79,20 +81,22 @@ class Adapter:
             for name, layer in layers.items()
             for part in ("lora_A", "lora_B")
         }
-        self._lean = {layer: lean_forward(layer) for layer in layers.values()}
         self._buffers: dict[str, Tensor] = {}
         self.cache = AtomCache(cache_bytes)
         self.step_sizes = initialization.flat_step_sizes()
+        self._seats = Seats(self.model)
+        self._seats.take_out()
+
+    def gradients(self, tokenizer: Any) -> GradientComputer:
+        """What computes atoms with this model, each batch in a turn of its own."""
+        return GradientComputer(self.model, tokenizer, self.space, self.initialization.max_length, self.initial)
 
     def release(self) -> None:
         """Take the plug-in out of the model, once the answer that is being given is done; again changes nothing."""
         if self._released:
             return
         with self._turn():
-            base = base_of(self.model)
             self.model.unload()
-            if getattr(base, _HOLDER, None) is self:
-                delattr(base, _HOLDER)
             self._released = True
 
     def decode(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Tensor:
@@ -140,12 +144,8 @@ class Adapter:
                     parameter = self._parameters[name]
                     before.append((parameter, parameter.data))
                     parameter.data = self._written(name, parameter.data, update)
-                for layer, forward in self._lean.items():
-                    layer.forward = forward
                 yield
             finally:
-                for layer in self._lean:
-                    layer.__dict__.pop("forward", None)
                 for parameter, initial in before:
                     parameter.data = initial
 
@@ -158,7 +158,7 @@ class Adapter:
         with self._turn():
             tensors = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
         for name, update in self._update(atom_sum).items():
-            tensors[name] += update
+            tensors[name] += update.to(tensors[name].device)
         return {f"{PEFT_PREFIX}{name}.weight": tensor.contiguous() for name, tensor in tensors.items()}
 
     def export(self, folder: str | Path, records: Sequence[Record], weights: Sequence[float] | None = None) -> None:
@@ -179,11 +179,9 @@ class Adapter:
         (folder / "adapter_config.json").write_text(config, encoding="utf-8")
 
     @contextlib.contextmanager
-    def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> Iterator[list[str] | None]:
+    def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> Iterator[None]:
         """Inside the block row i of every batch runs with φ₀ and the update of its own atom sum (numel,), or without
         one; rows that are `bare` run as the base model. No weight is written.
-
-        Yields what the model's `generate` and `forward` need as `adapter_names`, None where all rows are alike.
 
         Raises:
             AdapterInUseError: if this thread is inside such a block already.
@@ -193,42 +191,41 @@ class Adapter:
         for atom_sum in atom_sums:
             if atom_sum is not None:
                 self._check(atom_sum)
-        with contextlib.ExitStack() as stack:
-            if all(bare):
-                stack.enter_context(self.disabled())
-            else:
-                stack.enter_context(self._turn())
-            given = [atom_sum for atom_sum in atom_sums if atom_sum is not None]
-            if given:
-                zeros = torch.zeros_like(given[0])
-                sums = torch.stack([zeros if atom_sum is None else atom_sum for atom_sum in atom_sums])
-                stack.enter_context(row_updates(self.model, self.space, self._change(sums)))
-            mixed = any(bare) and not all(bare)
-            yield ["__base__" if row else ADAPTER for row in bare] if mixed else None
-
-    @contextlib.contextmanager
-    def initial(self) -> Iterator[None]:
-        """Inside the block the model runs with φ₀ and no atoms."""
-        with self._turn():
+        given = [atom_sum for atom_sum in atom_sums if atom_sum is not None]
+        if all(bare) or (not given and not any(bare)):
+            with self.disabled() if all(bare) else self.initial():
+                yield
+            return
+        zeros = torch.zeros_like(given[0]) if given else torch.zeros(self.space.numel)
+        sums = torch.stack([zeros if atom_sum is None else atom_sum for atom_sum in atom_sums])
+        with self._turn(), row_updates(self.model, self.space, self._change(sums), bare):
             yield
 
     @contextlib.contextmanager
-    def disabled(self) -> Iterator[None]:
-        """Inside the block the model is the bare base model."""
+    def initial(self) -> Iterator[None]:
+        """Inside the block the model runs with φ₀ and no atoms. One inside another in the same thread is no more."""
+        if self._owner == threading.get_ident() and self._at_rest:
+            yield
+            return
         with self._turn():
+            self._at_rest = 1
             try:
-                with self.model.disable_adapter():
-                    yield
+                yield
             finally:
-                for parameter in self._parameters.values():  # peft makes them trainable when it enables them again
-                    parameter.requires_grad_(False)
+                self._at_rest = 0
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside the block the model is the bare base model, as it is outside of all blocks; no other one begins."""
+        with self._turn(plugged=False):
+            yield
 
     def _check(self, atom_sum: Tensor) -> None:
         if atom_sum.shape != (self.space.numel,):
             raise WrongShapeError(f"an atom sum of shape {tuple(atom_sum.shape)}, expected ({self.space.numel},)")
 
     def _change(self, sums: Tensor) -> dict[str, Tensor]:
-        """−α ⊙ sums (…, numel) as the space's tensors, where the model is."""
+        """−α ⊙ sums (…, numel) as the space's tensors."""
         like = next(iter(self._parameters.values()))
         change = (-self.step_sizes.to(sums.device) * sums).to(device=like.device, dtype=like.dtype)
         return self.space.unflatten(change)
@@ -246,10 +243,10 @@ class Adapter:
             with torch.inference_mode(False):  # the buffer outlives a caller's inference mode
                 buffer = self._buffers[name] = torch.empty_like(initial)
         with torch.no_grad():
-            return torch.add(initial, update, out=buffer)
+            return torch.add(initial, update.to(initial.device), out=buffer)
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
+    def _turn(self, *, plugged: bool = True) -> Iterator[None]:
         me = threading.get_ident()
         if self._owner == me:
             raise AdapterInUseError("an update is applied already in this thread: leave its block before the next one")
@@ -260,6 +257,9 @@ class Adapter:
                 )
             self._owner = me
             try:
+                if plugged:
+                    self._seats.put_in()
                 yield
             finally:
+                self._seats.take_out()
                 self._owner = None

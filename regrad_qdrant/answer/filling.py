@@ -146,8 +146,7 @@ class Filling:
                 refused[hit.id] = f"can have no atom: {error}"
         if not encoded:
             return [], refused
-        with self.adapter.initial():
-            flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
+        flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
         finite = flat.isfinite().all(dim=1)
         kept = []
         for (hit, _), good in zip(encoded, finite.tolist(), strict=True):

@@ -34,14 +34,11 @@ def encoded(tokenizer: Any, prompts: Sequence[Prompt], device: Any = None) -> tu
     return ids, mask
 
 
-def generate(
-    peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt], *, adapter_names: Sequence[str] | None = None
-) -> list[Generated]:
+def generate(peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Generated]:
     """The model's greedy answer to every prompt, in their order.
 
     Prompts are padded on the left, so that row i of the batch is prompt i in every forward pass
-    (`plugin.row_updates` gives each its own change). `adapter_names` says for each row whether it runs through the
-    plug-in, as peft has it; by default all do.
+    (`plugin.row_updates` gives each its own change).
     """
     import torch
     from transformers import GenerationConfig
@@ -59,7 +56,6 @@ def generate(
             input_ids=ids,
             attention_mask=mask,
             generation_config=config,
-            **({} if adapter_names is None else {"adapter_names": list(adapter_names)}),
         )
     answers = []
     for prompt, tokens, found in zip(prompts, mask.sum(dim=1).tolist(), output, strict=True):

@@ -22,7 +22,6 @@ from regrad_qdrant.atoms.merge import length_weight
 from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.bank.documents import relevances
 from regrad_qdrant.errors import BankError, DataError, RecordError, WrongSpaceError
-from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.prompts import QuestionType
 
 if TYPE_CHECKING:
@@ -117,8 +116,7 @@ class ReGrad:
         self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
         self.initialization = initialization
         self.merge = merge or initialization.merge
-        # Computes atoms with this model; while other threads answer, use it inside `adapter.initial()`.
-        self.gradients = GradientComputer(self.adapter.model, tokenizer, self.adapter.space, initialization.max_length)
+        self.gradients = self.adapter.gradients(tokenizer)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
         self._all_ids: list[PointId] | None = None
         self._batcher: Batcher[_Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
@@ -317,10 +315,10 @@ class ReGrad:
         times = [time.perf_counter()]
         merged = self._merged(found)
         times.append(time.perf_counter())
-        with self.adapter.rows([one.total for one in merged], [query.mode in BARE for query in asked]) as names:
+        with self.adapter.rows([one.total for one in merged], [query.mode in BARE for query in asked]):
             times.append(time.perf_counter())
             prompts = [one.asked.prompt(one.hits) for one in found]
-            said = generate(self.adapter.model, self.tokenizer, prompts, adapter_names=names)
+            said = generate(self.adapter.model, self.tokenizer, prompts)
             times.append(time.perf_counter())
         times.append(time.perf_counter())
         timings = Timings(search, *((end - start) / len(found) for start, end in itertools.pairwise(times)))

@@ -10,11 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from regrad_qdrant.errors import DataError
-from regrad_qdrant.model.plugin import base_of, lora_layers
+from regrad_qdrant.errors import AdapterError, DataError
+from regrad_qdrant.model.head import head_of
+from regrad_qdrant.model.plugin import base_of, by_rows, lora_layers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from regrad_qdrant.model.space import AtomSpace
 
+FLOAT16_FACTOR = 2.0**14  # of a loss whose gradients half precision would round to zero; less where they overflow
 BATCH_TOKENS = 2048  # of one batch, with padding; lower it where memory is short
 
 
@@ -39,10 +42,10 @@ def document_losses(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
 
     from regrad_qdrant.model.loss import token_cross_entropy
 
-    hidden = hidden_states(peft_model, ids, mask)[:, :-1]
+    hidden, head = hidden_states(peft_model, ids, mask)[:, :-1], head_of(base_of(peft_model))
+    where, mask, ids = head.weight.device, mask.to(head.weight.device), ids.to(head.weight.device)
     row, position = mask[:, 1:].nonzero(as_tuple=True)  # padding never reaches the vocabulary
-    weight = cast("Tensor", base_of(peft_model).get_output_embeddings().weight)
-    losses = token_cross_entropy(hidden[row, position], weight, ids[:, 1:][row, position])
+    losses, _ = token_cross_entropy(hidden.to(where)[row, position], head, ids[:, 1:][row, position])
     lengths = mask[:, 1:].sum(dim=1)
     return losses.new_zeros(len(ids)).index_add(0, row, losses) / lengths
 
@@ -76,13 +79,22 @@ class GradientComputer:
         tokenizer: of the base model.
         space: over the model's own tensors (`plugin.live_space`).
         max_length: tokens of a document that its gradient sees; longer ones are cut.
+        turn: a block in which the model carries φ₀, where it does not always.
     """
 
-    def __init__(self, peft_model: PeftModel, tokenizer: Any, space: AtomSpace, max_length: int) -> None:
+    def __init__(
+        self,
+        peft_model: PeftModel,
+        tokenizer: Any,
+        space: AtomSpace,
+        max_length: int,
+        turn: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self.model = peft_model
         self.tokenizer = tokenizer
         self.space = space
         self.max_length = max_length
+        self._turn = turn
 
     def encode(self, text: str) -> EncodedDocument:
         """Tokenize by the model's own rule (its BOS, no chat template).
@@ -122,12 +134,20 @@ class GradientComputer:
         """
         import torch
 
-        device = next(self.model.parameters()).device
-        atoms: dict[str, Tensor] = {}
-        with torch.inference_mode(False), torch.enable_grad(), _capture(self.model, self.space, atoms):
+        base = base_of(self.model)
+        device, factor = cast("Any", base.get_input_embeddings()).weight.device, 1.0
+        if base.dtype == torch.float16:
+            factor = FLOAT16_FACTOR
+        with self._turn(), torch.inference_mode(False), torch.enable_grad():
             ids, mask = pad([document.ids for document in documents], self.tokenizer.pad_token_id or 0, device)
-            document_losses(self.model, ids, mask).sum().backward()
-            return self.space.flatten({name: atom.float() for name, atom in atoms.items()})
+            while True:
+                atoms: dict[str, Tensor] = {}
+                with _capture(self.model, self.space, atoms, len(documents)):
+                    (factor * document_losses(self.model, ids, mask).sum()).backward()
+                flat = self.space.flatten({name: atom.to(device).float() for name, atom in atoms.items()}) / factor
+                if factor == 1.0 or bool(flat.isfinite().all()):
+                    return flat
+                factor = max(1.0, factor / 16)
 
     def atoms_in_batches(
         self,
@@ -158,20 +178,25 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _capture(peft_model: PeftModel, space: AtomSpace, atoms: dict[str, Tensor]) -> Iterator[None]:
-    """Inside the block a backward pass leaves every module's part of the atoms in `atoms`."""
+def _capture(peft_model: PeftModel, space: AtomSpace, atoms: dict[str, Tensor], count: int) -> Iterator[None]:
+    """Inside the block a backward pass of `count` rows leaves every module's part of the atoms in `atoms`."""
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
         def keep(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            kept = space.keep(name, inputs[0].detach())
+            kept = space.keep(name, by_rows(inputs[0].detach(), count))
             if not output.requires_grad:  # a first adapted layer: the graph begins here, at its output
                 output.requires_grad_(True)
-            output.register_hook(lambda delta: space.accumulate(atoms, space.from_gradients(name, kept, delta)))
+            output.register_hook(
+                lambda delta: space.accumulate(atoms, space.from_gradients(name, kept, by_rows(delta, count)))
+            )
             return output
 
         return keep
 
-    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in lora_layers(peft_model).items()]
+    layers = lora_layers(peft_model)
+    if not layers:
+        raise AdapterError("the model carries no plug-in now: compute atoms inside `adapter.initial()`")
+    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
     try:
         yield
     finally:

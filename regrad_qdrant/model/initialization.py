@@ -47,6 +47,7 @@ class MetaInitialization:
     max_length: int  # tokens of a document that its gradient sees
     merge: MergeRule = MergeRule()
     passages_in_prompt: bool = False  # trained for ReGrad + ICL
+    rank_stabilized: bool = False  # s = lora_alpha / √r (rsLoRA) instead of lora_alpha / r
     card: dict[str, Any] = field(default_factory=dict)  # recipe, seed, data, scores
 
     def __post_init__(self) -> None:
@@ -175,6 +176,7 @@ class MetaInitialization:
             "bias": "none",
             "inference_mode": True,
             "target_modules": list(self.modules),
+            **({"use_rslora": True} if self.rank_stabilized else {}),
         }
 
     @classmethod
@@ -213,7 +215,8 @@ class MetaInitialization:
     def _from_files(
         cls, regrad: dict[str, Any], adapter_config: dict[str, Any], adapter: dict[str, Tensor], own: dict[str, Tensor]
     ) -> MetaInitialization:
-        scaling = adapter_config["lora_alpha"] / adapter_config["r"]
+        rank_stabilized = bool(adapter_config.get("use_rslora"))
+        scaling = scaling_of(adapter_config["lora_alpha"], adapter_config["r"], rank_stabilized)
         modules = {
             name: LoraModule(
                 lora_a=adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"].float(),
@@ -234,8 +237,14 @@ class MetaInitialization:
             max_length=regrad["max_length"],
             merge=MergeRule(**regrad["merge"]),
             passages_in_prompt=regrad["passages_in_prompt"],
+            rank_stabilized=rank_stabilized,
             card=regrad["card"],
         )
+
+
+def scaling_of(lora_alpha: float, rank: int, rank_stabilized: bool = False) -> float:
+    """s, what the products of a LoRA's tensors are multiplied by."""
+    return lora_alpha / (math.sqrt(rank) if rank_stabilized else rank)
 
 
 def _tensors(modules: Mapping[str, LoraModule]) -> dict[str, Tensor]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from regrad_qdrant.errors import AdapterError
+from regrad_qdrant.errors import AdapterError, UnsupportedModelError
+from regrad_qdrant.model.head import head_of
 from regrad_qdrant.model.space import AtomSpace, LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
 
@@ -21,13 +22,14 @@ ADAPTER = "regrad"
 
 
 def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
-    """Give the model LoRA layers that carry φ₀, under the adapter name `regrad`.
+    """Give the model LoRA layers that carry φ₀ in float32, under the adapter name `regrad`.
 
     The base weights stay as they are; `PeftModel.unload()` takes the layers out again. The model must be the
     one that the initialization was trained for: call `initialization.check_model(model)` before.
 
     Raises:
         AdapterError: if the model already carries adapters, or lacks a layer that the initialization adapts.
+        UnsupportedModelError: if its losses can't be computed here, or a layer meets other tokens than a document's.
     """
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,21 +41,94 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
     missing = [name for name in initialization.modules if name not in present]
     if missing:
         raise AdapterError(f"the model lacks {len(missing)} adapted layers, {missing[0]} among them")
+    check_layers(cast("PreTrainedModel", model), list(initialization.modules))
     config = LoraConfig(
         r=initialization.rank,
         lora_alpha=initialization.lora_alpha,
+        use_rslora=initialization.rank_stabilized,
         lora_dropout=0.0,
         bias="none",
         target_modules=list(initialization.modules),
     )
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type] # any causal LM
-    layers = lora_layers(peft_model)
     with torch.no_grad():
-        for name, module in initialization.modules.items():
-            lora_weight(layers[name], "lora_A").copy_(module.lora_a)
-            lora_weight(layers[name], "lora_B").copy_(module.lora_b)
+        for name, layer in lora_layers(peft_model).items():
+            module = initialization.modules[name]
+            for part, tensor in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
+                parameter = lora_weight(layer, part)
+                parameter.data = tensor.to(
+                    device=parameter.device, dtype=torch.promote_types(tensor.dtype, torch.float32), copy=True
+                )
+            layer.forward = lean_forward(layer)
     peft_model.eval().requires_grad_(False)
     return peft_model
+
+
+def check_layers(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Run a plain base model on two rows of a few tokens, and refuse it where a document's atom would be wrong.
+
+    Raises:
+        UnsupportedModelError: if its head is none that `head_of` knows, or if a layer of these names sees other inputs
+            than all tokens of every row, once.
+    """
+    import torch
+
+    head_of(model)
+    embedding = cast("Any", model.get_input_embeddings()).weight
+    if embedding.device.type == "meta":
+        return
+    seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, inputs: seen[name].append(tuple(inputs[0].shape[:-1]))
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    rows, tokens = 2, 5
+    ids = torch.arange(rows * tokens, device=embedding.device).view(rows, tokens) % len(embedding)
+    try:
+        with torch.no_grad():
+            cast("Any", model).get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, shapes in seen.items():
+        if shapes not in ([(rows, tokens)], [(rows * tokens,)]):
+            raise UnsupportedModelError(
+                f"layer {name} of {type(model).__name__} sees inputs {shapes or 'never'} of {rows} rows of {tokens} "
+                "tokens, where every token was expected once: experts that tokens are routed to, and shared layers, "
+                "can't be adapted; choose others (targets)"
+            )
+
+
+class Seats:
+    """The places of the LoRA layers in the base model, to take them out and put them in again.
+
+    Out of it, the model is the plain one: its modules, its state and what it computes.
+    """
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        base = base_of(peft_model)
+        self._seats = []
+        for name, layer in lora_layers(peft_model).items():
+            parent, _, child = name.rpartition(".")
+            self._seats.append((base.get_submodule(parent), child, layer, cast("nn.Module", layer.base_layer)))
+
+        self.are_out = False
+
+    def put_in(self) -> None:
+        """Also brings the layers to where the base model has moved meanwhile."""
+        for parent, child, layer, plain in self._seats:
+            device = cast("Tensor", plain.weight).device
+            if lora_weight(layer, "lora_A").device != device:
+                for part in ("lora_A", "lora_B"):
+                    getattr(layer, part).to(device)
+            setattr(parent, child, layer)
+        self.are_out = False
+
+    def take_out(self) -> None:
+        for parent, child, _, plain in self._seats:
+            setattr(parent, child, plain)
+        self.are_out = True
 
 
 def base_of(peft_model: PeftModel) -> PreTrainedModel:
@@ -75,29 +150,34 @@ def lora_weight(layer: nn.Module, part: str) -> nn.Parameter:
     return weight
 
 
-def lean_forward(layer: nn.Module) -> Callable[..., Tensor]:
-    """What the layer's own `forward` computes with this adapter, W x + s·B A x, in three calls instead of peft's many.
+def lean_forward(layer: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> Callable[..., Tensor]:
+    """What the layer computes, W x + s·B A x, in three calls instead of peft's many; in any type of W.
 
-    Token by token, the calls are most of what the plug-in costs. Wherever gradients are recorded, or peft would do
-    something else, its own `forward` runs.
+    Token by token, the calls are most of what the plug-in costs. A and B stay in float32, and what they add is rounded
+    to the model's type once, together with `change`.
+
+    Args:
+        change: what a further change of the plug-in adds to the output for the input in A's type.
     """
     import torch
     from torch.nn.functional import linear
 
-    whole, base = layer.forward, cast("nn.Module", layer.base_layer)
-    lora_a, lora_b = lora_weight(layer, "lora_A"), lora_weight(layer, "lora_B")
+    base = cast("nn.Module", layer.base_layer)
+    down, up = (cast("Any", getattr(layer, part))[ADAPTER] for part in ("lora_A", "lora_B"))
     scaling: float = cast("Any", layer).scaling[ADAPTER]
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = not args and not kwargs and not layer.disable_adapters and not layer.merged
-        if not plain or torch.is_grad_enabled() or x.dtype != lora_a.dtype:
-            return cast("Tensor", whole(x, *args, **kwargs))
-        result: Tensor = base(x)
-        if result.dtype != x.dtype or not result.is_contiguous():
-            return cast("Tensor", whole(x))
-        keys = linear(x, lora_a).flatten(0, -2)
-        result.view(-1, result.shape[-1]).addmm_(keys, lora_b.T, alpha=scaling)
-        return result
+        result: Tensor = base(x, *args, **kwargs)
+        lora_a, lora_b = down.weight, up.weight
+        x = x.to(lora_a.dtype)
+        keys = linear(x, lora_a)
+        if change is None and result.dtype == keys.dtype and result.is_contiguous() and not torch.is_grad_enabled():
+            result.view(-1, result.shape[-1]).addmm_(keys.flatten(0, -2), lora_b.T, alpha=scaling)
+            return result
+        added = scaling * linear(keys, lora_b)
+        if change is not None:
+            added = added + change(x)
+        return (result + added).to(result.dtype)
 
     return forward
 
@@ -118,23 +198,54 @@ def live_space(peft_model: PeftModel, initialization: MetaInitialization) -> Ato
 
 
 @contextlib.contextmanager
-def row_updates(peft_model: PeftModel, space: AtomSpace, rows: Mapping[str, Tensor]) -> Iterator[None]:
+def row_updates(
+    peft_model: PeftModel, space: AtomSpace, rows: Mapping[str, Tensor], bare: Sequence[bool] | None = None
+) -> Iterator[None]:
     """Inside the block, row i of every batch runs with its own change of the plug-in parameters.
 
     Args:
         space: over the model's own tensors (`live_space`).
         rows: (batch, *shape) for each tensor of the space: the change of row i, with its sign and step size.
+        bare: of each row, whether it runs as the base model, without the plug-in.
     """
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def add_row_update(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
-            return output + space.row_update(name, inputs[0], rows)
-
-        return add_row_update
-
-    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in lora_layers(peft_model).items()]
+    layers = lora_layers(peft_model)
+    count = len(next(iter(rows.values())))
+    for name, layer in layers.items():
+        own = {
+            part: rows[part].to(lora_weight(layer, "lora_A").device)
+            for part in space.tensors(name, space.modules[name])
+        }
+        layer.forward = lean_forward(layer, _change_of(space, name, own, count))
+        if bare is not None and any(bare):
+            layer.forward = _mixed(cast("nn.Module", layer.base_layer), layer.forward, bare)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        for layer in layers.values():
+            layer.forward = lean_forward(layer)
+
+
+def by_rows(x: Tensor, count: int) -> Tensor:
+    """A layer's input or output as (batch, tokens, d): some architectures flatten the batch before a layer."""
+    return x if x.dim() == 3 else x.unflatten(0, (count, -1))
+
+
+def _change_of(space: AtomSpace, name: str, rows: Mapping[str, Tensor], count: int) -> Callable[[Tensor], Tensor]:
+    def change(x: Tensor) -> Tensor:
+        added = space.row_update(name, by_rows(x, count), rows)
+        return added if x.dim() == 3 else added.flatten(0, 1)
+
+    return change
+
+
+def _mixed(base: nn.Module, forward: Callable[..., Tensor], bare: Sequence[bool]) -> Callable[..., Tensor]:
+    """A layer's forward whose bare rows are the base layer's own."""
+    import torch
+
+    def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plain = torch.tensor(bare, device=x.device)
+        if x.dim() == 2:
+            plain = plain.repeat_interleave(len(x) // len(bare))
+        return torch.where(plain.view(-1, *[1] * (x.dim() - 1)), base(x, *args, **kwargs), forward(x, *args, **kwargs))
+
+    return mixed

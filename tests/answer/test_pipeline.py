@@ -1,10 +1,9 @@
 import asyncio
-import hashlib
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_initialization, tiny_model
+from conftest import state_of, tiny_initialization, tiny_model
 from qdrant_client import models
 
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
@@ -48,7 +47,7 @@ def regrad(model, tokenizer, initialization, tmp_path):
 
 
 def weights(regrad):
-    return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in regrad.adapter.model.parameters())).hexdigest()
+    return state_of(regrad.adapter)
 
 
 @pytest.mark.parametrize("mode", MODES)

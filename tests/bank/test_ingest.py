@@ -8,7 +8,7 @@ import torch
 from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.data.facts import generate
-from regrad_qdrant import Adapter, Document, GradientBank, GradientComputer
+from regrad_qdrant import Adapter, Document, GradientBank
 from regrad_qdrant.bank import ingest
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import point_id
@@ -23,7 +23,7 @@ PASSAGES = generate("train", 20, 1).passages
 @pytest.fixture
 def gradients(model, tokenizer, initialization):
     adapter = Adapter(model, initialization)
-    return GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    return adapter.gradients(tokenizer)
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_killed_in_the_middle_it_finishes_with_every_atom_once(tokenizer, tmp_pa
         initialization = MetaInitialization.load(folder / "init")
         model, tokenizer = load_base_model(str(folder / "model"))
         adapter = Adapter(model, initialization)
-        gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+        gradients = adapter.gradients(tokenizer)
         bank = GradientBank.open(folder / "bank", "docs", initialization.fingerprint)
         ingest.add_corpus(bank, read_corpus(folder / "corpus.jsonl"), gradients)
         done = 0

@@ -11,7 +11,7 @@ from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
 from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
 
 from regrad_loaders.data.facts import generate
-from regrad_qdrant import Adapter, GradientBank, GradientComputer
+from regrad_qdrant import Adapter, GradientBank
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
 from regrad_qdrant.bank.stores import client as client_store
 from regrad_qdrant.bank.stores.base import PayloadWrite, Point, VectorNames
@@ -83,7 +83,7 @@ def ingested(client, tokenizer):
     model = tiny_model()
     initialization = tiny_initialization(model)
     adapter = Adapter(model, initialization)
-    gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    gradients = adapter.gradients(tokenizer)
     store = ClientStore(client, "docs")
     bank = GradientBank(store, "docs", initialization.fingerprint, max_request_bytes=3000)
     add_corpus(bank, PASSAGES, gradients)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from qdrant_client import QdrantClient, models
 
-from regrad_qdrant import Adapter, GradientBank, GradientComputer, ReGrad
+from regrad_qdrant import Adapter, GradientBank, ReGrad
 from regrad_qdrant.answer.query import Answer, Timings
 from regrad_qdrant.bank.ingest import attach_atoms
 
@@ -110,7 +110,7 @@ def test_atoms_go_in_and_nothing_else_changes(make, model, tokenizer, initializa
     bank = GradientBank(framework.client, framework.name, initialization.fingerprint, embedders={}, sidecar=sidecar)
     assert bank.detect_layout().name == framework.layout
     adapter = Adapter(model, initialization)
-    gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    gradients = adapter.gradients(tokenizer)
     report = attach_atoms(bank, gradients, "sign")
     assert (report.atoms_written, report.skipped, bank.status().missing) == (count, {}, 0)
     assert everything(framework) == before

@@ -2,10 +2,9 @@ import pytest
 import torch
 from conftest import tiny_initialization
 
-from regrad_qdrant import Adapter
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.gradients import GradientComputer, batches
-from regrad_qdrant.model.plugin import lora_layers, lora_weight, row_updates
+from regrad_qdrant.model.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
 
 TEXTS = [
     "Ida works as a baker.",
@@ -17,8 +16,9 @@ TEXTS = [
 
 def computer(model, tokenizer, kind):
     initialization = tiny_initialization(model, kind)
-    adapter = Adapter(model, initialization)
-    return GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    peft_model = plug_in(model, initialization)
+    space = live_space(peft_model, initialization)
+    return GradientComputer(peft_model, tokenizer, space, initialization.max_length)
 
 
 def one_at_a_time(gradients, document):

@@ -27,7 +27,7 @@ from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule, length_weight
 from regrad_qdrant.atoms.record import Record, decode_sum, make_records
-from regrad_qdrant.model.gradients import BATCH_TOKENS, GradientComputer
+from regrad_qdrant.model.gradients import BATCH_TOKENS
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.plugin import row_updates
 from regrad_qdrant.model.prompts import Prompt
@@ -132,7 +132,7 @@ class AtomBench:
         self.adapter = Adapter(model, initialization, check_model=False)
         self.space = self.adapter.space
         self.tokenizer = tokenizer
-        self.gradients = GradientComputer(self.adapter.model, tokenizer, self.space, initialization.max_length)
+        self.gradients = self.adapter.gradients(tokenizer)
 
     def atoms(self, texts: Sequence[str], on_progress: Callable[[int], None] = lambda _: None) -> tuple[Tensor, float]:
         """The exact atoms (texts, numel), and the milliseconds that one took."""

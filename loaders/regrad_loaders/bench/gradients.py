@@ -9,10 +9,9 @@ import torch
 from torch import nn
 
 from regrad_loaders.bench.figures import Figure, flops, in_turns, milliseconds
-from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches, document_losses, pad
 from regrad_qdrant.model.initialization import MetaInitialization
-from regrad_qdrant.model.plugin import lora_layers, lora_weight
+from regrad_qdrant.model.plugin import live_space, lora_layers, lora_weight, plug_in
 from regrad_qdrant.model.space import AtomSpace
 
 A_ROUND = 16  # documents
@@ -88,8 +87,10 @@ def bench_gradients(
         texts: of the documents; each is computed once by every party.
     """
     model, tokenizer = load("float32")
-    adapter = Adapter(model, initialization)
-    gradients = GradientComputer(adapter.model, tokenizer, adapter.space, initialization.max_length)
+    peft_model = plug_in(model, initialization)
+    gradients = GradientComputer(
+        peft_model, tokenizer, live_space(peft_model, initialization), initialization.max_length
+    )
     first = initialization.layers[0]
     floors = {dtype: Floor(load(dtype)[0], first) for dtype in ("bfloat16", "float32")}
     documents = [gradients.encode(text) for text in texts]
@@ -111,7 +112,7 @@ def bench_gradients(
     seconds = in_turns(parties, len(rounds), on_round)
     middle = len(rounds) // 2
     gflop = {name: flops(lambda party=party: party(middle)) / 1e9 for name, party in parties.items()}
-    adapter.model.unload()
+    peft_model.unload()
     best = min(("floor, bfloat16", "floor, float32"), key=lambda name: sum(seconds[name]))
     bare = (
         "the bare model forward and, through the adapted layers' activations alone, backward: "

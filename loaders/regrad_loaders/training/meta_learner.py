@@ -23,8 +23,10 @@ from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule, length_weight, merge_weights
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, batches, document_losses, hidden_states, pad
-from regrad_qdrant.model.initialization import MetaInitialization
-from regrad_qdrant.model.plugin import live_space, lora_layers, lora_weight, plug_in, row_updates
+from regrad_qdrant.model.head import head_of
+from regrad_qdrant.model.initialization import MetaInitialization, scaling_of
+from regrad_qdrant.model.loss import token_cross_entropy
+from regrad_qdrant.model.plugin import base_of, live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.model.space import LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
 
@@ -51,7 +53,8 @@ class MetaLearner(nn.Module):
         self.space = SPACES[initialization.kind](self.plug_in_modules())
 
     def plug_in_modules(self) -> dict[str, LoraModule]:
-        scaling = self.initialization.lora_alpha / self.initialization.rank
+        start = self.initialization
+        scaling = scaling_of(start.lora_alpha, start.rank, start.rank_stabilized)
         bases: Sequence[Tensor | None] = list(self.basis) or [None] * len(self.names)
         return {
             name: LoraModule(a, b, scaling, u)
@@ -147,17 +150,17 @@ class MetaLearner(nn.Module):
         ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id, self.device)
         with nullcontext() if rows is None else row_updates(self.model[0], self.space, rows):
             hidden = hidden_states(self.model[0], ids, mask)
+        head = head_of(base_of(self.model[0]))
         owner, position, target = [], [], []
         for i, example in enumerate(examples):
             owner += [i] * len(example.answer_ids)
             position += range(len(example.prompt_ids) - 1, len(example.prompt_ids) + len(example.answer_ids) - 1)
             target += example.answer_ids
-        index, at, goal = (torch.tensor(numbers, device=self.device) for numbers in (owner, position, target))
-        logits = self.model[0].get_output_embeddings()(hidden[index, at])
-        token_losses = nn.functional.cross_entropy(logits, goal, reduction="none")
+        index, at, goal = (torch.tensor(numbers, device=hidden.device) for numbers in (owner, position, target))
+        token_losses, best = token_cross_entropy(hidden[index, at].to(head.weight.device), head, goal)
         lengths = torch.bincount(index, minlength=len(examples))
         losses = token_losses.new_zeros(len(examples)).index_add(0, index, token_losses) / lengths
-        hits = (logits.detach().argmax(-1) == goal).float()
+        hits = (best == goal).float()
         right = hits.new_zeros(len(examples)).index_add(0, index, hits)
         return losses, (right == lengths).float()
 
@@ -225,6 +228,7 @@ class MetaLearner(nn.Module):
             max_length=start.max_length,
             merge=self._learned_merge(),
             passages_in_prompt=start.passages_in_prompt,
+            rank_stabilized=start.rank_stabilized,
             card=dict(card),
         )
 

@@ -56,10 +56,18 @@ def narrow(
         basis = left if module.basis is None else module.basis @ left
         kept[name] = LoraModule(right.T @ module.lora_a, module.lora_b @ right, module.scaling, basis)
         sizes[f"{name}.core"] = initialization.step_sizes[tensor]
-    lora_alpha = initialization.lora_alpha * rank / initialization.rank
+    lora_alpha = next(iter(kept.values())).scaling * rank
     if lora_alpha != int(lora_alpha):
         raise InitializationError(f"rank {rank} would need lora_alpha {lora_alpha}: choose another rank")
-    return replace(initialization, kind="core", modules=kept, step_sizes=sizes, lora_alpha=int(lora_alpha), card={})
+    return replace(
+        initialization,
+        kind="core",
+        modules=kept,
+        step_sizes=sizes,
+        lora_alpha=int(lora_alpha),
+        rank_stabilized=False,
+        card={},
+    )
 
 
 def values_of(initialization: MetaInitialization, modules: Collection[str]) -> MetaInitialization:
