@@ -14,6 +14,8 @@ from regrad_qdrant.cli.options import (
     BankPath,
     Collection,
     Dense,
+    Device,
+    Dtype,
     Init,
     JsonOut,
     Key,
@@ -50,6 +52,8 @@ def ask(
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     using: Using = None,
     dense: Dense = None,
     merge: Merge = None,
@@ -79,7 +83,7 @@ def ask(
     store = existing_store(collection, url, path)
     if chosen not in ("direct", "init"):
         check_vector(store, using)
-    initialization, base, tokenizer = load(init, model)
+    initialization, base, tokenizer = load(init, model, device, dtype)
     with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
         regrad = regrad_of(base, tokenizer, bank, initialization, merge)
         answer = regrad.answer(

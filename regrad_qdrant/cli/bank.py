@@ -24,6 +24,8 @@ from regrad_qdrant.cli.options import (
     CodecName,
     Collection,
     Dense,
+    Device,
+    Dtype,
     Init,
     JsonOut,
     Key,
@@ -76,6 +78,8 @@ def ingest(
     path: BankPath = None,
     init: Init = DEFAULT_INIT,
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     codec: CodecName = DEFAULT_CODEC,
     dense: Dense = None,
     payload_key: Key = DEFAULT_KEY,
@@ -130,7 +134,7 @@ def ingest(
     store = store_of(str(collection or from_collection), url, path)
     if passages is None and not store.exists():
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
-    initialization, base, tokenizer = load(init, model)
+    initialization, base, tokenizer = load(init, model, device, dtype)
     with bank_of(
         store, initialization, payload_key, dense, text_path, sidecar=False if in_place else sidecar, language=language
     ) as bank:

@@ -35,6 +35,17 @@ BankPath = Annotated[
 ]
 Init = Annotated[str, typer.Option("--init", help="Meta-initialization: a shipped name, or a folder.")]
 Model = Annotated[str | None, typer.Option("--model", help="Base model; by default the one the initialization names.")]
+Device = Annotated[
+    str, typer.Option("--device", help="cpu, cuda, cuda:1 or mps; auto takes an accelerator where there is one.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        help="Of the base model's weights: float32, bfloat16, float16, nf4 (4 bits), or auto: the checkpoint's own; "
+        "on a processor that multiplies 16 bits no faster, float32.",
+    ),
+]
 Key = Annotated[str, typer.Option("--payload-key", help="The payload key that holds the atoms.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what is reported as one JSON object to this file.")]
 Using = Annotated[
@@ -117,13 +128,15 @@ def check_vector(store: Store, using: list[str] | None) -> None:
         )
 
 
-def load(init: str, model: str | None) -> tuple[MetaInitialization, Any, Any]:
+def load(
+    init: str, model: str | None, device: str = "auto", dtype: str = "auto"
+) -> tuple[MetaInitialization, Any, Any]:
     from regrad_qdrant.model.base_model import load_base_model
     from regrad_qdrant.model.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
     with console.status(f"Loading {model or initialization.base.name}"):
-        base, tokenizer = load_base_model(model or initialization.base.name)
+        base, tokenizer = load_base_model(model or initialization.base.name, device=device, dtype=dtype)
     initialization.check_model(base)
     return initialization, base, tokenizer
 

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from regrad_qdrant.errors import InitializationError
+from regrad_qdrant.errors import InitializationError, MissingExtraError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+DTYPES = ("auto", "float32", "bfloat16", "float16", "nf4")
 PACKAGE_SCHEME = "package:"  # package:<import name>/<file inside it>
 
 
-def load_base_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_base_model(
+    name: str,
+    *,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The causal LM and its tokenizer, ready for inference: in evaluation mode and frozen.
 
     A GGUF file is dequantized once, into a cache of its own (half a minute and 540 MB for SmolLM2-135M); later
@@ -30,15 +43,27 @@ def load_base_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
     Args:
         name: a Hugging Face id, a local folder, a `.gguf` file, or `package:<import name>/<file>` for a model
             that an installed Python package carries.
-        options: passed to `AutoModelForCausalLM.from_pretrained` (`dtype`, `device_map`, …).
+        device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes an accelerator where there is one. A `device_map` among the
+            options goes before it.
+        dtype: of the weights: one of `DTYPES`, or PyTorch's own. `auto` is the checkpoint's own on an accelerator, and
+            float32 on a processor that multiplies 16 bits no faster. `nf4` quantizes to 4 bits as it loads.
+        revision, token, trust_remote_code: of the model and of its tokenizer, as `from_pretrained` takes them.
+        options: passed to `AutoModelForCausalLM.from_pretrained` (`device_map`, `attn_implementation`, …).
 
     Raises:
         InitializationError: if the model can't be found or loaded; the error says what was tried.
+        MissingExtraError: for `nf4` without bitsandbytes.
     """
+    where = _device(device)
+    if "device_map" not in options:
+        options["device_map"] = where
+    options |= _precision(dtype, where)
+    hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code or None}
+    options |= (given := {key: value for key, value in hub.items() if value is not None})
     with _quiet():
         try:
             source = _dequantized(Path(path)) if (path := resolve_package(name)).endswith(".gguf") else path
-            model, tokenizer = _load(source, **options)
+            model, tokenizer = _load(source, given, **options)
         except (OSError, ValueError, ImportError) as error:
             raise InitializationError(f"can't load the base model {name!r}: {error}") from error
     if tokenizer.pad_token_id is None:
@@ -46,16 +71,70 @@ def load_base_model(name: str, **options: Any) -> tuple[PreTrainedModel, PreTrai
     return model.eval().requires_grad_(False), tokenizer
 
 
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise InitializationError(
+            f"device {name!r} is none that PyTorch knows: auto, cpu, cuda, cuda:1, mps"
+        ) from error
+    if (kind == "cuda" and not torch.cuda.is_available()) or (kind == "mps" and not torch.backends.mps.is_available()):
+        raise InitializationError(f"device {name!r} was asked for, and this machine, or this PyTorch, has none")
+    return name
+
+
+def _precision(dtype: str | torch.dtype, device: str) -> dict[str, Any]:
+    """The options of `from_pretrained` that load the weights in this type."""
+    import torch
+
+    if isinstance(dtype, torch.dtype):
+        return {"dtype": dtype}
+    if dtype not in DTYPES:
+        raise InitializationError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    if dtype == "nf4":
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise MissingExtraError("4 bits need bitsandbytes: pip install 'regrad-qdrant[nf4]'")
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.float32 if device == "cpu" and not multiplies_16_bits_faster() else torch.bfloat16
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)  # type: ignore[no-untyped-call] # transformers
+        return {"quantization_config": config, "dtype": compute}
+    if dtype == "auto":
+        return {"dtype": "auto" if device != "cpu" or multiplies_16_bits_faster() else torch.float32}
+    return {"dtype": getattr(torch, dtype)}
+
+
+@functools.cache
+def multiplies_16_bits_faster() -> bool:
+    """Whether this processor multiplies bfloat16 matrices faster than float32 ones: those with AVX512_BF16 or AMX do,
+    others take up to a hundred times as long. Measured once, in a few milliseconds."""
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        times = []
+        for _ in range(4):
+            started = time.perf_counter()
+            left @ right
+            times.append(time.perf_counter() - started)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
 def cache_folder() -> Path:
     """Where dequantized base models are kept: below XDG_CACHE_HOME, or else ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regrad-qdrant"
 
 
-def _load(source: str, **options: Any) -> tuple[Any, Any]:
+def _load(source: str, of_both: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    file = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
-    return AutoModelForCausalLM.from_pretrained(source, **options), AutoTokenizer.from_pretrained(source, **file)
+    return AutoModelForCausalLM.from_pretrained(source, **options), AutoTokenizer.from_pretrained(source, **of_both)
 
 
 def resolve_package(name: str) -> str:
@@ -85,7 +164,8 @@ def _dequantized(gguf: Path) -> str:
     folder = cache_folder() / f"{gguf.stem}-{digest}"
     if folder.is_dir():
         return str(folder)
-    model, tokenizer = _load(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    inside = {"gguf_file": gguf.name}
+    model, tokenizer = _load(str(gguf.parent), inside, **inside, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain float32 now; with it, transformers refuses to save
     model.hf_quantizer = None
     folder.parent.mkdir(parents=True, exist_ok=True)

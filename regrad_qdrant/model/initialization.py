@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import InitializationError, WrongModelError
-from regrad_qdrant.model.identity import PEFT_PREFIX, BaseModel, weights_digest
+from regrad_qdrant.model.identity import PEFT_PREFIX, BaseModel, is_coarse
 from regrad_qdrant.model.space import AtomSpace, LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
 
@@ -107,11 +107,13 @@ class MetaInitialization:
         Raises:
             WrongModelError: with the digests of both.
         """
-        found = weights_digest(model)
-        if found != self.base.digest:
+        if not self.base.fits(model):
+            bits = " in float32 or bfloat16 (nothing is noted to know it by in fewer bits)"
             raise WrongModelError(
                 f"this initialization was trained for {self.base.name} (weights {self.base.digest}); the model given "
-                f"has weights {found}. Load that base model, or train an initialization for yours: regrad-qdrant train"
+                f"has weights {BaseModel.of(model, '').digest}. Load that base model"
+                f"{bits if is_coarse(model) and not self.base.sample else ''}, or train an initialization for yours: "
+                "regrad-qdrant train"
             )
 
     @property

@@ -16,6 +16,8 @@ from regrad_qdrant.cli.options import (
     DEFAULT_INIT,
     Batch,
     CodecName,
+    Device,
+    Dtype,
     Init,
     JsonOut,
     TopK,
@@ -36,6 +38,8 @@ def demo(
         "regrad_bank"
     ),
     init: Init = DEFAULT_INIT,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     modes: Annotated[str, typer.Option("--modes", help="Comma-separated.")] = "direct,rag,regrad,regrad+icl,random",
     codec: CodecName = DEFAULT_CODEC,
     top_k: TopK = 3,
@@ -54,7 +58,7 @@ def demo(
     check_outputs(json_out, predictions)
     world = generate("demo", DEMO_PEOPLE, DEMO_SEED, questions_per_person=1)
     questions = world.questions[:limit]
-    initialization, model, tokenizer = load(init, None)
+    initialization, model, tokenizer = load(init, None, device, dtype)
     with bank_of(store_of("demo", None, path), initialization, DEFAULT_KEY, None) as bank:
         regrad = regrad_of(model, tokenizer, bank, initialization, None)
         report = ingest_corpus(regrad, world.passages, codec, replace=True)  # the demo's own bank
@@ -63,6 +67,7 @@ def demo(
             "command": "demo",
             "init": init,
             "base_model": initialization.base.name,
+            "dtype": dtype,
             "space": initialization.fingerprint,
             "modes": chosen,
             "top_k": top_k,

@@ -23,6 +23,8 @@ from regrad_qdrant.cli.options import (
     Batch,
     CodecName,
     Dense,
+    Device,
+    Dtype,
     Init,
     JsonOut,
     Key,
@@ -138,6 +140,8 @@ def evaluation(
         ),
     ] = None,
     model: Model = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     codec: CodecName = DEFAULT_CODEC,
     using: Using = None,
     dense: Dense = None,
@@ -202,7 +206,7 @@ def evaluation(
             return store_of(collection, url, path) if passages is not None else existing_store(collection, url, path)
 
         _check_search(opened(), using, dense)
-        initialization, base, tokenizer = load(init, model)
+        initialization, base, tokenizer = load(init, model, device, dtype)
         settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
         found: list[Evaluation] = []
         report = None

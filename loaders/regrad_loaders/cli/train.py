@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from regrad_qdrant.cli.console import console, errors, progress
-from regrad_qdrant.cli.options import DEFAULT_INIT
+from regrad_qdrant.cli.options import DEFAULT_INIT, Device, Dtype
 from regrad_qdrant.errors import DataError
 
 
@@ -33,6 +33,8 @@ def train(
     init: Annotated[
         str | None, typer.Option("--init", help="Go on from this initialization instead of the recipe's `start`.")
     ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Meta-train an initialization for a base model: the gradients' own learning to be useful."""
     from dataclasses import replace
@@ -55,7 +57,7 @@ def train(
     for name, value in settings.as_dict().items():
         console.print(f"  {name:<24} {value}", highlight=False, markup=False)
     with console.status("Loading the base model"):
-        model, tokenizer = load_base_model(settings.base_model)
+        model, tokenizer = load_base_model(settings.base_model, device=device, dtype=dtype)
     base = BaseModel.of(model, settings.base_model)
     console.quiet = errors.quiet = os.environ.get("RANK", "0") != "0"  # the first of several processes speaks
 
@@ -78,6 +80,8 @@ def import_checkpoint(
         str | None, typer.Option("--model", help="Base model, instead of the one that learner_config.json names.")
     ] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens of a document at ingestion.")] = 2048,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
 ) -> None:
     """Convert a checkpoint of the ReGrad authors' released code into an initialization."""
     from regrad_loaders.training.released_checkpoint import base_model_of, read
@@ -88,7 +92,7 @@ def import_checkpoint(
         raise DataError(f"{out} is not empty: choose another --out")
     name = model or base_model_of(checkpoint)
     with console.status(f"Loading {name}"):
-        base, _ = load_base_model(name)
+        base, _ = load_base_model(name, device=device, dtype=dtype)
     initialization = read(checkpoint, BaseModel.of(base, name), max_length=max_length)
     initialization.save(out)
     console.print(f"{out}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom")

@@ -57,8 +57,10 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, model: nn.Module, tokenizer: Any, base: BaseModel, out: Path) -> None:
         self.recipe, self.out = recipe, out
-        self.accelerator = Accelerator()
-        model.to(self.accelerator.device)
+        on_processor = next(model.parameters()).device.type == "cpu"
+        self.accelerator = Accelerator(cpu=on_processor)
+        if self.accelerator.num_processes > 1 and not on_processor:
+            model.to(self.accelerator.device)
         self.sources, self.weights = load_sources(recipe, tokenizer)
         self.dev_sources = load_dev_sources(recipe, tokenizer)
         initialization = begin(recipe, model, base, self.sources)
