@@ -31,6 +31,7 @@ class Usable:
 
     hits: list[Hit]
     notes: list[str]
+    skipped: dict[PointId, str]  # of the others, why
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,8 @@ class Filling:
                     kept.append(whole)
                 else:
                     left_out.setdefault(lack, []).append(hit)
-            usable.append(Usable(kept, [_note(lack, of) for lack, of in left_out.items()]))
+            skipped = {hit.id: lack for lack, of in left_out.items() for hit in of}
+            usable.append(Usable(kept, [_note(lack, of) for lack, of in left_out.items()], skipped))
         return usable
 
     def _to_compute(self, hit: Hit) -> bool:

@@ -1,12 +1,16 @@
-"""Greedy answers of a whole batch of prompts, through `model.generate`."""
+"""Greedy answers of a whole batch of prompts, through `model.generate`; of questions with options, the likeliest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regrad_qdrant.model.prompts import Prompt
+from regrad_qdrant.model.gradients import hidden_states, pad
+from regrad_qdrant.model.head import head_of
+from regrad_qdrant.model.plugin import base_of
+from regrad_qdrant.model.prompts import Prompt, PromptFormat, PromptFunction
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,51 +21,140 @@ if TYPE_CHECKING:
 class Generated:
     """What the model said to one prompt."""
 
-    text: str  # to the first line break
+    text: str  # as the format has it: to the first line break
     prompt_tokens: int
 
 
-def encoded(tokenizer: Any, prompts: Sequence[Prompt], device: Any = None) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Asking:
+    """How prompts become text, and how long answers are."""
+
+    format: PromptFormat = PromptFormat()
+    function: PromptFunction | None = None  # a prompt's text, instead of the format's
+
+    def render(self, prompt: Prompt, tokenizer: Any) -> str:
+        return self.format.render(prompt, tokenizer) if self.function is None else self.function(prompt)
+
+    def length(self, prompt: Prompt) -> int:
+        return prompt.max_new_tokens or self.format.max_new_tokens[prompt.type]
+
+
+def encoded(
+    tokenizer: Any, prompts: Sequence[Prompt], device: Any = None, asking: Asking | None = None
+) -> tuple[Tensor, Tensor]:
     """Token ids and mask (prompts, longest), padded on the left."""
     import torch
 
-    rows = [
-        tokenizer(prompt.render(tokenizer), add_special_tokens=False, verbose=False).input_ids for prompt in prompts
-    ]
+    rows = token_ids(tokenizer, prompts, asking or Asking())
     longest, pad_id = max(map(len, rows)), tokenizer.pad_token_id or 0
     ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
 
-def generate(peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt]) -> list[Generated]:
+def token_ids(tokenizer: Any, prompts: Sequence[Prompt], asking: Asking) -> list[list[int]]:
+    """Of each prompt's text."""
+    texts = [asking.render(prompt, tokenizer) for prompt in prompts]
+    return [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+
+
+def generate(
+    peft_model: PeftModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    asking: Asking | None = None,
+    *,
+    streamer: Any = None,
+    stopping: Any = None,
+) -> list[Generated]:
     """The model's greedy answer to every prompt, in their order.
 
     Prompts are padded on the left, so that row i of the batch is prompt i in every forward pass
     (`plugin.row_updates` gives each its own change).
+
+    Args:
+        streamer, stopping: of a single prompt, as `transformers` has them.
     """
     import torch
-    from transformers import GenerationConfig
 
-    ids, mask = encoded(tokenizer, prompts, peft_model.device)
+    asking = asking or Asking()
+    base = base_of(peft_model)
+    ids, mask = encoded(tokenizer, prompts, _device(base), asking)
     longest = ids.shape[1]
-    config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max(prompt.max_new_tokens for prompt in prompts),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id or 0,
-    )
-    with torch.inference_mode():
-        output = peft_model.generate(  # type: ignore[no-untyped-call] # peft
-            input_ids=ids,
-            attention_mask=mask,
-            generation_config=config,
-        )
+    ends = _ends(base, tokenizer)
+    lengths = [asking.length(prompt) for prompt in prompts]
+    options: dict[str, Any] = {"streamer": streamer} if streamer is not None else {}
+    if stopping is not None:
+        options["stopping_criteria"] = [stopping]
+    if asking.format.end:
+        options |= {"stop_strings": [asking.format.end], "tokenizer": tokenizer}
+    with torch.inference_mode(), _greedy(base, max(lengths), ends, tokenizer.pad_token_id or 0):
+        output = base.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator] # transformers
     answers = []
-    for prompt, tokens, found in zip(prompts, mask.sum(dim=1).tolist(), output, strict=True):
-        said = found[longest : longest + prompt.max_new_tokens].tolist()
-        if tokenizer.eos_token_id in said:  # what follows is padding, which may be an ordinary token
-            said = said[: said.index(tokenizer.eos_token_id)]
-        text = tokenizer.decode(said, skip_special_tokens=True).strip().split("\n")[0].strip()
+    for length, tokens, found in zip(lengths, mask.sum(dim=1).tolist(), output, strict=True):
+        said = found[longest : longest + length].tolist()
+        at = next((i for i, token in enumerate(said) if token in ends), len(said))  # what follows is padding
+        text = asking.format.said(tokenizer.decode(said[:at], skip_special_tokens=True))
         answers.append(Generated(text, tokens))
     return answers
+
+
+def choose(
+    peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt], asking: Asking | None = None
+) -> list[Generated]:
+    """Of each prompt's options the likeliest answer: by the mean log-probability of its tokens and its end.
+
+    Every option of every prompt is a row of one batch, prompt by prompt: a change of each row is given so
+    (`Adapter.rows`).
+    """
+    import torch
+
+    from regrad_qdrant.model.loss import token_cross_entropy
+
+    asking = asking or Asking()
+    base = base_of(peft_model)
+    before = token_ids(tokenizer, prompts, asking)
+    targets = [
+        (ids, asking.format.target(tokenizer, option, asking.length(prompt)))
+        for prompt, ids in zip(prompts, before, strict=True)
+        for option in prompt.options
+    ]
+    with torch.inference_mode():
+        ids, mask = pad([[*prompt, *target] for prompt, target in targets], tokenizer.pad_token_id or 0, _device(base))
+        hidden, head = hidden_states(peft_model, ids, mask), head_of(base)
+        row = torch.tensor([i for i, (_, target) in enumerate(targets) for _ in target])
+        at = torch.tensor([len(prompt) - 1 + i for prompt, target in targets for i in range(len(target))])
+        goal = torch.tensor([token for _, target in targets for token in target], device=head.weight.device)
+        losses, _ = token_cross_entropy(hidden[row, at].to(head.weight.device), head, goal)
+        means = [float(part.mean()) for part in losses.split([len(target) for _, target in targets])]
+    answers = []
+    for prompt, asked in zip(prompts, before, strict=True):
+        own, means = means[: len(prompt.options)], means[len(prompt.options) :]
+        answers.append(Generated(prompt.options[own.index(min(own))], len(asked)))
+    return answers
+
+
+def _device(base: Any) -> Any:
+    return base.get_input_embeddings().weight.device
+
+
+def _ends(base: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's, and all that the model's generation config names."""
+    named = getattr(base.generation_config, "eos_token_id", None)
+    found = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
+    return sorted({int(token) for token in found if token is not None})
+
+
+@contextlib.contextmanager
+def _greedy(base: Any, max_new_tokens: int, ends: list[int], pad_id: int) -> Iterator[None]:
+    """Inside the block the model decodes greedily, with nothing of its own generation config: no repetition penalty."""
+    from transformers import GenerationConfig
+
+    own = base.generation_config
+    base.generation_config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad_id
+    )
+    try:
+        yield
+    finally:
+        base.generation_config = own

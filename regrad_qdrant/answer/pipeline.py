@@ -7,22 +7,23 @@ import itertools
 import random
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.batching import Batcher
-from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale
-from regrad_qdrant.answer.generation import Generated, generate
+from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
+from regrad_qdrant.answer.generation import Asking, Generated, choose, generate
 from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, WITHOUT_DOCUMENTS, Answer, Mode, Query, Timings
+from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.merge import length_weight
 from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.bank.documents import relevances
 from regrad_qdrant.errors import BankError, DataError, RecordError, WrongSpaceError
-from regrad_qdrant.model.prompts import QuestionType
+from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -54,6 +55,7 @@ class _Merged:
     total: Tensor | None
     weights: dict[PointId, float]
     notes: list[str]
+    skipped: dict[PointId, str]
 
 
 class ReGrad:
@@ -79,6 +81,8 @@ class ReGrad:
         cache_bytes: of decoded atoms to keep from query to query, where a few documents are retrieved again and again.
         batch_size: questions of `aanswer` that wait at the same time and share a forward pass, at most.
         batch_wait: seconds that the first of them waits for others.
+        prompt: another prompt than the initialization was trained with: a format, or a function that returns a prompt's
+            whole text. Its answers are worth less the more the prompt differs; compare with `regrad-qdrant eval`.
 
     A model that another `ReGrad` uses is taken over from it. `close`, or leaving a `with` block, gives the model back.
 
@@ -104,6 +108,7 @@ class ReGrad:
         on_damaged: OnDamaged = "skip",
         batch_size: int = 16,
         batch_wait: float = 0.008,
+        prompt: PromptFormat | Callable[[Prompt], str] | None = None,
     ) -> None:
         if bank.space != initialization.fingerprint:
             raise WrongSpaceError(
@@ -116,6 +121,11 @@ class ReGrad:
         self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
         self.initialization = initialization
         self.merge = merge or initialization.merge
+        self.asking = Asking(initialization.prompt)
+        if isinstance(prompt, PromptFormat):
+            self.asking = Asking(prompt)
+        elif prompt is not None:
+            self.asking = replace(self.asking, function=prompt)
         self.gradients = self.adapter.gradients(tokenizer)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
         self._all_ids: list[PointId] | None = None
@@ -146,6 +156,7 @@ class ReGrad:
         query: str | Vector | Mapping[str, Vector] | None = None,
         using: str | Sequence[str] | None = None,
         hits: Sequence[Hit] | None = None,
+        max_new_tokens: int | None = None,
         seed: int = 0,
     ) -> Answer:
         """Answer one question, greedily.
@@ -153,22 +164,28 @@ class ReGrad:
         Args:
             mode: one of `MODES`.
             top_k: how many documents to retrieve.
-            type: `open`, `yesno` or `choice` (with `choices`).
+            type: `open`, `yesno` or `choice` (with `choices`). The last two are answered with the likeliest option, by
+                the mean log-probability of its tokens.
             query_filter: restricts the search.
             query: what to search with, if not the question itself: a text, a vector, or vectors by name.
             using: name of the vector to search; several names make it a hybrid search.
             hits: of a retriever of your own, best first (`bank.fetch(ids, scores)`), instead of a search.
+            max_new_tokens: of the answer, instead of the prompt format's.
             seed: of the documents that `random` draws.
 
         Raises:
             RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
             ValueError: for a prompt that makes no sense, such as an empty question.
         """
-        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits)
+        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens)
         started = time.perf_counter()
         [found] = self._retrieve([asked], top_k, using, seed)
+        return self._one(found, started)
+
+    def _one(self, found: _Found, started: float, streamer: Any = None, stopping: Any = None) -> Answer:
+        """The answer to one question whose search is done; the update is written into the weights."""
         searched = time.perf_counter()
-        prompt = asked.prompt(found.hits)
+        prompt, mode = found.asked.prompt(found.hits), found.asked.mode
         with contextlib.ExitStack() as stack:
             [merged] = self._merged([found])
             decoded_at = searched if merged.total is None else time.perf_counter()
@@ -179,7 +196,12 @@ class ReGrad:
             else:
                 stack.enter_context(self.adapter.applied_sum(merged.total))
             applied_at = time.perf_counter()
-            [said] = generate(self.adapter.model, self.tokenizer, [prompt])
+            if prompt.options:
+                [said] = choose(self.adapter.model, self.tokenizer, [prompt], self.asking)
+            else:
+                [said] = generate(
+                    self.adapter.model, self.tokenizer, [prompt], self.asking, streamer=streamer, stopping=stopping
+                )
             generated_at = time.perf_counter()
         restored_at = time.perf_counter()
         timings = Timings(
@@ -190,6 +212,29 @@ class ReGrad:
             restore=restored_at - generated_at,
         )
         return _answer(said, found, merged, timings)
+
+    def stream(
+        self, question: str | Query, *, top_k: int = 3, using: str | Sequence[str] | None = None, seed: int = 0
+    ) -> AnswerStream:
+        """`answer`, piece by piece as the model writes it.
+
+        Iterate over the result; its `answer` is the whole one when it ends. The model is restored when it ends, when
+        it is closed, and when nothing refers to it any more.
+
+        Args:
+            question: a text, or a `Query` with all that belongs to it.
+
+        Raises:
+            RegradError, ValueError: as `answer`: of the search at once, of the model while iterating.
+        """
+        asked = question if isinstance(question, Query) else Query(question)
+        started = time.perf_counter()
+        [found] = self._retrieve([asked], top_k, using, seed)
+
+        def work(streamer: Any, stopping: Any) -> Answer:
+            return self._one(found, started, streamer, stopping)
+
+        return AnswerStream(work, self.tokenizer, self.asking.format)
 
     def answer_many(
         self,
@@ -230,6 +275,7 @@ class ReGrad:
         query: str | Vector | Mapping[str, Vector] | None = None,
         using: str | Sequence[str] | None = None,
         hits: Sequence[Hit] | None = None,
+        max_new_tokens: int | None = None,
         seed: int = 0,
     ) -> Answer:
         """`answer` for asyncio, with the same arguments.
@@ -239,7 +285,7 @@ class ReGrad:
         Questions that wait at the same time share forward passes, on one thread of their own (`batch_size`,
         `batch_wait`). The answers are those of `answer`.
         """
-        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits)
+        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens)
         [found] = await self._aretrieve([asked], top_k, using, seed)
         return await self._batcher.ask(found)
 
@@ -315,14 +361,21 @@ class ReGrad:
         times = [time.perf_counter()]
         merged = self._merged(found)
         times.append(time.perf_counter())
-        with self.adapter.rows([one.total for one in merged], [query.mode in BARE for query in asked]):
-            times.append(time.perf_counter())
-            prompts = [one.asked.prompt(one.hits) for one in found]
-            said = generate(self.adapter.model, self.tokenizer, prompts)
-            times.append(time.perf_counter())
+        prompts = [one.asked.prompt(one.hits) for one in found]
+        said: dict[int, Generated] = {}
+        for part in _parts(prompts):
+            rows = [i for i in part for _ in range(max(1, len(prompts[i].options)))]
+            with self.adapter.rows([merged[i].total for i in rows], [asked[i].mode in BARE for i in rows]):
+                times.append(time.perf_counter())
+                ways = choose if prompts[part[0]].options else generate
+                answers = ways(self.adapter.model, self.tokenizer, [prompts[i] for i in part], self.asking)
+                times.append(time.perf_counter())
+            said |= dict(zip(part, answers, strict=True))
         times.append(time.perf_counter())
-        timings = Timings(search, *((end - start) / len(found) for start, end in itertools.pairwise(times)))
-        return [_answer(*parts, timings) for parts in zip(said, found, merged, strict=True)]
+        decode, *rest = ((end - start) / len(found) for start, end in itertools.pairwise(times))
+        *between, restore = rest  # of each part what precedes it, and the model
+        timings = Timings(search, decode, sum(between[0::2]), sum(between[1::2]), restore)
+        return [_answer(said[i], one, merged[i], timings) for i, one in enumerate(found)]
 
     def _merged(self, found: Sequence[_Found]) -> list[_Merged]:
         """Σ wᵢ·g(dᵢ) over the usable hits of each question."""
@@ -332,10 +385,10 @@ class ReGrad:
         merged = []
         for one in found:
             if one.asked.mode in WITHOUT_ATOMS:
-                merged.append(_Merged(None, {}, one.notes))
+                merged.append(_Merged(None, {}, one.notes, {}))
                 continue
             documents = next(usable)
-            total = self._sum(documents.hits, [*one.notes, *documents.notes])
+            total = self._sum(replace(documents, notes=[*one.notes, *documents.notes]))
             if one.hits and not total.weights:
                 total.notes.append("none of the retrieved documents has a usable atom: answering with φ₀ alone")
             merged.append(total)
@@ -356,19 +409,20 @@ class ReGrad:
         except DataError:
             return 1.0
 
-    def _sum(self, hits: Sequence[Hit], notes: list[str]) -> _Merged:
+    def _sum(self, usable: Usable) -> _Merged:
         """The sum of these hits' atoms; those that turn out to be damaged are left out, recomputed or refused."""
-        weights = self.weights(hits)
+        hits, weights = usable.hits, self.weights(usable.hits)
         records = [hit.record for hit in hits if hit.record is not None]
         try:
             total = self.adapter.decode(records, weights)
-            return _Merged(total, {hit.id: weight for hit, weight in zip(hits, weights, strict=True)}, notes)
+            applied = {hit.id: weight for hit, weight in zip(hits, weights, strict=True)}
+            return _Merged(total, applied, usable.notes, usable.skipped)
         except RecordError:
             if self.filling.policy.on_damaged == "refuse":
                 raise
         examined = [replace(hit, damaged=self._damage(hit)) for hit in hits]
         [left] = self.filling.usable([examined], [False])
-        return self._sum(left.hits, [*notes, *left.notes])
+        return self._sum(Usable(left.hits, [*usable.notes, *left.notes], usable.skipped | left.skipped))
 
     def _damage(self, hit: Hit) -> str | None:
         """Why a hit's record can't be decoded."""
@@ -394,6 +448,24 @@ class ReGrad:
         return [replace(hit, score=s, relevance=r) for hit, (s, r) in zip(drawn_hits, like, strict=False)]
 
 
+def _parts(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    """The rows that are answered together: those that are written freely, and those that choose, in batches of as many
+    rows as there are questions."""
+    written = [i for i, prompt in enumerate(prompts) if not prompt.options]
+    if written:
+        yield written
+    part: list[int] = []
+    for i, prompt in enumerate(prompts):
+        if not prompt.options:
+            continue
+        if part and sum(len(prompts[j].options) for j in part) + len(prompt.options) > len(prompts):
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
+
+
 def _answer(said: Generated, found: _Found, merged: _Merged, timings: Timings) -> Answer:
     return Answer(
         said.text,
@@ -403,4 +475,5 @@ def _answer(said: Generated, found: _Found, merged: _Merged, timings: Timings) -
         said.prompt_tokens,
         weights=merged.weights,
         notes=tuple(merged.notes),
+        skipped=merged.skipped,
     )

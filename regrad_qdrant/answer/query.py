@@ -41,6 +41,7 @@ class Query:
     query_filter: Filter | None = None
     query: str | Vector | Mapping[str, Vector] | None = None
     hits: Sequence[Hit] | None = None
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -49,7 +50,7 @@ class Query:
     def prompt(self, hits: Sequence[Hit]) -> Prompt:
         """What the model is asked, with the passages in the modes that show them."""
         passages = tuple(hit.text for hit in hits) if self.mode in WITH_PASSAGES else ()
-        return Prompt(self.question, self.type, self.choices, passages, engineered=self.mode == "pe-rag")
+        return Prompt(self.question, self.type, self.choices, passages, self.mode == "pe-rag", self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -77,4 +78,5 @@ class Answer:
     timings: Timings
     prompt_tokens: int
     weights: dict[PointId, float] = field(default_factory=dict)  # of the atoms that were applied, by point
-    notes: tuple[str, ...] = ()  # what was left out, and why
+    notes: tuple[str, ...] = ()  # what was left out, and why, for people to read
+    skipped: dict[PointId, str] = field(default_factory=dict)  # of each retrieved point without an atom applied, why

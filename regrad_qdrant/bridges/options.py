@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-PER_CALL = ("mode", "top_k", "type", "choices", "query_filter", "query", "using", "hits", "seed")
+PER_CALL = ("mode", "top_k", "type", "choices", "query_filter", "query", "using", "hits", "seed", "max_new_tokens")
 
 
 def merged(*given: Mapping[str, Any] | None) -> dict[str, Any]:

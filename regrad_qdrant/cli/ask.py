@@ -21,6 +21,7 @@ from regrad_qdrant.cli.options import (
     Key,
     Merge,
     Model,
+    PromptFile,
     Sidecar,
     TextPath,
     TopK,
@@ -64,11 +65,15 @@ def ask(
         list[str] | None,
         typer.Option("--filter", help="FIELD=VALUE: only documents with that value; dots descend; repeat it."),
     ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer; 24 for an open question by default.")
+    ] = None,
+    prompt_file: PromptFile = None,
     json_out: JsonOut = None,
 ) -> None:
     """Answer one question from the bank."""
     from regrad_qdrant.answer.query import MODES
-    from regrad_qdrant.model.prompts import INSTRUCTIONS, Prompt
+    from regrad_qdrant.model.prompts import INSTRUCTIONS, Prompt, PromptFormat
 
     chosen = next((known for known in MODES if known == mode), None)
     if chosen is None:
@@ -85,7 +90,8 @@ def ask(
         check_vector(store, using)
     initialization, base, tokenizer = load(init, model, device, dtype)
     with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
-        regrad = regrad_of(base, tokenizer, bank, initialization, merge)
+        own = None if prompt_file is None else PromptFormat.load(prompt_file)
+        regrad = regrad_of(base, tokenizer, bank, initialization, merge, prompt=own)
         answer = regrad.answer(
             prompt.question,
             mode=chosen,
@@ -94,6 +100,7 @@ def ask(
             choices=prompt.choices,
             using=using,
             query_filter=_filter_of(only or []),
+            max_new_tokens=max_new_tokens,
         )
     console.print(answer.text, style="bold", markup=False)
     for hit in answer.hits:
@@ -108,6 +115,7 @@ def ask(
             "answer": answer.text,
             "hits": [{"id": hit.document_id, "score": hit.score, "text": hit.text} for hit in answer.hits],
             "weights": {str(key): weight for key, weight in answer.weights.items()},
+            "skipped": {str(key): why for key, why in answer.skipped.items()},
             "notes": list(answer.notes),
             "timings": asdict(answer.timings),
             "prompt_tokens": answer.prompt_tokens,

@@ -141,6 +141,13 @@ def ingest(
         if passages is None:
             console.print(collection_summary(bank), highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
+        if codec != "fp32" and codec not in initialization.trained_codecs:
+            console.print(
+                f"This initialization was trained through {', '.join(initialization.trained_codecs)}, not {codec}, which "
+                "may change what its atoms do: compare with regrad-qdrant eval --codec",
+                style="yellow",
+                highlight=False,
+            )
         if passages is None and not in_place:
             _choose_place(bank, dry_run)
         if dry_run:

@@ -46,6 +46,13 @@ Dtype = Annotated[
         "on a processor that multiplies 16 bits no faster, float32.",
     ),
 ]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--prompt",
+        help="JSON file of another prompt than the initialization was trained with, which its answers will miss.",
+    ),
+]
 Key = Annotated[str, typer.Option("--payload-key", help="The payload key that holds the atoms.")]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Write what is reported as one JSON object to this file.")]
 Using = Annotated[

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.atoms.merge import MergeRule
-from regrad_qdrant.errors import InitializationError, WrongModelError
+from regrad_qdrant.errors import DataError, InitializationError, WrongModelError
 from regrad_qdrant.model.identity import PEFT_PREFIX, BaseModel, is_coarse
+from regrad_qdrant.model.prompts import PromptFormat
 from regrad_qdrant.model.space import AtomSpace, LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
 
@@ -49,6 +50,7 @@ class MetaInitialization:
     passages_in_prompt: bool = False  # trained for ReGrad + ICL
     rank_stabilized: bool = False  # s = lora_alpha / √r (rsLoRA) instead of lora_alpha / r
     card: dict[str, Any] = field(default_factory=dict)  # recipe, seed, data, scores
+    prompt: PromptFormat = PromptFormat()  # that it was trained with
 
     def __post_init__(self) -> None:
         if self.kind not in SPACES:
@@ -117,6 +119,13 @@ class MetaInitialization:
             )
 
     @property
+    def trained_codecs(self) -> tuple[str, ...]:
+        """The codecs that its atoms were read through in training; others may change an update beyond use."""
+        recipe = self.card.get("recipe")
+        codecs = recipe.get("codecs") if isinstance(recipe, Mapping) else None
+        return tuple(codecs or ("fp32",))
+
+    @property
     def has_full_step_sizes(self) -> bool:
         """Whether some tensor has a step size for every number."""
         return not all(isinstance(size, float | int) for size in self.step_sizes.values())
@@ -159,6 +168,7 @@ class MetaInitialization:
             "max_length": self.max_length,
             "merge": asdict(self.merge),
             "passages_in_prompt": self.passages_in_prompt,
+            **({"prompt": differences} if (differences := self.prompt.differences()) else {}),
             "card": self.card,
         }
         (folder / "adapter_config.json").write_text(json.dumps(self.peft_config(), indent=1) + "\n", encoding="utf-8")
@@ -204,7 +214,7 @@ class MetaInitialization:
             raise InitializationError(f"{folder}: format {regrad.get('format')!r}, this version reads format {FORMAT}")
         try:
             initialization = cls._from_files(regrad, adapter_config, adapter, own)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, DataError) as error:
             raise InitializationError(f"{folder}: the meta-initialization is incomplete: {error!r}") from error
         if initialization.fingerprint != regrad["fingerprint"]:
             raise InitializationError(
@@ -241,6 +251,7 @@ class MetaInitialization:
             passages_in_prompt=regrad["passages_in_prompt"],
             rank_stabilized=rank_stabilized,
             card=regrad["card"],
+            prompt=PromptFormat.of(regrad.get("prompt", {})),
         )
 
 

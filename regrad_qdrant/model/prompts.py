@@ -1,14 +1,19 @@
 """Prompts: what the model is asked, with and without passages, and how long it may answer.
 
 Meta-training and query time build their prompts here, so that a meta-initialization meets at query time
-the very tokens it was trained on.
+the very tokens it was trained on. How a question is put is data, a `PromptFormat`, and belongs to the initialization.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from regrad_qdrant.errors import DataError
 
 QuestionType = Literal["open", "yesno", "choice"]
 
@@ -17,7 +22,7 @@ INSTRUCTIONS: dict[str, str] = {
     "yesno": "Answer with yes or no only.",
     "choice": "Answer with one of the choices only.",
 }
-CONTEXT_INSTRUCTION = "Use the passages."
+WITH_PASSAGES = {kind: f"Use the passages. {instruction}" for kind, instruction in INSTRUCTIONS.items()}
 # The stronger RAG prompt of `pe-rag`: what to look for, how to say it, and one worked example.
 ENGINEERED_INSTRUCTION = (
     "Read the passages and find the one that answers the question. Reply with the answer alone: the shortest words "
@@ -32,13 +37,16 @@ EXAMPLES: dict[str, tuple[str, str]] = {
 MAX_NEW_TOKENS: dict[str, int] = {"open": 24, "yesno": 4, "choice": 24}
 
 
+_THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
+
+
 class ChatTokenizer(Protocol):
     """The two parts of a `transformers` tokenizer that prompts need."""
 
     chat_template: str | None
 
     def apply_chat_template(
-        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool, **options: Any
     ) -> str: ...
 
 
@@ -47,7 +55,8 @@ class Prompt:
     """One question as it will be asked.
 
     `type` chooses the instruction; `choices` belong to "choice" alone; `passages` are set in the prompt by
-    the modes that show them and empty in the others; `engineered` sets the stronger RAG prompt.
+    the modes that show them and empty in the others; `engineered` sets the stronger RAG prompt; `max_new_tokens` bounds
+    the answer, instead of the format's own length.
     """
 
     question: str
@@ -55,6 +64,7 @@ class Prompt:
     choices: tuple[str, ...] = ()
     passages: tuple[str, ...] = ()
     engineered: bool = False
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -63,42 +73,150 @@ class Prompt:
             raise ValueError(f"question type {self.type!r} is not one of {', '.join(INSTRUCTIONS)}")
         if (self.type == "choice") != bool(self.choices):
             raise ValueError(f"type {self.type!r} with {len(self.choices)} choices: choices go with type 'choice'")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
 
     @property
-    def max_new_tokens(self) -> int:
-        return MAX_NEW_TOKENS[self.type]
+    def options(self) -> tuple[str, ...]:
+        """The answers that are possible, where not everything is."""
+        return {"open": (), "yesno": ("yes", "no"), "choice": self.choices}[self.type]
 
-    def messages(self) -> list[dict[str, str]]:
+    def render(self, tokenizer: ChatTokenizer, format: PromptFormat | None = None) -> str:
+        """The prompt's text in the model's own chat format, up to where the answer begins."""
+        return (format or PromptFormat()).render(self, tokenizer)
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How questions are put: texts with fields in braces, by question type where instructions differ.
+
+    `user` has `{question}` and `{choices}`, `user_with_passages` also `{passages}`; a passage `{number}` and `{text}`,
+    a choice `{letter}` and `{text}`; `plain`, for models without a chat template, `{system}` and `{user}`. An empty
+    `system` is left out.
+    """
+
+    system: Mapping[str, str] = field(default_factory=lambda: dict(INSTRUCTIONS))
+    system_with_passages: Mapping[str, str] = field(default_factory=lambda: dict(WITH_PASSAGES))
+    user: str = "{question}{choices}"
+    user_with_passages: str = "{passages}\n{question}{choices}"
+    passage: str = "Passage {number}: {text}"
+    between_passages: str = "\n"
+    choice: str = "\n{letter}) {text}"
+    answer: str = ""  # what the assistant's turn begins with
+    end: str | None = None  # what ends an answer in training and at query time; None: the tokenizer's end of turn
+    plain: str = "{system}\n{user}\nAnswer:"
+    chat_template: bool = True  # whether the tokenizer's own is used, where it has one
+    template_options: Mapping[str, Any] = field(default_factory=lambda: {"enable_thinking": False})
+    max_new_tokens: Mapping[str, int] = field(default_factory=lambda: dict(MAX_NEW_TOKENS))
+    first_line: bool = True  # whether an answer ends with its line
+
+    def __post_init__(self) -> None:
+        for name in ("system", "system_with_passages", "max_new_tokens"):
+            value, known = getattr(self, name), set(INSTRUCTIONS)
+            if not isinstance(value, Mapping) or set(value) != known:
+                raise DataError(f"the prompt's {name} needs one value for each of {', '.join(sorted(known))}")
+        for name, fields in _FIELDS.items():
+            try:
+                getattr(self, name).format(**dict.fromkeys(fields, ""))
+            except (AttributeError, IndexError, KeyError, ValueError) as error:
+                raise DataError(
+                    f"the prompt's {name} is a text with the fields {', '.join(fields)} in braces ({{{{ for a brace "
+                    f"itself); found {getattr(self, name)!r}: {error!r}"
+                ) from error
+
+    @classmethod
+    def load(cls, path: Path) -> PromptFormat:
+        """Read a JSON object of the fields that differ from the default.
+
+        Raises:
+            DataError: for a file that can't be read, or a field that is none.
+        """
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"can't read the prompt {path}: {error}") from error
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, values: Any) -> PromptFormat:
+        """The format of such an object; of instructions by type those that are missing are the default's."""
+        default = asdict(cls())
+        if not isinstance(values, Mapping) or (unknown := sorted(set(values) - set(default))):
+            what = unknown if isinstance(values, Mapping) else type(values).__name__
+            raise DataError(f"a prompt is an object with some of {', '.join(default)}; found {what}")
+        merged = {
+            name: default[name] | value if name in _BY_TYPE and isinstance(value, Mapping) else value
+            for name, value in values.items()
+        }
+        return cls(**merged)
+
+    def differences(self) -> dict[str, Any]:
+        """The fields that differ from the default, as `of` takes them."""
+        default = asdict(PromptFormat())
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
+
+    def messages(self, prompt: Prompt) -> list[dict[str, str]]:
         """The conversation: the instruction as the system's message, the rest as the user's."""
-        instruction = INSTRUCTIONS[self.type]
         shown: list[dict[str, str]] = []
-        parts = []
-        if self.passages:
-            instruction = f"{CONTEXT_INSTRUCTION} {instruction}"
-            parts += [f"Passage {i}: {text}" for i, text in enumerate(self.passages, 1)]
-        if self.engineered:
-            instruction = f"{ENGINEERED_INSTRUCTION} {INSTRUCTIONS[self.type]}"
-            asked, said = EXAMPLES[self.type]
+        system = (self.system_with_passages if prompt.passages else self.system)[prompt.type]
+        if prompt.engineered:
+            system = f"{ENGINEERED_INSTRUCTION} {self.system[prompt.type]}"
+            asked, said = EXAMPLES[prompt.type]
             shown = [
                 {"role": "user", "content": f"{EXAMPLE_PASSAGE}\n{asked}"}, {"role": "assistant", "content": said}
             ]  # fmt: skip
-        parts.append(self.question)
-        parts += [f"{letter}) {choice}" for letter, choice in zip(_letters(self.choices), self.choices, strict=True)]
-        return [{"role": "system", "content": instruction}, *shown, {"role": "user", "content": "\n".join(parts)}]
+        choices = [self.choice.format(letter=chr(ord("A") + i), text=choice) for i, choice in enumerate(prompt.choices)]
+        parts = {"question": prompt.question, "choices": "".join(choices)}
+        if prompt.passages:
+            passages = [self.passage.format(number=i, text=text) for i, text in enumerate(prompt.passages, 1)]
+            parts["passages"] = self.between_passages.join(passages)
+        user = (self.user_with_passages if prompt.passages else self.user).format(**parts)
+        before = [{"role": "system", "content": system}] if system else []
+        return [*before, *shown, {"role": "user", "content": user}]
 
-    def render(self, tokenizer: ChatTokenizer) -> str:
+    def render(self, prompt: Prompt, tokenizer: ChatTokenizer) -> str:
         """The prompt's text in the model's own chat format, up to where the answer begins."""
-        messages = self.messages()
-        if getattr(tokenizer, "chat_template", None) is None:
-            return "\n".join(message["content"] for message in messages) + "\nAnswer:"
+        messages = self.messages(prompt)
+        if not self.chat_template or getattr(tokenizer, "chat_template", None) is None:
+            system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+            user = "\n".join(message["content"] for message in messages if message["role"] != "system")
+            return self.plain.format(system=system, user=user).removeprefix("\n" if not system else "") + self.answer
+        options = {"tokenize": False, "add_generation_prompt": True, **self.template_options}
         try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template(messages, **options)  # type: ignore[arg-type] # as the template has them
         except Exception as error:  # a template without a system role raises jinja2.TemplateError or ValueError
-            if "system" not in str(error).lower():
+            if "system" not in str(error).lower() or messages[0]["role"] != "system":
                 raise
             merged = {"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}
-            return tokenizer.apply_chat_template([merged, *messages[2:]], tokenize=False, add_generation_prompt=True)
+            text = tokenizer.apply_chat_template([merged, *messages[2:]], **options)  # type: ignore[arg-type]
+        return text + self.answer
+
+    def target(self, tokenizer: Any, answer: str, most: int) -> list[int]:
+        """The token ids that training wants after the prompt: at most so many of the answer, and its end."""
+        ids: list[int] = tokenizer(answer, add_special_tokens=False).input_ids[:most]
+        return [*ids, *self.end_ids(tokenizer)]
+
+    def end_ids(self, tokenizer: Any) -> list[int]:
+        """The tokens of what ends an answer."""
+        if self.end is None:
+            return [tokenizer.eos_token_id]
+        ids: list[int] = tokenizer(self.end, add_special_tokens=False).input_ids
+        return ids
+
+    def said(self, text: str) -> str:
+        """The answer in what the model said: without its thoughts, up to its end."""
+        text = _THOUGHTS.sub("", text).strip()
+        if self.end:
+            text = text.split(self.end)[0].strip()
+        return text.split("\n")[0].strip() if self.first_line else text
 
 
-def _letters(choices: Sequence[str]) -> list[str]:
-    return [chr(ord("A") + i) for i in range(len(choices))]
+PromptFunction = Callable[[Prompt], str]  # a prompt's text of one's own
+_BY_TYPE = ("system", "system_with_passages", "max_new_tokens")
+_FIELDS = {
+    "user": ("question", "choices"),
+    "user_with_passages": ("passages", "question", "choices"),
+    "passage": ("number", "text"),
+    "choice": ("letter", "text"),
+    "plain": ("system", "user"),
+}

@@ -30,6 +30,7 @@ from regrad_qdrant.cli.options import (
     Key,
     Merge,
     Model,
+    PromptFile,
     Sidecar,
     TextPath,
     TopK,
@@ -142,6 +143,7 @@ def evaluation(
     model: Model = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    prompt_file: PromptFile = None,
     codec: CodecName = DEFAULT_CODEC,
     using: Using = None,
     dense: Dense = None,
@@ -168,6 +170,7 @@ def evaluation(
     from regrad_loaders.evaluation.plots import plot
     from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
+    from regrad_qdrant.model.prompts import PromptFormat
 
     chosen = parse_modes(modes, EVALUATION_MODES)
     further = whole_numbers(sweep, "--sweep")
@@ -195,6 +198,7 @@ def evaluation(
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
         "icl_init": icl_init, "ft_direct": fine_tuned["ft-direct"], "ft_rag": fine_tuned["ft-rag"], "sweep": further,
+        "dtype": dtype, "prompt": str(prompt_file) if prompt_file else None,
     }  # fmt: skip
     retrieving = [mode for mode in chosen if retrieves(mode)]
     with ExitStack() as stack:
@@ -206,6 +210,7 @@ def evaluation(
             return store_of(collection, url, path) if passages is not None else existing_store(collection, url, path)
 
         _check_search(opened(), using, dense)
+        asking = None if prompt_file is None else PromptFormat.load(prompt_file)
         initialization, base, tokenizer = load(init, model, device, dtype)
         settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
         found: list[Evaluation] = []
@@ -221,7 +226,9 @@ def evaluation(
                     is_new = collection is None and not bank.store.exists()
                     if is_new:
                         bank.create()
-                    regrad = regrad_of(base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=codec)
+                    regrad = regrad_of(
+                        base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=codec, prompt=asking
+                    )
                     if is_new and passages is not None:
                         add_passages(regrad, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and party.fills:

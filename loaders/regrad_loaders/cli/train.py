@@ -12,6 +12,9 @@ from regrad_qdrant.cli.console import console, errors, progress
 from regrad_qdrant.cli.options import DEFAULT_INIT, Device, Dtype
 from regrad_qdrant.errors import DataError
 
+CODED_TEXTS = 8  # whose atoms say which codec an imported initialization stands
+SAFE = 0.05  # change of an update by a codec, relative to its length
+
 
 def train(
     recipe: Annotated[Path, typer.Option("--recipe", help="YAML file that says everything about the run.")],
@@ -80,19 +83,40 @@ def import_checkpoint(
         str | None, typer.Option("--model", help="Base model, instead of the one that learner_config.json names.")
     ] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Tokens of a document at ingestion.")] = 2048,
+    prompt_file: Annotated[
+        Path | None, typer.Option("--prompt", help="JSON file of the prompt that it was trained with.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
     """Convert a checkpoint of the ReGrad authors' released code into an initialization."""
-    from regrad_loaders.training.released_checkpoint import base_model_of, read
+    from dataclasses import replace
+
+    from regrad_loaders.data.facts import generate
+    from regrad_loaders.training.released_checkpoint import base_model_of, codec_changes, dropout_of, read
     from regrad_qdrant.model.base_model import load_base_model
     from regrad_qdrant.model.identity import BaseModel
+    from regrad_qdrant.model.prompts import PromptFormat
 
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty: choose another --out")
     name = model or base_model_of(checkpoint)
     with console.status(f"Loading {name}"):
-        base, _ = load_base_model(name, device=device, dtype=dtype)
+        base, tokenizer = load_base_model(name, device=device, dtype=dtype)
     initialization = read(checkpoint, BaseModel.of(base, name), max_length=max_length)
+    if prompt_file is not None:
+        initialization = replace(initialization, prompt=PromptFormat.load(prompt_file))
+    with console.status("Trying the codecs"):
+        texts = [passage.text for passage in generate("demo", CODED_TEXTS, 1).passages]
+        changes = codec_changes(initialization, base, tokenizer, texts)
     initialization.save(out)
+    shown = ", ".join(f"{codec} {100 * change:.1f} %" for codec, change in changes.items())
+    safe = next((codec for codec, change in reversed(changes.items()) if change <= SAFE), "fp32")
+    console.print(f"its updates change by codec: {shown}. Ingest with --codec {safe}", highlight=False)
+    if dropout := dropout_of(checkpoint):
+        console.print(f"lora_dropout {dropout} of its training is not used: here nothing is dropped", highlight=False)
+    if prompt_file is None:
+        console.print(
+            "It answers best to the prompt that it was trained with: give that with --prompt FILE", highlight=False
+        )
     console.print(f"{out}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom")

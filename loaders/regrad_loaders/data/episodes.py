@@ -17,9 +17,10 @@ from typing import Any
 
 from regrad_loaders.data.folders import Dataset, Question
 from regrad_qdrant.errors import DataError
-from regrad_qdrant.model.prompts import Prompt
+from regrad_qdrant.model.prompts import Prompt, PromptFormat
 
 RETRIEVAL_DEPTH = 10
+ANSWER_TOKENS = 40  # of an answer that are trained on, without its end
 DRAWS = 100  # of an episode that holds a question, before the data is given up on
 
 
@@ -29,7 +30,7 @@ class Example:
 
     question_id: str
     prompt_ids: list[int]
-    answer_ids: list[int]  # with the end-of-turn token
+    answer_ids: list[int]  # with what ends an answer
     rows: list[int]
     scores: list[float]
 
@@ -58,6 +59,7 @@ class EpisodeSource:
         tokenizer: of the base model.
         passage_tokens: longer passages are cut to a window of this many tokens that holds the answer.
         passages_in_prompt: the share of questions with their passages in the prompt, as in the mode `regrad+icl`.
+        format: how questions are put, and what ends an answer.
     """
 
     def __init__(
@@ -67,10 +69,12 @@ class EpisodeSource:
         tokenizer: Any,
         passage_tokens: int,
         passages_in_prompt: float = 0.0,
+        format: PromptFormat | None = None,
     ) -> None:
         self.name = dataset.name
         self.passages_in_prompt = passages_in_prompt
         self.tokenizer = tokenizer
+        self.format = format or PromptFormat()
         self.passage_tokens = passage_tokens
         self.texts = {passage.id: passage.text for passage in dataset.passages}
         asked = [question for question in questions if question.gold_ids]
@@ -97,7 +101,9 @@ class EpisodeSource:
         return _Entry(question, self._prompt(question), hits)
 
     def _prompt(self, question: Question, passages: tuple[str, ...] = ()) -> list[int]:
-        prompt = Prompt(question.question, question.kind, question.choices, passages).render(self.tokenizer)
+        prompt = Prompt(question.question, question.kind, question.choices, passages).render(
+            self.tokenizer, self.format
+        )
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         return ids
 
@@ -160,11 +166,10 @@ class EpisodeSource:
             best_first = sorted(kept, key=lambda key: -entry.hits[key])
             shown = tuple(self.tokenizer.decode(chosen[key], skip_special_tokens=True) for key in best_first)
             prompt_ids = self._prompt(entry.question, shown)
-        answer = self.tokenizer(rng.choice(entry.question.answers), add_special_tokens=False).input_ids
         return Example(
             question_id=f"{self.name}/{entry.question.id}",
             prompt_ids=prompt_ids,
-            answer_ids=[*answer[:40], self.tokenizer.eos_token_id],
+            answer_ids=self.format.target(self.tokenizer, rng.choice(entry.question.answers), ANSWER_TOKENS),
             rows=[rows[key] for key in kept],
             scores=[entry.hits[key] for key in kept],
         )

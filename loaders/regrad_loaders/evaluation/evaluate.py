@@ -193,6 +193,7 @@ def _of_others(
 
 def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
     said = chosen(answer.text, question.choices)
+    gold = [chosen(answer, question.choices) for answer in question.answers]  # letters, or the choices' texts
     return Prediction(
         id=question.id,
         mode=answer.mode,
@@ -201,9 +202,9 @@ def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
         question=question.question,
         answers=question.answers,
         prediction=answer.text,
-        f1=f1(said, question.answers),
-        em=exact_match(said, question.answers),
-        accuracy=accuracy(said, question.answers),
+        f1=f1(said, gold),
+        em=exact_match(said, gold),
+        accuracy=accuracy(said, gold),
         hits=tuple(hit.document_id for hit in answer.hits),
         seconds=seconds,
         prompt_tokens=answer.prompt_tokens,

@@ -48,7 +48,11 @@ class MetaLearner(nn.Module):
         self.lora_b = nn.ParameterList(lora_weight(layers[name], "lora_B").requires_grad_(True) for name in self.names)
         bases = [live.modules[name].basis for name in self.names]
         self.basis = nn.ParameterList(nn.Parameter(basis.clone()) for basis in bases if basis is not None)
-        self.log_step_size = nn.Parameter(self._log_step_sizes(step_size_mode), step_size_mode != "fixed")
+        start = self._first_step_sizes(step_size_mode)
+        self.register_buffer(
+            "step_size_sign", start.sign(), persistent=False
+        )  # released checkpoints have negative ones
+        self.log_step_size = nn.Parameter(start.abs().log(), step_size_mode != "fixed")
         self.log_temperature = nn.Parameter(self.lora_a[0].new_tensor(math.log(initialization.merge.temperature)))
         self.space = SPACES[initialization.kind](self.plug_in_modules())
 
@@ -61,22 +65,22 @@ class MetaLearner(nn.Module):
             for name, a, b, u in zip(self.names, self.lora_a, self.lora_b, bases, strict=True)
         }
 
-    def _log_step_sizes(self, mode: str) -> Tensor:
-        """Where log α starts: one for all tensors, one for each, or one for each number."""
+    def _first_step_sizes(self, mode: str) -> Tensor:
+        """Where α starts: one for all tensors, one for each, or one for each number. Training moves its logarithm."""
         start = self.initialization
         sizes = start.flat_step_sizes().to(self.lora_a[0])
-        if bool((sizes <= 0).any()):
-            raise InitializationError("training learns log α: it can't go on from step sizes that are not positive")
+        if bool((sizes == 0).any()):
+            raise InitializationError("training learns log |α|: it can't go on from a step size of 0")
         if mode == "full" or (mode == "fixed" and start.has_full_step_sizes):
-            return sizes.log()
+            return sizes
         if start.has_full_step_sizes:
             raise InitializationError("the initialization has a step size for every number: go on in the mode full")
-        of_tensors = sizes.new_tensor([start.step_sizes[name] for name in start.space.shapes]).log()
-        return of_tensors.mean().unsqueeze(0) if mode == "one" else of_tensors
+        of_tensors = sizes.new_tensor([start.step_sizes[name] for name in start.space.shapes])
+        return of_tensors.abs().log().mean().exp().unsqueeze(0) if mode == "one" else of_tensors
 
     def step_sizes(self) -> dict[str, Tensor]:
         """α of each tensor of the space: one number, or its shape in the mode `full`."""
-        sizes = self.log_step_size.exp()
+        sizes = self.step_size_sign * self.log_step_size.exp()
         if len(sizes) == self.space.numel:
             return self.space.unflatten(sizes)
         return dict(zip(self.space.shapes, sizes.expand(len(self.space.shapes)), strict=True))
@@ -229,6 +233,7 @@ class MetaLearner(nn.Module):
             merge=self._learned_merge(),
             passages_in_prompt=start.passages_in_prompt,
             rank_stabilized=start.rank_stabilized,
+            prompt=start.prompt,
             card=dict(card),
         )
 

@@ -13,6 +13,15 @@ from regrad_loaders.data.folders import Dataset, Question, read_folder
 from regrad_loaders.data.hub import read_hub
 from regrad_loaders.training.recipe import Recipe, Source
 from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.initialization import MetaInitialization
+from regrad_qdrant.model.prompts import PromptFormat
+
+
+def prompt_of(recipe: Recipe) -> PromptFormat:
+    """The prompt that the recipe trains with: its own, that of what it starts from, or the default."""
+    if recipe.prompt is not None:
+        return PromptFormat.load(Path(recipe.prompt))
+    return PromptFormat() if recipe.start is None else MetaInitialization.load(recipe.start).prompt
 
 
 def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:
@@ -25,7 +34,7 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
         if source.cloze:
             questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
-        sources.append(EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
+        sources.append(_episodes(recipe, dataset, questions, tokenizer))
     return sources, [source.weight for source in recipe.data]
 
 
@@ -41,8 +50,14 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
         questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
         if questions:
             chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
-            sources.append(EpisodeSource(dataset, chosen, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt))
+            sources.append(_episodes(recipe, dataset, chosen, tokenizer))
     return sources
+
+
+def _episodes(recipe: Recipe, dataset: Dataset, questions: list[Question], tokenizer: Any) -> EpisodeSource:
+    return EpisodeSource(
+        dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt, prompt_of(recipe)
+    )
 
 
 def _dataset(recipe: Recipe, source: Source) -> Dataset:

@@ -59,6 +59,7 @@ class Recipe:
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     averaged_with: str | None = None  # a second one of the same shape: training begins with the mean of the two
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
+    prompt: str | None = None  # JSON file of a prompt format; None: that of `start`, or the default
     passages_in_prompt: float = 0.0  # of this share of the questions; true, of all: for regrad+icl
     atoms: bool = True  # false: plain fine-tuning of φ₀ on the answers, the baseline that ReGrad is compared with
     step_size_mode: str = "tensor"  # α: one for each tensor, `one` for all, `full`: one for each number; `fixed`

@@ -12,20 +12,22 @@ Their prompts differ from ours, and an initialization answers best to the prompt
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from regrad_qdrant.answer.adapter import Adapter
+from regrad_qdrant.atoms.codecs.registry import CODECS
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import InitializationError
+from regrad_qdrant.model.gradients import BATCH_TOKENS
 from regrad_qdrant.model.identity import BaseModel
-from regrad_qdrant.model.initialization import MetaInitialization
+from regrad_qdrant.model.initialization import MetaInitialization, scaling_of
 from regrad_qdrant.model.space import LoraModule
 
 MAX_LENGTH = 2048  # tokens of a document, in their code
@@ -58,7 +60,8 @@ def read(folder: Path, base: BaseModel, *, max_length: int = MAX_LENGTH) -> Meta
     rank, lora_alpha = int(peft.get("r", 8)), int(peft.get("lora_alpha", 8))
     if peft.get("use_dora") or peft.get("rank_pattern") or peft.get("alpha_pattern"):
         raise InitializationError(f"{folder / 'peft_config.json'}: only plain LoRA of one rank can be imported")
-    scaling = lora_alpha / (math.sqrt(rank) if peft.get("use_rslora") else rank)
+    rank_stabilized = bool(peft.get("use_rslora"))
+    scaling = scaling_of(lora_alpha, rank, rank_stabilized)
     modules = {
         name: LoraModule(parts["lora_A"], parts["lora_B"], scaling)
         for name, parts in sorted(weights.items(), key=_order)
@@ -79,8 +82,35 @@ def read(folder: Path, base: BaseModel, *, max_length: int = MAX_LENGTH) -> Meta
         step_sizes=sizes,
         max_length=max_length,
         merge=MergeRule("sum", 1.0),
+        rank_stabilized=rank_stabilized,
         card={"imported_from": "a checkpoint of the authors' code", "peft_config": peft, "learner_config": learner},
     )
+
+
+def dropout_of(folder: Path) -> float:
+    """lora_dropout of the checkpoint's training."""
+    return float(_json(folder / "peft_config.json").get("lora_dropout") or 0.0)
+
+
+def codec_changes(
+    initialization: MetaInitialization, model: nn.Module, tokenizer: Any, texts: Sequence[str]
+) -> dict[str, float]:
+    """How much each codec changes the updates of these texts, ‖α ⊙ (ĝ − g)‖ / ‖α ⊙ g‖ in the mean, the finest first.
+
+    An initialization that no training has read through a codec may not stand what it leaves out.
+    """
+    adapter = Adapter(model, initialization, check_model=False)
+    try:
+        gradients = adapter.gradients(tokenizer)
+        atoms = gradients.atoms_in_batches([gradients.encode(text) for text in texts], BATCH_TOKENS)
+    finally:
+        adapter.release()
+    sizes, layout = initialization.flat_step_sizes(), initialization.space.layout
+    changes = {}
+    for name, codec in sorted(CODECS.items(), key=lambda item: -item[1].size(layout)):
+        read = torch.stack([codec.decode(parts, layout) for parts in codec.encode(atoms, layout)])
+        changes[name] = float((((read - atoms) * sizes).norm(dim=1) / (atoms * sizes).norm(dim=1)).mean())
+    return changes
 
 
 def base_model_of(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.training.average import mean_of
 from regrad_loaders.training.calibration import calibrate
 from regrad_loaders.training.meta_learner import MetaLearner
+from regrad_loaders.training.mixture import prompt_of
 from regrad_loaders.training.narrow import narrow, values_of
 from regrad_loaders.training.recipe import Recipe
 from regrad_qdrant.atoms.merge import MergeRule
@@ -49,7 +50,7 @@ def begin(recipe: Recipe, model: nn.Module, base: BaseModel, sources: Sequence[E
             max_length=recipe.max_length,
             passages_in_prompt=recipe.passages_in_prompt > 0,
         )
-        return replace(made, merge=MergeRule(recipe.merge, recipe.temperature))
+        return replace(made, merge=MergeRule(recipe.merge, recipe.temperature), prompt=prompt_of(recipe))
     start = MetaInitialization.load(recipe.start)
     if recipe.averaged_with is not None:
         start = mean_of(start, MetaInitialization.load(recipe.averaged_with))
@@ -74,7 +75,8 @@ def begin(recipe: Recipe, model: nn.Module, base: BaseModel, sources: Sequence[E
     if differing:
         raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
     merge = MergeRule(recipe.merge, start.merge.temperature)
-    return replace(start, merge=merge, passages_in_prompt=recipe.passages_in_prompt > 0)
+    passages_in_prompt = recipe.passages_in_prompt > 0
+    return replace(start, merge=merge, passages_in_prompt=passages_in_prompt, prompt=prompt_of(recipe))
 
 
 def fresh(
@@ -106,7 +108,7 @@ def fresh(
     chosen = adapted_layers(model, targets, layers)
     modules = {}
     for name, linear in chosen.items():
-        weight = linear.weight.detach().float()
+        weight = plain_weight(linear)
         if max(rank, basis_rank) > min(weight.shape):
             raise InitializationError(f"rank {max(rank, basis_rank)} is larger than {name} is: {tuple(weight.shape)}")
         left, _, right = torch.linalg.svd(weight, full_matrices=False)
@@ -120,6 +122,16 @@ def fresh(
     return MetaInitialization(
         base, kind, lora_alpha, modules, step_sizes, max_length, passages_in_prompt=passages_in_prompt
     )
+
+
+def plain_weight(linear: nn.Module) -> Tensor:
+    """A linear layer's weight (d_out, d_in) as float32 on the processor, of a 4-bit layer as its codes say."""
+    weight: Any = linear.weight
+    if getattr(weight, "quant_state", None) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = dequantize_4bit(weight.data, weight.quant_state)
+    return cast("Tensor", weight.detach().float().cpu())
 
 
 def adapted_layers(model: nn.Module, targets: Sequence[str], layers: Sequence[int]) -> dict[str, nn.Linear]:
@@ -186,7 +198,7 @@ def _sample_atoms(
         found: list[Tensor] = []
         while len(found) < SAMPLE:
             episode = source.episode(rng, recipe.passages, 1, recipe.top_k)
-            found += learner.space.flatten(learner.atoms(episode.passages, create_graph=False)[0])
+            found += learner.space.flatten(learner.atoms(episode.passages, create_graph=False)[0]).cpu()
         rows = torch.stack(found)
         atoms.append(rows / rows.norm(dim=1).mean())
     learner.model[0].unload()

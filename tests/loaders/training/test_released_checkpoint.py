@@ -2,18 +2,23 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_model
 from peft import LoraConfig, get_peft_model
+from qdrant_client import QdrantClient
 
-from regrad_loaders.training.released_checkpoint import read
-from regrad_qdrant import Adapter
+from regrad_loaders.training.meta_learner import MetaLearner
+from regrad_loaders.training.released_checkpoint import codec_changes, dropout_of, read
+from regrad_qdrant import Adapter, Document, GradientBank, MergeRule, ReGrad
+from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.cli import app as cli
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.initialization import MetaInitialization
+from regrad_qdrant.model.prompts import PromptFormat
 
 TARGETS = ["gate_proj", "up_proj", "down_proj"]
 
@@ -118,3 +123,83 @@ def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
     torch.save({"x": Evil()}, tmp_path / "meta_state_dict.pth")
     with pytest.raises(InitializationError, match="tensors alone"):
         read(tmp_path, BaseModel.of(tiny_model(), "tiny"))
+
+
+def test_rank_stabilized_negative_and_dropped_inputs_come_along(tmp_path, tokenizer):
+    """What the released code can learn, ours must load again, train on from, and speak of."""
+    theirs, state = written(tmp_path, use_rslora=True, lora_dropout=0.05)
+    for name in [key for key in state if key.startswith("alpha_")][::2]:
+        state[name] = torch.nn.Parameter(-state[name].detach())
+    torch.save(state, tmp_path / "meta_state_dict.pth")
+    model = tiny_model()
+    initialization = read(tmp_path, BaseModel.of(model, "tiny"))
+    initialization.save(tmp_path / "ours")
+    again = MetaInitialization.load(tmp_path / "ours")
+    with Adapter(model, again).initial(), torch.no_grad():
+        found = model(torch.arange(3, 20).unsqueeze(0)).logits
+    for layer in (module for module in theirs.modules() if hasattr(module, "scaling")):
+        layer.scaling["default"] = 4.0
+    torch.testing.assert_close(found, theirs(torch.arange(3, 20).unsqueeze(0)).logits, rtol=0, atol=1e-5)
+    model = tiny_model()
+    assert again.fingerprint == initialization.fingerprint and again.rank_stabilized
+    assert next(iter(again.modules.values())).scaling == pytest.approx(8 / 2)  # α / √r
+    learner = MetaLearner(model, again, "sum")
+    sizes = [float(size) for size in learner.step_sizes().values()]
+    assert min(sizes) < 0 < max(sizes)
+    assert sizes == pytest.approx(list(map(float, again.step_sizes.values())))
+    learner.model[0].unload()
+    assert dropout_of(tmp_path) == 0.05
+    changes = codec_changes(again, model, tokenizer, ["Ida works as a baker.", "Noor is a diver."])
+    assert changes["fp32"] < 1e-6 < changes["int8"] < 0.05 < changes["sign"]
+    assert again.trained_codecs == ("fp32",)
+
+
+def test_under_its_own_prompt_its_answers_are_those_of_its_own_code_one_for_one(tmp_path, tokenizer):
+    """The whole query by hand: their prompt, their sum of gradients, plain PEFT and greedy tokens."""
+    theirs, state = written(tmp_path)
+    own = {
+        "system": {"open": ""}, "system_with_passages": {"open": ""}, "user": "Q: {question}{choices}",
+        "user_with_passages": "{passages} || Q: {question}", "passage": "[{number}] {text}", "answer": "A:",
+    }  # fmt: skip
+    (tmp_path / "prompt.json").write_text(json.dumps(own))
+    model = tiny_model()
+    initialization = replace(
+        read(tmp_path, BaseModel.of(model, "tiny")), prompt=PromptFormat.load(tmp_path / "prompt.json")
+    )
+    texts = ["Ida Corvand works as a baker in Aalborg.", "Noor Vasky is a diver.", "Orla Finch plays the harp."]
+    with GradientBank(QdrantClient(":memory:"), "docs", initialization.fingerprint) as bank:
+        bank.create()
+        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(texts))
+        regrad = ReGrad(model, tokenizer, bank, initialization, merge=MergeRule("sum"))
+        attach_atoms(bank, regrad.gradients, "fp32")
+        for question in ("Who is Ida Corvand?", "What does Noor Vasky do?"):
+            for mode in ("regrad", "regrad+icl"):
+                answer = regrad.answer(question, mode=mode, top_k=2, max_new_tokens=8)
+                shares = [answer.weights[hit.id] for hit in answer.hits]
+                passages = [hit.text for hit in answer.hits]
+                shown = "\n".join(f"[{i}] {text}" for i, text in enumerate(passages, 1))
+                asked = f"Q: {question}" if mode == "regrad" else f"{shown} || Q: {question}"
+                prompt = f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\nA:"
+                assert answer.text == by_hand(theirs, state, tokenizer, passages, shares, prompt)
+
+
+def by_hand(theirs, state, tokenizer, passages, shares, prompt):
+    named = {name: p for name, p in theirs.named_parameters() if "lora_" in name}
+    before = {name: p.detach().clone() for name, p in named.items()}
+    change = {name: torch.zeros_like(p) for name, p in named.items()}
+    for text, share in zip(passages, shares, strict=True):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        grads = torch.autograd.grad(
+            theirs(input_ids=ids, labels=ids).loss, [p.requires_grad_() for p in named.values()]
+        )
+        for name, grad in zip(named, grads, strict=True):
+            change[name] -= (
+                share * state[f"alpha_base_model-{name.removeprefix('base_model.').replace('.', '-')}"].detach() * grad
+            )
+    for name, parameter in named.items():
+        parameter.data = before[name] + change[name]
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
+    said = theirs.generate(input_ids=ids, do_sample=False, max_new_tokens=8, pad_token_id=2)[0, ids.shape[1] :]
+    for name, parameter in named.items():
+        parameter.data = before[name]
+    return tokenizer.decode(said, skip_special_tokens=True).strip().split("\n")[0].strip()

@@ -1,0 +1,180 @@
+"""What the model says: ends, greed, options, streams, prompts of one's own."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from conftest import state_of, tiny_initialization, tiny_model
+
+from regrad_qdrant import Document, GradientBank, Prompt, Query, ReGrad
+from regrad_qdrant.answer.generation import Asking, choose, generate
+from regrad_qdrant.bank.ingest import attach_atoms
+from regrad_qdrant.errors import DataError, RegradError
+from regrad_qdrant.model.prompts import PromptFormat
+
+TEXTS = ["Ida Corvand works as a baker in Aalborg.", "Noor Vasky is a diver.", "Orla Finch plays the harp."]
+
+
+@pytest.fixture
+def regrad(model, tokenizer, tmp_path):
+    initialization = tiny_initialization(model)
+    with GradientBank.open(tmp_path, "docs", initialization.fingerprint) as bank:
+        bank.create()
+        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+        with ReGrad(model, tokenizer, bank, initialization) as regrad:
+            attach_atoms(bank, regrad.gradients, "int8")
+            yield regrad
+
+
+def ids_of(model, tokenizer, prompt, format=None):
+    ids = tokenizer(prompt.render(tokenizer, format), return_tensors="pt", add_special_tokens=False).input_ids
+    return ids, model.generate(ids, do_sample=False, max_new_tokens=24, pad_token_id=2)[0, ids.shape[1] :].tolist()
+
+
+def test_an_answer_ends_at_every_token_that_the_model_names(model, tokenizer):
+    prompt = Prompt("Who is Ida?")
+    _, said = ids_of(model, tokenizer, prompt)
+    third = said[2]
+    model.generation_config.eos_token_id = [2, third]
+    [found] = generate(model, tokenizer, [prompt])
+    assert found.text == tokenizer.decode(said[: said.index(third)], skip_special_tokens=True).strip().split("\n")[0]
+    assert model.generation_config.eos_token_id == [2, third]
+
+
+def test_greedy_is_greedy_whatever_the_models_own_generation_config_says(model, tokenizer):
+    prompt = Prompt("Who is Ida?")
+    [plain] = generate(model, tokenizer, [prompt])
+    config = model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size, config.do_sample = 5.0, 1, True
+    assert generate(model, tokenizer, [prompt]) == [plain]
+    assert model.generation_config is config and config.repetition_penalty == 5.0
+
+
+def test_options_are_chosen_by_the_mean_log_probability_of_their_tokens_and_end(model, tokenizer):
+    prompts = [Prompt("Is it so?", "yesno"), Prompt("Which?", "choice", ("a red house", "blue", "the sea"))]
+    for prompt, found in zip(prompts, choose(model, tokenizer, prompts), strict=True):
+        scores = {}
+        for option in prompt.options:
+            ids = tokenizer(prompt.render(tokenizer), add_special_tokens=False).input_ids
+            target = [*tokenizer(option, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            logits = model(input_ids=torch.tensor([ids + target])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            scores[option] = float(logits[range(len(target)), target].mean())
+        assert found.text == max(scores, key=scores.get)
+
+
+@pytest.mark.parametrize("mode", ["direct", "rag", "regrad", "regrad+icl", "init"])
+def test_a_question_with_options_is_answered_with_one_of_them_alone_and_in_a_batch(regrad, mode):
+    asked = [
+        Query("Is Ida a baker?", mode, "yesno"),
+        Query("What is Noor?", mode),
+        Query("What does Orla play?", mode, "choice", ("harp", "horn", "bells", "drum")),
+    ]
+    before = state_of(regrad.adapter)
+    together = regrad.answer_many(asked, top_k=2)
+    alone = [regrad.answer(a.question, mode=mode, type=a.type, choices=a.choices, top_k=2) for a in asked]
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert together[0].text in ("yes", "no") and together[2].text in asked[2].choices
+    assert state_of(regrad.adapter) == before
+
+
+def test_a_stream_is_the_answer_in_pieces_and_restores_on_every_way_out(regrad, tokenizer):
+    expected = regrad.answer("What is Noor?", top_k=2)
+    before = state_of(regrad.adapter)
+    stream = regrad.stream("What is Noor?", top_k=2)
+    pieces = list(stream)
+    assert "".join(pieces) == stream.answer.text == expected.text and len(pieces) > 1
+    assert stream.answer.weights == expected.weights and state_of(regrad.adapter) == before
+    with regrad.stream(Query("What is Noor?", max_new_tokens=60)) as broken:
+        next(iter(broken))
+    assert state_of(regrad.adapter) == before and regrad.answer("What is Noor?", top_k=2).text == expected.text
+    assert "".join(regrad.stream(Query("Is Noor here?", type="yesno"))) in ("yes", "no")
+    with pytest.raises(RegradError, match="mode"):
+        regrad.stream(Query("What?", "loud"))
+
+
+def test_what_fails_while_streaming_reaches_the_reader(regrad, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(regrad.adapter.model.get_base_model(), "generate", fail)
+    before = state_of(regrad.adapter)
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(regrad.stream("What is Noor?"))
+    assert state_of(regrad.adapter) == before
+
+
+def test_the_answers_length_and_the_whole_prompt_can_be_ones_own(model, tokenizer, regrad):
+    longest = regrad.answer("Who?", mode="direct", max_new_tokens=40).text
+    assert longest.startswith(regrad.answer("Who?", mode="direct", max_new_tokens=3).text)
+    asked = []
+    own = ReGrad(
+        model, tokenizer, regrad.bank, regrad.initialization, prompt=lambda p: asked.append(p) or "Q:" + p.question
+    )
+    answer = own.answer("Who is Ida?", mode="rag", top_k=1)
+    assert answer.prompt_tokens == len(tokenizer("Q:Who is Ida?", add_special_tokens=False).input_ids)
+    assert asked[0].passages == (TEXTS[0],)
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        own.answer("Who?", max_new_tokens=0)
+
+
+def test_thoughts_are_no_answer():
+    format = PromptFormat()
+    assert format.said("<think>\nHm, Ida.\n</think>\n\nA baker\nIndeed") == "A baker"
+    assert format.said("<think>never ending") == ""
+    assert PromptFormat(first_line=False, end="##").said("two\nlines ## rest") == "two\nlines"
+
+
+def test_a_format_is_data_and_says_what_it_needs(tokenizer, tmp_path):
+    values = {
+        "system": {"open": "Reply briefly."},
+        "user": "Question: {question}{choices}",
+        "answer": "It is ",
+        "end": ".",
+    }
+    (tmp_path / "prompt.json").write_text(json.dumps(values))
+    format = PromptFormat.load(tmp_path / "prompt.json")
+    text = Prompt("Who?").render(tokenizer, format)
+    assert (
+        text
+        == "<|im_start|>system\nReply briefly.<|im_end|>\n<|im_start|>user\nQuestion: Who?<|im_end|>\n<|im_start|>assistant\nIt is "
+    )
+    assert format.target(tokenizer, "Ida", 40) == tokenizer("Ida").input_ids + tokenizer(".").input_ids
+    assert PromptFormat.of(format.differences()) == format and PromptFormat().differences() == {}
+    for wrong in ({"user": "{query}"}, {"system": {"essay": "x"}}, {"colour": 1}, [], {"user": 3}):
+        with pytest.raises(DataError):
+            PromptFormat.of(wrong)
+
+
+def test_an_initialization_keeps_its_prompt(initialization, tmp_path):
+    from dataclasses import replace
+
+    from regrad_qdrant import MetaInitialization
+
+    own = replace(initialization, prompt=PromptFormat(user="Q: {question}{choices}"))
+    own.save(tmp_path)
+    assert MetaInitialization.load(tmp_path).prompt == own.prompt
+    assert own.fingerprint == initialization.fingerprint  # atoms do not depend on it
+
+
+def test_an_answer_names_what_was_skipped(regrad):
+    [hit] = regrad.bank.search("Noor diver", 1)
+    regrad.bank.store.delete_keys([f"{regrad.bank.payload_key}"], id_filter(hit.id))
+    with pytest.warns(UserWarning, match="has no atom"):
+        answer = regrad.answer("Noor diver", top_k=2)
+    assert list(answer.skipped) == [hit.id] and "has no atom" in answer.skipped[hit.id]
+    assert hit.id not in answer.weights
+
+
+def id_filter(key):
+    from qdrant_client import models
+
+    return models.Filter(must=[models.HasIdCondition(has_id=[key])])
+
+
+def test_an_asking_renders_alike_for_one_and_many(model, tokenizer):
+    prompts = [Prompt(q) for q in ("Who?", "Where is the harbour of Aalborg?")]
+    asking = Asking(PromptFormat(end="\n"))
+    together = generate(model, tokenizer, prompts, asking)
+    assert together == list(itertools.chain(*(generate(model, tokenizer, [p], asking) for p in prompts)))
+    assert tiny_model().generation_config.eos_token_id == 2
