@@ -135,10 +135,8 @@ def test_a_format_is_data_and_says_what_it_needs(tokenizer, tmp_path):
     (tmp_path / "prompt.json").write_text(json.dumps(values))
     format = PromptFormat.load(tmp_path / "prompt.json")
     text = Prompt("Who?").render(tokenizer, format)
-    assert (
-        text
-        == "<|im_start|>system\nReply briefly.<|im_end|>\n<|im_start|>user\nQuestion: Who?<|im_end|>\n<|im_start|>assistant\nIt is "
-    )
+    assert text.startswith("<|im_start|>system\nReply briefly.<|im_end|>\n<|im_start|>user\nQuestion: Who?<|im_end|>")
+    assert text.endswith("<|im_start|>assistant\nIt is ")
     assert format.target(tokenizer, "Ida", 40) == tokenizer("Ida").input_ids + tokenizer(".").input_ids
     assert PromptFormat.of(format.differences()) == format and PromptFormat().differences() == {}
     for wrong in ({"user": "{query}"}, {"system": {"essay": "x"}}, {"colour": 1}, [], {"user": 3}):
