@@ -143,8 +143,8 @@ def ingest(
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
         if codec != "fp32" and codec not in initialization.trained_codecs:
             console.print(
-                f"Trained through {', '.join(initialization.trained_codecs)}, not through {codec}, which may change what "
-                "atoms do: compare with regrad-qdrant eval --codec",
+                f"Trained through {', '.join(initialization.trained_codecs)}, not through {codec}: what atoms do may "
+                "change; compare with regrad-qdrant eval --codec",
                 style="yellow",
                 highlight=False,
             )

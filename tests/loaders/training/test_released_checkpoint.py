@@ -144,7 +144,7 @@ def test_rank_stabilized_negative_and_dropped_inputs_come_along(tmp_path, tokeni
     assert again.fingerprint == initialization.fingerprint and again.rank_stabilized
     assert next(iter(again.modules.values())).scaling == pytest.approx(8 / 2)  # α / √r
     learner = MetaLearner(model, again, "sum")
-    sizes = [float(size) for size in learner.step_sizes().values()]
+    sizes = [float(size.detach()) for size in learner.step_sizes().values()]
     assert min(sizes) < 0 < max(sizes)
     assert sizes == pytest.approx(list(map(float, again.step_sizes.values())))
     learner.model[0].unload()
