@@ -139,27 +139,25 @@ class Filling:
 
     def _computed(self, hits: Sequence[Hit]) -> tuple[list[tuple[Hit, Record]], dict[PointId, str]]:
         """The atoms of the hits' texts, coded as ingestion codes them; and of those that can have none, why."""
-        encoded: list[tuple[Hit, EncodedDocument]] = []
+        encoded: list[tuple[Hit, list[EncodedDocument]]] = []
         refused: dict[PointId, str] = {}
         for hit in hits:
             try:
-                encoded.append((hit, self.gradients.encode(hit.text)))
+                encoded.append((hit, self.gradients.windows(hit.text)))
             except DataError as error:
                 refused[hit.id] = f"can have no atom: {error}"
         if not encoded:
             return [], refused
-        flat = self.gradients.atoms_in_batches([document for _, document in encoded], BATCH_TOKENS)
-        finite = flat.isfinite().all(dim=1)
-        kept = []
-        for (hit, _), good in zip(encoded, finite.tolist(), strict=True):
-            if good:
-                kept.append(hit)
+        flat = self.gradients.atoms_in_batches([window for _, windows in encoded for window in windows], BATCH_TOKENS)
+        computed, layout = [], self.adapter.space.layout
+        for (hit, windows), atoms in zip(encoded, flat.split([len(windows) for _, windows in encoded]), strict=True):
+            if bool(atoms.isfinite().all()):
+                spans = [[window.span for window in windows]]
+                records = make_records(atoms, [hit.text], self.bank.space, self.policy.codec, layout, spans)
+                computed.append((hit, records[0]))
             else:
                 refused[hit.id] = "can have no atom: its gradient is not finite"
-        records = make_records(
-            flat[finite], [hit.text for hit in kept], self.bank.space, self.policy.codec, self.adapter.space.layout
-        )
-        return list(zip(kept, records, strict=True)), refused
+        return computed, refused
 
 
 MISSING = "has no atom of this initialization: run regrad-qdrant ingest"

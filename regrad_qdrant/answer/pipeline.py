@@ -19,9 +19,10 @@ from regrad_qdrant.answer.generation import Asking, Generated, choose, generate
 from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, WITHOUT_DOCUMENTS, Answer, Mode, Query, Timings
 from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
-from regrad_qdrant.atoms.merge import length_weight
+from regrad_qdrant.atoms.merge import MergeRule, length_weight
 from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.bank.documents import relevances
+from regrad_qdrant.bank.embed import Bm25
 from regrad_qdrant.errors import BankError, DataError, RecordError, WrongSpaceError
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType
 
@@ -29,13 +30,14 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter
     from torch import Tensor, nn
 
-    from regrad_qdrant.atoms.merge import MergeRule
+    from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.bank.async_bank import AsyncGradientBank
     from regrad_qdrant.bank.documents import Hit
     from regrad_qdrant.bank.stores.base import PointId, Vector
     from regrad_qdrant.model.initialization import MetaInitialization
 
 LONG = 1000  # characters of a text that surely has more tokens than a short one
+NEGLIGIBLE = 1e-3  # share of a window that is left out
 SEARCHERS = 8  # threads that search for `aanswer` over a bank that has no asyncio of its own
 
 
@@ -388,7 +390,7 @@ class ReGrad:
                 merged.append(_Merged(None, {}, one.notes, {}))
                 continue
             documents = next(usable)
-            total = self._sum(replace(documents, notes=[*one.notes, *documents.notes]))
+            total = self._sum(replace(documents, notes=[*one.notes, *documents.notes]), one.asked.question)
             if one.hits and not total.weights:
                 total.notes.append("none of the retrieved documents has a usable atom: answering with φ₀ alone")
             merged.append(total)
@@ -409,12 +411,35 @@ class ReGrad:
         except DataError:
             return 1.0
 
-    def _sum(self, usable: Usable) -> _Merged:
+    def window_weights(self, question: str, windows: Sequence[str]) -> list[float]:
+        """The shares of a long text's windows: that which the question is about counts in full, the others as the merge
+        rule lets documents of such BM25 scores; all alike where none has a word of it."""
+        embedder = self.bank.embedders.get("bm25")
+        scores = (embedder if isinstance(embedder, Bm25) else Bm25()).scores(question, windows)
+        if max(scores) <= 0:
+            return [1 / len(windows)] * len(windows)
+        rule = self.merge if self.merge.rule != "sum" else MergeRule("top1")
+        return rule.weights(scores)
+
+    def _windows(self, hits: Sequence[Hit], weights: Sequence[float], question: str) -> list[tuple[Record, float]]:
+        """The atoms to sum, with their weights: of a text in windows those that count."""
+        chosen: list[tuple[Record, float]] = []
+        for hit, weight in zip(hits, weights, strict=True):
+            if hit.record is None:
+                continue
+            shares = [1.0]
+            if hit.record.rest:
+                shares = self.window_weights(question, [hit.text[start:end] for start, end in hit.record.spans])
+            pairs = zip(hit.record.windows(), shares, strict=True)
+            chosen += [(window, weight * share) for window, share in pairs if share > NEGLIGIBLE]
+        return chosen
+
+    def _sum(self, usable: Usable, question: str) -> _Merged:
         """The sum of these hits' atoms; those that turn out to be damaged are left out, recomputed or refused."""
         hits, weights = usable.hits, self.weights(usable.hits)
-        records = [hit.record for hit in hits if hit.record is not None]
+        atoms = self._windows(hits, weights, question)
         try:
-            total = self.adapter.decode(records, weights)
+            total = self.adapter.decode([atom for atom, _ in atoms], [weight for _, weight in atoms])
             applied = {hit.id: weight for hit, weight in zip(hits, weights, strict=True)}
             return _Merged(total, applied, usable.notes, usable.skipped)
         except RecordError:
@@ -422,7 +447,7 @@ class ReGrad:
                 raise
         examined = [replace(hit, damaged=self._damage(hit)) for hit in hits]
         [left] = self.filling.usable([examined], [False])
-        return self._sum(Usable(left.hits, [*usable.notes, *left.notes], usable.skipped | left.skipped))
+        return self._sum(Usable(left.hits, [*usable.notes, *left.notes], usable.skipped | left.skipped), question)
 
     def _damage(self, hit: Hit) -> str | None:
         """Why a hit's record can't be decoded."""

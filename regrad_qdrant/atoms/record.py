@@ -1,6 +1,7 @@
 """The record: what stands under the payload key of a point.
 
     {"v": 1, "space": "<fingerprint>", "sha": "<of the text>", "codec": "sign", "atom": "<base64 text>"}
+    {"v": 2, …, "atoms": ["<base64 text>", …], "spans": [[0, 812], …]}    of a text longer than one gradient sees
 
 `atom` is base64(zstd(msgpack({part: bytes}))). Reading one trusts nothing: the size that the frame declares is
 checked before a byte is decompressed, zstd's own checksum guards the content, and msgpack yields bytes only.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
+WINDOWED = 2  # the version of records that hold an atom for each window of a long text
+VERSIONS = (VERSION, WINDOWED)
 DEFAULT_KEY = "regrad"
 ENVELOPE_BYTES = 256  # of msgpack around the parts, at most
 ZSTD_LEVEL = 3
@@ -42,16 +46,27 @@ ZSTD_LEVEL = 3
 
 @dataclass(frozen=True)
 class Record:
-    """One stored atom, still packed."""
+    """One stored atom, still packed; of a long text one for each of its windows."""
 
     space: str  # fingerprint of the meta-initialization
     sha: str  # text_sha of the text that it was computed from
     codec: str
-    atom: str  # base64 text
+    atom: str  # base64 text; of several windows the first one's
+    rest: tuple[str, ...] = ()  # the other windows' atoms
+    spans: tuple[tuple[int, int], ...] = ()  # of several windows the characters of each: first, and one past the last
 
     def to_payload(self) -> dict[str, Any]:
         """The value for the payload key."""
-        return {"v": VERSION, "space": self.space, "sha": self.sha, "codec": self.codec, "atom": self.atom}
+        shared = {"space": self.space, "sha": self.sha, "codec": self.codec}
+        if not self.rest:
+            return {"v": VERSION, **shared, "atom": self.atom}
+        return {"v": WINDOWED, **shared, "atoms": [self.atom, *self.rest], "spans": [list(span) for span in self.spans]}
+
+    def windows(self) -> list[Record]:
+        """A record of each window's atom; of a text that is one window, this one alone."""
+        if not self.rest:
+            return [self]
+        return [Record(self.space, self.sha, self.codec, atom) for atom in (self.atom, *self.rest)]
 
     @property
     def payload_bytes(self) -> int:
@@ -70,18 +85,22 @@ class Record:
             raise RecordError(
                 f"expected a record (an object with v, space, sha, codec, atom), found {type(value).__name__}"
             )
-        if value.get("v") != VERSION or isinstance(value.get("v"), bool):
+        if value.get("v") not in VERSIONS or isinstance(value.get("v"), bool):
             raise RecordVersionError(
-                f"the record has version {value.get('v')!r}, this regrad-qdrant reads version {VERSION}"
+                f"the record has version {value.get('v')!r}, this regrad-qdrant reads versions "
+                f"{' and '.join(map(str, VERSIONS))}"
             )
-        fields = {name: value.get(name) for name in ("space", "sha", "codec", "atom")}
+        atoms, spans = _windows_of(value) if value["v"] == WINDOWED else ([value.get("atom")], ())
+        fields = {**{name: value.get(name) for name in ("space", "sha", "codec")}, "atom": atoms[0]}
         wrong = [name for name, text in fields.items() if not isinstance(text, str)]
         if wrong:
             raise RecordError(f"the record's fields {', '.join(wrong)} are missing or no text")
-        return cls(**{name: str(text) for name, text in fields.items()})
+        texts = {name: str(text) for name, text in fields.items()}
+        return cls(**texts, rest=tuple(map(str, atoms[1:])), spans=spans)
 
     def parts(self, fingerprint: str, layout: AtomLayout) -> dict[str, bytes]:
-        """Unpack the codec's parts of an atom of this layout, within the memory that these can take.
+        """Unpack the codec's parts of an atom of this layout, within the memory that these can take. Of several windows
+        these are the first one's: `windows` has them apart.
 
         Raises:
             WrongSpaceError: if the atom was computed in another space than `fingerprint`.
@@ -96,12 +115,15 @@ class Record:
         return _unpack(_decompress(_from_base64(self.atom, limit), limit), limit)
 
     def decode(self, fingerprint: str, layout: AtomLayout) -> Tensor:
-        """The atom's numbers (numel,) float32.
+        """The atom's numbers (numel,) float32; of several windows their mean.
 
         Raises:
             WrongSpaceError: if the atom was computed in another space than `fingerprint`.
             RecordError: one of its kinds, if the record is damaged.
         """
+        windows = self.windows()
+        if len(windows) > 1:
+            return decode_sum([self], [1.0], fingerprint, layout)
         return _finite(get_codec(self.codec).decode(self.parts(fingerprint, layout), layout))
 
     def recoded(self, codec: str, fingerprint: str, layout: AtomLayout) -> Record:
@@ -110,14 +132,18 @@ class Record:
         Raises:
             RecordError: as `decode`.
         """
-        [parts] = get_codec(codec).encode(self.decode(fingerprint, layout).unsqueeze(0), layout)
-        return replace(self, codec=codec, atom=_pack(parts))
+        import torch
+
+        flat = torch.stack([window.decode(fingerprint, layout) for window in self.windows()])
+        atom, *rest = map(_pack, get_codec(codec).encode(flat, layout))
+        return replace(self, codec=codec, atom=atom, rest=tuple(rest))
 
 
 def decode_sum(
     records: Sequence[Record], weights: Sequence[float], fingerprint: str, layout: AtomLayout, device: Any = None
 ) -> Tensor:
-    """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on `device`; zeros for no records.
+    """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on `device`; zeros for no records. A record of several windows
+    counts with their mean: `windows` has them apart.
 
     Every record is unpacked and checked before the first is decoded. They may be of several codecs.
 
@@ -128,7 +154,9 @@ def decode_sum(
 
     by_codec: dict[str, list[tuple[dict[str, bytes], float]]] = {}
     for record, weight in zip(records, weights, strict=True):
-        by_codec.setdefault(record.codec, []).append((record.parts(fingerprint, layout), weight))
+        windows = record.windows()
+        of_codec = by_codec.setdefault(record.codec, [])
+        of_codec += [(window.parts(fingerprint, layout), weight / len(windows)) for window in windows]
     total = torch.zeros(layout.numel, device=device)
     for name, atoms in by_codec.items():
         parts, of_parts = zip(*atoms, strict=True)
@@ -143,19 +171,43 @@ def _finite(atom: Tensor) -> Tensor:
 
 
 def make_records(
-    flat: Tensor, texts: Sequence[str], fingerprint: str, codec: str, layout: AtomLayout | None = None
+    flat: Tensor,
+    texts: Sequence[str],
+    fingerprint: str,
+    codec: str,
+    layout: AtomLayout | None = None,
+    spans: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> list[Record]:
-    """Records of a batch of atoms (batch, numel) and the texts that they were computed from.
+    """Records of a batch of atoms and the texts that they were computed from.
 
     Args:
+        flat: (batch, numel), one for each text; or one for each of its windows, text by text.
         layout: of the atoms' space; without one, the numbers have no structure that a codec could use.
+        spans: of each text, the characters of each window.
     """
     layout = layout or AtomLayout.flat(flat.shape[1])
     coder: Codec = get_codec(codec)
-    return [
-        Record(fingerprint, text_sha(text), codec, _pack(parts))
-        for parts, text in zip(coder.encode(flat, layout), texts, strict=True)
-    ]
+    packed = map(_pack, coder.encode(flat, layout))
+    records = []
+    for text, of_text in zip(texts, spans or [[(0, 0)]] * len(texts), strict=True):
+        atom, *rest = itertools.islice(packed, len(of_text))
+        records.append(Record(fingerprint, text_sha(text), codec, atom, tuple(rest), tuple(of_text) if rest else ()))
+    return records
+
+
+def _windows_of(value: Mapping[str, Any]) -> tuple[list[Any], tuple[tuple[int, int], ...]]:
+    """The atoms and spans of a record of several windows.
+
+    Raises:
+        RecordError: if they are not several, or do not fit each other.
+    """
+    atoms, spans = value.get("atoms"), value.get("spans")
+    good = isinstance(atoms, list) and isinstance(spans, list) and len(atoms) == len(spans) > 1
+    if good and all(isinstance(atom, str) for atom in atoms or ()):
+        found = [tuple(span) for span in spans or () if isinstance(span, list) and list(map(type, span)) == [int, int]]
+        if len(found) == len(spans or ()) and all(0 <= start <= end for start, end in found):
+            return atoms or [], tuple((start, end) for start, end in found)
+    raise RecordError("the record's atoms and spans are missing, or do not fit each other")
 
 
 def text_sha(text: str) -> str:

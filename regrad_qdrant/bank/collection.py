@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from regrad_qdrant.atoms.record import DEFAULT_KEY, VERSION, Record, text_sha
+from regrad_qdrant.atoms.record import DEFAULT_KEY, VERSIONS, Record, text_sha
 from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bank.layouts import CORPUS, SUSPECTS, Layout, detect, json_path, keys_of, value_at
 from regrad_qdrant.bank.stores.base import (
@@ -272,7 +272,7 @@ class AtomCollection:
             return "gone"
         value = point.payload[self.payload_key]
         if (
-            value.get("v") != VERSION
+            value.get("v") not in VERSIONS
             or not isinstance(value.get("sha"), str)
             or not isinstance(value.get("codec"), str)
         ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -80,6 +81,17 @@ class Bm25:
 
     def query(self, text: str) -> Vector:
         return self._sparse(self._model.embed_query(text))
+
+    def scores(self, query: str, texts: Sequence[str]) -> list[float]:
+        """BM25 of a question against a few texts, their own rarity of words counted over these texts alone."""
+        words = self._model.embed_query(query)
+        rows = [dict(zip(row.indices, row.values, strict=True)) for row in map(self._model.embed_document, texts)]
+        total = [0.0] * len(texts)
+        for word in words.indices:
+            having = sum(word in row for row in rows)
+            rarity = math.log(1 + (len(rows) - having + 0.5) / (having + 0.5))
+            total = [score + rarity * row.get(word, 0.0) for score, row in zip(total, rows, strict=True)]
+        return total
 
     @staticmethod
     def _sparse(vector: Any) -> SparseVector:

@@ -23,7 +23,7 @@ from regrad_qdrant.model.memory import give_back_memory
 if TYPE_CHECKING:
     from torch import Tensor
 
-LongTexts = Literal["truncate", "window", "skip"]
+LongTexts = Literal["window", "truncate", "skip"]
 
 PAGE = 256  # points looked up at a time; within a page, documents are sorted by length
 WAITING = 2  # batches that may wait to be coded and written while the next one's gradients are computed
@@ -40,7 +40,7 @@ class IngestReport:
     passed_over: int = 0  # computed, but the point was gone or changed by then; the next run does them
     present: int = 0  # atoms that were there already and fit their text
     truncated: int = 0  # texts over max_length whose beginning alone the atom is of
-    windowed: int = 0  # … whose atom is the sum of several windows'
+    windowed: int = 0  # … that have an atom of each of their windows
     too_long: int = 0  # … that got no atom, as asked (`skip`)
     without_text: int = 0  # points that can have no atom
     skipped: dict[str, str] = field(default_factory=dict)  # document id → why it has no atom
@@ -80,7 +80,7 @@ def attach_atoms(
     on_progress: Callable[[int, int], None] = lambda _points, _bytes: None,
     *,
     batch_tokens: int = BATCH_TOKENS,
-    long_texts: LongTexts = "truncate",
+    long_texts: LongTexts = "window",
     replace: bool = False,
 ) -> IngestReport:
     """Compute and attach the atom of every point that lacks one, or whose text has changed since.
@@ -88,8 +88,8 @@ def attach_atoms(
     Args:
         on_progress: called with the number of points just dealt with, and the bytes written for them.
         batch_tokens: bound of one gradient batch, with its padding.
-        long_texts: what a text over `max_length` tokens gets: the atom of its beginning (`truncate`), the sum of the
-            atoms of all its windows (`window`), or none (`skip`).
+        long_texts: what a text over `max_length` tokens gets: an atom of each of its windows, of which a question
+            chooses (`window`), the atom of its beginning (`truncate`), or none (`skip`).
         replace: write over atoms of other spaces under the same payload key.
 
     Raises:
@@ -147,8 +147,8 @@ class _Open:
     """A point whose windows are being computed."""
 
     hit: Hit
-    windows: int  # still to come
-    total: Tensor | None = None  # (numel,) of those that were computed
+    windows: list[EncodedDocument]
+    atoms: dict[int, Tensor] = field(default_factory=dict)  # of the windows that were computed, (numel,) each
 
 
 @dataclass
@@ -182,21 +182,20 @@ class _Ingestion:
 
     def attach(self, page: Sequence[Hit]) -> None:
         """The atoms of one page of points, batch by batch of windows of like length."""
-        windows: list[tuple[_Open, EncodedDocument]] = []
+        windows: list[tuple[_Open, int]] = []
         for hit in page:
-            found = self._windows(hit)
-            opened = _Open(hit, len(found))
-            windows += [(opened, window) for window in found]
-            if not found:
+            opened = _Open(hit, self._windows(hit))
+            windows += [(opened, i) for i in range(len(opened.windows))]
+            if not opened.windows:
                 self.on_progress(1, 0)
-        for batch in batches([len(window.ids) for _, window in windows], self.batch_tokens):
-            atoms = self.gradients.atoms([windows[i][1] for i in batch])
+        for batch in batches([len(opened.windows[i].ids) for opened, i in windows], self.batch_tokens):
+            chosen = [windows[j] for j in batch]
             whole = []
-            for atom, i in zip(atoms, batch, strict=True):
-                opened = windows[i][0]
-                opened.total = atom if opened.total is None else opened.total + atom
-                opened.windows -= 1
-                if opened.windows == 0:
+            for atom, (opened, i) in zip(
+                self.gradients.atoms([opened.windows[i] for opened, i in chosen]), chosen, strict=True
+            ):
+                opened.atoms[i] = atom
+                if len(opened.atoms) == len(opened.windows):
                     whole.append(opened)
             if self.bank.atoms.one_thread:
                 self._sent += self._put(whole)
@@ -207,7 +206,7 @@ class _Ingestion:
             give_back_memory()
 
     def _windows(self, hit: Hit) -> list[EncodedDocument]:
-        """What of a text its atom is computed from: one window or several; none where it gets no atom."""
+        """What of a text its atoms are computed from: one window or several; none where it gets no atom."""
         if not hit.text:
             self.report.without_text += 1
             return []
@@ -227,23 +226,23 @@ class _Ingestion:
 
     def _put(self, whole: Sequence[_Open]) -> list[PointId]:
         size = 0
-        finite: list[tuple[Hit, Tensor]] = []
+        finite: list[_Open] = []
         for opened in whole:
-            if opened.total is not None and bool(opened.total.isfinite().all()):
-                finite.append((opened.hit, opened.total))
+            if all(bool(atom.isfinite().all()) for atom in opened.atoms.values()):
+                finite.append(opened)
             else:
                 self.report.skipped[str(opened.hit.document_id)] = "its gradient is not finite"
+        hits = [opened.hit for opened in finite]
         if finite:
             import torch
 
-            hits = [hit for hit, _ in finite]
-            flat = torch.stack([atom for _, atom in finite])
-            records = make_records(
-                flat, [hit.text for hit in hits], self.bank.space, self.codec, self.gradients.space.layout
-            )
+            flat = torch.stack([opened.atoms[i] for opened in finite for i in range(len(opened.windows))])
+            spans = [[window.span for window in opened.windows] for opened in finite]
+            texts = [hit.text for hit in hits]
+            records = make_records(flat, texts, self.bank.space, self.codec, self.gradients.space.layout, spans)
             self.bank.put(zip(hits, records, strict=True))
             self.report.atoms_written += len(hits)  # those that the bank passed over are taken off at the end
             size = sum(json_bytes(record.to_payload()) for record in records)
             self.report.bytes_written += size
         self.on_progress(len(whole), size)
-        return [hit.id for hit, _ in finite]
+        return [hit.id for hit in hits]

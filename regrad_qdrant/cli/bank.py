@@ -98,10 +98,10 @@ def ingest(
         str,
         typer.Option(
             "--long-texts",
-            help="A text over the initialization's max_length: truncate it, window (the sum of the atoms of all its "
-            "windows), or skip it.",
+            help="A text over the initialization's max_length: window (an atom of each window, of which a question "
+            "chooses), truncate or skip it.",
         ),
-    ] = "truncate",
+    ] = "window",
     replace: Annotated[
         bool, typer.Option("--replace", help="Write over atoms of another initialization under the same payload key.")
     ] = False,

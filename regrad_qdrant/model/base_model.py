@@ -97,7 +97,7 @@ def _precision(dtype: str | torch.dtype, device: str) -> dict[str, Any]:
         raise InitializationError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     if dtype == "nf4":
         if importlib.util.find_spec("bitsandbytes") is None:
-            raise MissingExtraError("4 bits need bitsandbytes: pip install 'regrad-qdrant[nf4]'")
+            raise MissingExtraError("4 bits need bitsandbytes: pip install 'regrad-qdrant[bitsandbytes]'")
         from transformers import BitsAndBytesConfig
 
         compute = torch.float32 if device == "cpu" and not multiplies_16_bits_faster() else torch.bfloat16

@@ -69,6 +69,7 @@ class EncodedDocument:
 
     ids: list[int]
     truncated: bool  # the text had more than `max_length` tokens
+    span: tuple[int, int] = (0, 0)  # of a window, its characters in the text
 
 
 class GradientComputer:
@@ -112,11 +113,26 @@ class GradientComputer:
             DataError: as `encode`.
         """
         ids = self._ids(text)
+        if len(ids) <= self.max_length:
+            return [EncodedDocument(ids, False, (0, len(text)))]
         start = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         rest = ids[len(start) :]
         count = math.ceil(len(rest) / (self.max_length - len(start)))
         size = math.ceil(len(rest) / count)
-        return [EncodedDocument(start + rest[at : at + size], False) for at in range(0, len(rest), size)]
+        firsts = range(0, len(rest), size)
+        bounds = [0, *self._begins(text, [len(start) + first for first in firsts][1:]), len(text)]
+        return [
+            EncodedDocument(start + rest[first : first + size], False, (begin, end))
+            for first, begin, end in zip(firsts, bounds, bounds[1:], strict=False)
+        ]
+
+    def _begins(self, text: str, tokens: Sequence[int]) -> list[int]:
+        """The characters that these tokens of the text begin with."""
+        if self.tokenizer.is_fast:
+            offsets = self.tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
+            return [int(offsets[token][0]) for token in tokens]
+        ids = self._ids(text)  # no offsets: what the tokens before them say is about as long
+        return [min(len(text), len(self.tokenizer.decode(ids[:token], skip_special_tokens=True))) for token in tokens]
 
     def _ids(self, text: str) -> list[int]:
         try:

@@ -9,6 +9,7 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.data.facts import generate
 from regrad_qdrant import Adapter, Document, GradientBank
+from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank import ingest
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import point_id
@@ -32,7 +33,9 @@ def bank(store, initialization):
 
 
 def atoms_of(bank):
-    return {p.payload["id"]: p.payload["regrad"]["atom"] for p in bank.store.scroll(None, 100, None, True)[0]}
+    found = bank.store.scroll(None, 100, None, True)[0]
+    records = {p.payload["id"]: Record.from_payload(p.payload["regrad"]) for p in found}
+    return {key: (record.atom, *record.rest) for key, record in records.items()}
 
 
 def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
@@ -44,7 +47,7 @@ def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
     assert sum(points) == 20 and sum(sizes) == report.bytes_written == 20 * bank.status().bytes_median
     for passage in PASSAGES[:5]:
         [hit] = bank.fetch([point_id(passage.id)])
-        expected = gradients.atoms([gradients.encode(passage.text)])[0]
+        expected = gradients.atoms(gradients.windows(passage.text)).mean(0)
         found = hit.record.decode(bank.space, gradients.space.layout)
         assert (found - expected).norm() <= 1e-4 * expected.norm()
 
@@ -145,7 +148,7 @@ def test_a_collection_without_any_text_is_an_error_that_names_its_fields(bank, g
 def test_truncated_texts_are_counted(bank, gradients):
     long = Passage("long", PASSAGES[0].text * 9, {"id": "long", "text": PASSAGES[0].text * 9})
     add_corpus(bank, [long, Passage("short", "Ida is a judge.", {"id": "short", "text": "Ida is a judge."})], gradients)
-    assert attach_atoms(bank, gradients, "int4").truncated == 1
+    assert attach_atoms(bank, gradients, "int4", long_texts="truncate").truncated == 1
 
 
 def test_a_text_of_one_token_is_refused_before_anything_is_written(bank, gradients):
@@ -182,7 +185,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_named(bank, gradients, mon
     assert report.atoms_written == 2 and list(report.skipped.values()) == ["its gradient is not finite"]
 
 
-def test_long_texts_are_truncated_summed_over_windows_or_skipped(bank, gradients):
+def test_long_texts_get_an_atom_of_each_window_or_are_truncated_or_skipped(bank, gradients):
     texts = {"long": " ".join(p.text for p in PASSAGES[:4]), "short": "Ida plays the harp."}
     long, short = (Passage(key, text, {"id": key, "text": text}) for key, text in texts.items())
     add_corpus(bank, [long, short], gradients)
@@ -193,10 +196,17 @@ def test_long_texts_are_truncated_summed_over_windows_or_skipped(bank, gradients
     windows = gradients.windows(long.text)
     assert len(windows) > 2 and [i for w in windows for i in w.ids] == gradients.tokenizer(long.text).input_ids
     assert max(len(w.ids) for w in windows) - min(len(w.ids) for w in windows) < len(windows)
+    assert "".join(long.text[slice(*w.span)] for w in windows) == long.text
     [hit] = bank.fetch([point_id("long")])
-    expected = gradients.atoms(windows).sum(0)
-    torch.testing.assert_close(hit.record.decode(bank.space, gradients.space.layout), expected, rtol=1e-3, atol=1e-5)
-    with pytest.raises(DataError, match="'fold' is not one of truncate, window, skip"):
+    expected, layout = gradients.atoms(windows), gradients.space.layout
+    found = torch.stack([window.decode(bank.space, layout) for window in hit.record.windows()])
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+    assert hit.record.spans == tuple(window.span for window in windows)
+    torch.testing.assert_close(hit.record.decode(bank.space, layout), expected.mean(0), rtol=1e-3, atol=1e-5)
+    assert bank.status().stale == bank.status().damaged == 0 and attach_atoms(bank, gradients, "fp32").present == 2
+    assert bank.recode("int8", layout).recoded == 2
+    assert bank.fetch([point_id("long")])[0].record.spans == hit.record.spans
+    with pytest.raises(DataError, match="'fold' is not one of window, truncate, skip"):
         attach_atoms(bank, gradients, "fp32", long_texts="fold")
 
 

@@ -350,9 +350,13 @@ def test_a_wrong_model_is_refused(run, folder, tmp_path):
     assert not (tmp_path / "bank" / "docs").exists()
 
 
-def test_a_long_text_is_truncated_and_counted(run, tmp_path):
+def test_a_long_text_gets_its_windows_or_is_truncated_and_counted(run, tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps({"id": "a", "text": "Ida works as a baker. " * 60}))
     code, out, _ = run("ingest", "--corpus", "long.jsonl", "--collection", "docs", "--path", "bank")
+    assert code == 0 and "1 in windows" in out
+    code, out, _ = run(
+        "ingest", "--corpus", "long.jsonl", "--collection", "other", "--path", "bank", "--long-texts", "truncate"
+    )
     assert code == 0 and "1 truncated" in out
 
 
