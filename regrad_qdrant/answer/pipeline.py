@@ -19,7 +19,7 @@ from regrad_qdrant.answer.generation import Asking, Generated, choose, generate
 from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, WITHOUT_DOCUMENTS, Answer, Mode, Query, Timings
 from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
-from regrad_qdrant.atoms.merge import MergeRule, length_weight
+from regrad_qdrant.atoms.merge import length_weight, window_shares
 from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.bank.documents import relevances
 from regrad_qdrant.bank.embed import Bm25
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter
     from torch import Tensor, nn
 
+    from regrad_qdrant.atoms.merge import MergeRule
     from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.bank.async_bank import AsyncGradientBank
     from regrad_qdrant.bank.documents import Hit
@@ -412,14 +413,9 @@ class ReGrad:
             return 1.0
 
     def window_weights(self, question: str, windows: Sequence[str]) -> list[float]:
-        """The shares of a long text's windows: that which the question is about counts in full, the others as the merge
-        rule lets documents of such BM25 scores; all alike where none has a word of it."""
+        """The shares of a long text's windows (`merge.window_shares`), by the BM25 of the bank's language."""
         embedder = self.bank.embedders.get("bm25")
-        scores = (embedder if isinstance(embedder, Bm25) else Bm25()).scores(question, windows)
-        if max(scores) <= 0:
-            return [1 / len(windows)] * len(windows)
-        rule = self.merge if self.merge.rule != "sum" else MergeRule("top1")
-        return rule.weights(scores)
+        return window_shares(self.merge, (embedder if isinstance(embedder, Bm25) else Bm25()).scores(question, windows))
 
     def _windows(self, hits: Sequence[Hit], weights: Sequence[float], question: str) -> list[tuple[Record, float]]:
         """The atoms to sum, with their weights: of a text in windows those that count."""

@@ -61,6 +61,15 @@ class MergeRule:
         return [float(weight) for weight in weights[0]]
 
 
+def window_shares(rule: MergeRule, scores: Sequence[float]) -> list[float]:
+    """The shares of a long text's windows: that which the question is about counts in full, the others as the rule lets
+    documents of such BM25 scores. All alike where none has a word of it; under `sum` the first counts alone.
+    """
+    if max(scores) <= 0:
+        return [1 / len(scores)] * len(scores)
+    return (MergeRule("top1") if rule.rule == "sum" else rule).weights(scores)
+
+
 def merge_weights(rule: str, scores: Tensor, present: Tensor, temperature: Tensor) -> Tensor:
     """The weights of a batch of queries, differentiable in the temperature.
 

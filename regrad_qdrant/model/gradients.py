@@ -106,18 +106,22 @@ class GradientComputer:
         ids = self._ids(text)
         return EncodedDocument(ids[: self.max_length], len(ids) > self.max_length)
 
-    def windows(self, text: str) -> list[EncodedDocument]:
+    def windows(self, text: str, most: int | None = None) -> list[EncodedDocument]:
         """The whole text in as few windows of like length as it needs; each begins as a text does (BOS).
+
+        Args:
+            most: tokens of a window; `max_length` by default.
 
         Raises:
             DataError: as `encode`.
         """
         ids = self._ids(text)
-        if len(ids) <= self.max_length:
+        most = most or self.max_length
+        if len(ids) <= most:
             return [EncodedDocument(ids, False, (0, len(text)))]
         start = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         rest = ids[len(start) :]
-        count = math.ceil(len(rest) / (self.max_length - len(start)))
+        count = math.ceil(len(rest) / (most - len(start)))
         size = math.ceil(len(rest) / count)
         firsts = range(0, len(rest), size)
         bounds = [0, *self._begins(text, [len(start) + first for first in firsts][1:]), len(text)]

@@ -141,6 +141,10 @@ class AtomBench:
         atoms = self.gradients.atoms_in_batches(documents, BATCH_TOKENS, on_progress)
         return atoms, 1000 * (time.perf_counter() - started) / len(texts)
 
+    def count(self, text: str) -> int:
+        """Tokens of a text."""
+        return len(self.tokenizer(text, verbose=False).input_ids)
+
     def answers(self, questions: Sequence[Question], updates: Tensor) -> list[str]:
         """What the model says to each question with its own row of `updates` (questions, numel)."""
         said: list[str] = []

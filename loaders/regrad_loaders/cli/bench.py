@@ -234,6 +234,50 @@ def lengths(
     write_json(json_out, report(rows, {"command": "bench lengths", "init": init, "codec": codec, "limit": limit}))
 
 
+@bench.command()
+def positions(
+    data: Annotated[Path, typer.Option("--data", help="Folder of a data set: corpus.jsonl and qa.jsonl.")],
+    init: Init = DEFAULT_INIT,
+    codec: CodecName = DEFAULT_CODEC,
+    split: Annotated[str, typer.Option("--split", help="Only questions of this split.")] = "dev",
+    limit: Annotated[int, typer.Option("--limit", min=4, help="Questions a length.")] = 48,
+    window_tokens: Annotated[
+        int | None, typer.Option("--window-tokens", min=8, help="Of a window; the initialization's max_length.")
+    ] = None,
+    json_out: JsonOut = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot", help="Write F1 by position to this PNG or SVG.")] = None,
+) -> None:
+    """Questions about any part of long documents: an atom a window, their mean, or the document's beginning."""
+    from regrad_loaders.bench.atoms import AtomBench
+    from regrad_loaders.bench.positions import LENGTHS, WAYS, plot, report, study
+    from regrad_loaders.data.folders import read_folder
+    from regrad_loaders.evaluation.plan import select
+    from regrad_qdrant.atoms.codecs.registry import get_codec
+
+    get_codec(codec)
+    check_outputs(json_out, plot_out)
+    dataset = read_folder(data)
+    there = {passage.id for passage in dataset.passages}
+    chosen = [question for question in select(dataset.questions, split) if question.kind == "open"]
+    asked = [question for question in chosen if question.gold_ids and question.gold_ids[0] in there][:limit]
+    if not asked:
+        raise DataError(f"{data}: no open question of split {split!r} names a gold passage of its corpus")
+    initialization, model, tokenizer = load(init, None)
+    with progress("Lengths", len(LENGTHS)) as advance:
+        rows = study(AtomBench(init, initialization, model, tokenizer), dataset, asked, codec, window_tokens, advance)
+    table = Table(title=f"{init}; {len(asked)} questions of {dataset.name}, one document each")
+    for heading in ("tokens", *WAYS):
+        table.add_column(heading, justify="right")
+    for tokens in LENGTHS:
+        whole = {row.way: row.f1 for row in rows if row.tokens == tokens and row.part is None}
+        table.add_row(str(tokens), *(whole[way].in_percent() for way in WAYS))
+    console.print(table)
+    if plot_out is not None:
+        plot(rows, plot_out)
+    settings = {"command": "bench positions", "init": init, "set": dataset.name, "split": split, "codec": codec}
+    write_json(json_out, report(rows, settings | {"limit": limit, "window_tokens": window_tokens}))
+
+
 for command in COMMANDS:
     bench.command()(command)
 
