@@ -243,7 +243,7 @@ def _mixed(base: nn.Module, forward: Callable[..., Tensor], bare: Sequence[bool]
     import torch
 
     def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = torch.tensor(bare, device=x.device)
+        plain = torch.tensor(bare).to(x.device)
         if x.dim() == 2:
             plain = plain.repeat_interleave(len(x) // len(bare))
         return torch.where(plain.view(-1, *[1] * (x.dim() - 1)), base(x, *args, **kwargs), forward(x, *args, **kwargs))
