@@ -94,10 +94,15 @@ class Trainer:
         if self.recipe.step_size is not None or self.recipe.start is not None:
             return []
         rng = random.Random(self.recipe.seed + 1)
-        size, table = calibrate(self.learner, [self._draw(rng).passages[i] for i in (0, -1) for _ in range(4)])
+        with self._precision():
+            size, table = calibrate(self.learner, [self._draw(rng).passages[i] for i in (0, -1) for _ in range(4)])
         with torch.no_grad():
             self.learner.log_step_size.fill_(math.log(size))
         return table
+
+    def _precision(self) -> torch.autocast:
+        """The block in which the model computes, in training and evaluation alike."""
+        return torch.autocast(self.learner.device.type, torch.bfloat16, enabled=self.recipe.autocast)
 
     def _draw(self, rng: random.Random) -> Episode:
         source = rng.choices(self.sources, self.weights)[0]
@@ -113,7 +118,7 @@ class Trainer:
             times = [time.perf_counter()]
             rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
             episode, codec = self._draw(rng), rng.choice(recipe.codecs)
-            with torch.autocast(self.learner.device.type, torch.bfloat16, enabled=recipe.autocast):
+            with self._precision():
                 rows = self.learner.episode_updates(episode, codec, order) if recipe.atoms else None
                 times.append(time.perf_counter())
                 found, right = self.learner.answer_losses(episode.examples, rows)
@@ -208,11 +213,12 @@ class Trainer:
                 episode = source.episode(rng, self.recipe.passages, self.recipe.questions_per_passage, [3])
                 updates: list[dict[str, Tensor] | None] = [None, None]  # right and wrong ones
                 if self.recipe.atoms:
-                    atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
+                    with self._precision():
+                        atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
                     shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
                     with torch.no_grad():
                         updates = [self.learner.updates(episode.examples, either) for either in (atoms, shifted)]
-                with torch.no_grad():
+                with torch.no_grad(), self._precision():
                     (loss, exact), (_, random_exact) = (
                         self.learner.answer_losses(episode.examples, either) for either in updates
                     )

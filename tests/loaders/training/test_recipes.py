@@ -1,0 +1,50 @@
+"""The recipes that ship: each can be read, and those of larger models run on a tiny one of the same names."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from regrad_loaders.training.recipe import Recipe, Source
+from regrad_loaders.training.trainer import run
+from regrad_qdrant import MetaInitialization
+from regrad_qdrant.model.identity import BaseModel
+
+RECIPES = sorted((Path(__file__).parents[3] / "loaders" / "recipes").glob("*.yaml"))
+LLAMAS = [path for path in RECIPES if path.name.startswith("llama")]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_is_one(path):
+    assert Recipe.load(path).name == path.stem
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("path", LLAMAS, ids=lambda path: path.stem)
+def test_a_llamas_recipe_runs_from_calibration_through_evaluation_and_a_resumed_checkpoint(
+    path, dtype, tokenizer, tmp_path
+):
+    """Its space, layers, codecs, schedule and precision as they are; fewer and shorter passages."""
+    recipe = Recipe.load(path)
+    recipe = replace(
+        recipe, rank=4, basis_rank=min(recipe.basis_rank, 4), data=(Source(1.0, facts={"people": 12, "seed": 5}),),
+        passages=3, passage_tokens=48, accumulate=1, steps=3, evaluate_every=2, checkpoint_every=1, max_length=64,
+    )  # fmt: skip
+
+    def trained(steps, resume=False):
+        torch.manual_seed(0)
+        layers = recipe.layers[1] + 1
+        model = LlamaForCausalLM(LlamaConfig(**TINY | {"num_hidden_layers": layers})).to(dtype).eval()
+        model.requires_grad_(False)
+        base = BaseModel.of(model, "tiny")
+        return run(replace(recipe, steps=steps), model, tokenizer, base, tmp_path / "run", resume=resume)
+
+    made = trained(3)
+    assert made.fingerprint == MetaInitialization.load(tmp_path / "run" / "initialization").fingerprint
+    assert made.layers == list(range(recipe.layers[0], recipe.layers[1] + 1))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert '"calibration"' in lines and lines.count('"evaluation"') == 2 and "NaN" not in lines
+    assert trained(3, resume=True).fingerprint == made.fingerprint
