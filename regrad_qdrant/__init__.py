@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.model.base_model import load_base_model
     from regrad_qdrant.model.gradients import GradientComputer
     from regrad_qdrant.model.initialization import MetaInitialization
-    from regrad_qdrant.model.prompts import Prompt
+    from regrad_qdrant.model.prompts import Prompt, PromptFormat
 
 __version__ = "0.1.0"
 
@@ -48,6 +48,7 @@ _MODULES = {
     "MergeRule": "atoms.merge",
     "MetaInitialization": "model.initialization",
     "Prompt": "model.prompts",
+    "PromptFormat": "model.prompts",
     "Query": "answer.query",
     "ReGrad": "answer.pipeline",
     "Record": "atoms.record",
@@ -69,6 +70,7 @@ __all__ = [
     "MergeRule",
     "MetaInitialization",
     "Prompt",
+    "PromptFormat",
     "Query",
     "ReGrad",
     "Record",

@@ -7,8 +7,8 @@ import regrad_qdrant
 def test_public_names():
     assert regrad_qdrant.__all__ == [
         "Adapter", "Answer", "AsyncGradientBank", "Bm25", "DenseEmbedder", "Document", "GradientBank",
-        "GradientComputer", "Hit", "Layout", "MergeRule", "MetaInitialization", "Prompt", "Query", "ReGrad", "Record",
-        "RegradError", "load_base_model",
+        "GradientComputer", "Hit", "Layout", "MergeRule", "MetaInitialization", "Prompt", "PromptFormat", "Query",
+        "ReGrad", "Record", "RegradError", "load_base_model",
     ]  # fmt: skip
     for name in regrad_qdrant.__all__:
         assert getattr(regrad_qdrant, name).__name__ == name

@@ -15,6 +15,8 @@ from regrad_qdrant.cli.console import console, progress
 from regrad_qdrant.cli.options import (
     DEFAULT_INIT,
     CodecName,
+    Device,
+    Dtype,
     Init,
     JsonOut,
     check_outputs,
@@ -54,6 +56,8 @@ def atoms(
     top_k: Annotated[str, typer.Option("--top-k", "-k", help="Comma-separated.")] = "1,3,5,10",
     split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 100,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Write the curve to this PNG or SVG file.")] = None,
 ) -> None:
@@ -70,7 +74,7 @@ def atoms(
     cells: list[Cell] = []
     times: list[Times] = []
     for name in chosen:
-        initialization, model, tokenizer = load(name, None)
+        initialization, model, tokenizer = load(name, None, device, dtype)
         measured = AtomBench(name, initialization, model, tokenizer)
         for task in tasks:
             passages = len({key for hits in task.hits for key in hits})
@@ -110,6 +114,8 @@ def merge(
     codec: CodecName = DEFAULT_CODEC,
     split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 60,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json_out: JsonOut = None,
 ) -> None:
     """Interference: the gold passage alone, among what BM25 returns beside it, and among random documents.
@@ -132,7 +138,7 @@ def merge(
     tasks = [_task(name, split, limit, max(ks), gold=True) for name in sets or ["facts"]]
     chosen, rows = inits or [DEFAULT_INIT], list[Merged]()
     for name in chosen:
-        initialization, model, tokenizer = load(name, None)
+        initialization, model, tokenizer = load(name, None, device, dtype)
         measured = AtomBench(name, initialization, model, tokenizer)
         temperature = initialization.merge.temperature
         for task in tasks:
@@ -172,6 +178,8 @@ def scores(
     codec: CodecName = DEFAULT_CODEC,
     split: Annotated[str, typer.Option("--split", help="Which questions.")] = "dev",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a set.")] = 60,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json_out: JsonOut = None,
 ) -> None:
     """The same ranking with every kind of score: BM25, close cosines, distances, rank fusion, none."""
@@ -187,7 +195,7 @@ def scores(
     chosen, rows = inits or [DEFAULT_INIT], list[Scored]()
     embedder = None if dense is None else DenseEmbedder(dense)
     for name in chosen:
-        initialization, model, tokenizer = load(name, None)
+        initialization, model, tokenizer = load(name, None, device, dtype)
         measured = AtomBench(name, initialization, model, tokenizer)
         for task in tasks:
             documents = len({key for hits in task.hits for key in list(hits)[:top_k]})
@@ -212,6 +220,8 @@ def lengths(
     init: Init = DEFAULT_INIT,
     codec: CodecName = DEFAULT_CODEC,
     limit: Annotated[int, typer.Option("--limit", min=1, help="Questions a length.")] = 60,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json_out: JsonOut = None,
 ) -> None:
     """The same facts in texts of one sentence and of many: what the weight of short texts is worth."""
@@ -221,7 +231,7 @@ def lengths(
 
     get_codec(codec)
     check_outputs(json_out)
-    initialization, model, tokenizer = load(init, None)
+    initialization, model, tokenizer = load(init, None, device, dtype)
     with progress("Lengths", len(SENTENCES)) as advance:
         rows = study(AtomBench(init, initialization, model, tokenizer), limit, codec, advance)
     table = Table(title=f"{init}; {limit} questions about invented people, the right document alone")
@@ -244,6 +254,8 @@ def positions(
     window_tokens: Annotated[
         int | None, typer.Option("--window-tokens", min=8, help="Of a window; the initialization's max_length.")
     ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     json_out: JsonOut = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Write F1 by position to this PNG or SVG.")] = None,
 ) -> None:
@@ -262,7 +274,7 @@ def positions(
     asked = [question for question in chosen if question.gold_ids and question.gold_ids[0] in there][:limit]
     if not asked:
         raise DataError(f"{data}: no open question of split {split!r} names a gold passage of its corpus")
-    initialization, model, tokenizer = load(init, None)
+    initialization, model, tokenizer = load(init, None, device, dtype)
     with progress("Lengths", len(LENGTHS)) as advance:
         rows = study(AtomBench(init, initialization, model, tokenizer), dataset, asked, codec, window_tokens, advance)
     table = Table(title=f"{init}; {len(asked)} questions of {dataset.name}, one document each")

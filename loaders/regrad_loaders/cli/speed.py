@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +16,16 @@ from rich.table import Table
 
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.cli.console import console, progress
-from regrad_qdrant.cli.options import DEFAULT_INIT, CodecName, JsonOut, check_outputs, whole_numbers, write_json
+from regrad_qdrant.cli.options import (
+    DEFAULT_INIT,
+    CodecName,
+    Device,
+    Dtype,
+    JsonOut,
+    check_outputs,
+    whole_numbers,
+    write_json,
+)
 from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
@@ -37,15 +46,26 @@ PlotOut = Annotated[Path | None, typer.Option("--plot", help="Draw the figures b
 PEOPLE = 400
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: an initialization, and where and in which type its base model is loaded."""
+
+    init: str
+    device: str
+    dtype: str
+
+
 def gradients(
     data: Set = None,
     limit: Annotated[int, typer.Option("--limit", min=16, help="Documents.")] = 96,
     init: Init = DEFAULT_INIT,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     json_out: JsonOut = None,
     plot_out: PlotOut = None,
 ) -> None:
     """Documents per second: whole batches, one at a time, and the floor of the same tokens."""
-    _run(lambda: _gradients(data, limit, init), json_out, plot_out)
+    _run(lambda: _gradients(data, limit, Subject(init, device, dtype)), json_out, plot_out)
 
 
 def query(
@@ -54,11 +74,13 @@ def query(
     tokens: Tokens = "",
     init: Init = DEFAULT_INIT,
     codec: CodecName = DEFAULT_CODEC,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     json_out: JsonOut = None,
     plot_out: PlotOut = None,
 ) -> None:
     """One answer: ReGrad beside the bare model, RAG, and gradients computed at query time."""
-    _run(lambda: _query(data, rounds, tokens, init, codec), json_out, plot_out)
+    _run(lambda: _query(data, rounds, tokens, Subject(init, device, dtype), codec), json_out, plot_out)
 
 
 def batch(
@@ -68,27 +90,38 @@ def batch(
     tokens: Tokens = "",
     init: Init = DEFAULT_INIT,
     codec: CodecName = DEFAULT_CODEC,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     json_out: JsonOut = None,
     plot_out: PlotOut = None,
 ) -> None:
     """A batch of questions, each with its own atoms: beside the bare model's batch, and one after another."""
-    _run(lambda: _batch(data, rounds, size, tokens, init, codec), json_out, plot_out)
+    _run(lambda: _batch(data, rounds, size, tokens, Subject(init, device, dtype), codec), json_out, plot_out)
 
 
 def growth(
     sizes: Annotated[str, typer.Option("--sizes", help="Points of the banks, comma-separated.")] = "1000,10000,100000",
     init: Init = DEFAULT_INIT,
     codec: CodecName = DEFAULT_CODEC,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     json_out: JsonOut = None,
     plot_out: PlotOut = None,
 ) -> None:
     """Search, disk, memory and the rate of filling as a bank on the embedded engine grows."""
-    _run(lambda: _growth(whole_numbers(sizes, "--sizes"), init, codec), json_out, plot_out)
+    _run(lambda: _growth(whole_numbers(sizes, "--sizes"), Subject(init, device, dtype), codec), json_out, plot_out)
 
 
-def training(rounds: Rounds = 5, init: Init = DEFAULT_INIT, json_out: JsonOut = None, plot_out: PlotOut = None) -> None:
+def training(
+    rounds: Rounds = 5,
+    init: Init = DEFAULT_INIT,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json_out: JsonOut = None,
+    plot_out: PlotOut = None,
+) -> None:
     """Meta-training's tasks per second against the straightforward second-order loop."""
-    _run(lambda: _training(rounds, init), json_out, plot_out)
+    _run(lambda: _training(rounds, Subject(init, device, dtype)), json_out, plot_out)
 
 
 def speed(
@@ -98,13 +131,15 @@ def speed(
     sizes: Annotated[str, typer.Option("--sizes", help="Points of the growing banks.")] = "1000,10000,100000",
     init: Init = DEFAULT_INIT,
     codec: CodecName = DEFAULT_CODEC,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
     json_out: JsonOut = None,
     plot_out: PlotOut = None,
 ) -> None:
     """All of these in one run, one after another, into one JSON."""
     check_outputs(json_out, plot_out)
-    counts = whole_numbers(sizes, "--sizes")
-    result: dict[str, Any] = {"settings": _settings(init, data), "figures": {}, "details": {}}
+    counts, subject = whole_numbers(sizes, "--sizes"), Subject(init, device, dtype)
+    result: dict[str, Any] = {"settings": _settings(subject, data), "figures": {}, "details": {}}
 
     def add(found: dict[str, Any]) -> None:
         result["figures"] |= found["figures"]
@@ -112,66 +147,66 @@ def speed(
         console.print(_table(found["figures"]))
         write_json(json_out, result)  # a later part may be stopped
 
-    add(_gradients(data, limit, init))
-    add(_query(data, 24, tokens, init, codec))
-    add(_batch(data, 5, 16, tokens, init, codec))
-    add(_training(5, init))
-    add(_growth(counts, init, codec))
+    add(_gradients(data, limit, subject))
+    add(_query(data, 24, tokens, subject, codec))
+    add(_batch(data, 5, 16, tokens, subject, codec))
+    add(_training(5, subject))
+    add(_growth(counts, subject, codec))
     _report(result, json_out, plot_out, shown=True)
 
 
 COMMANDS = (gradients, query, batch, growth, training, speed)
 
 
-def _gradients(data: Path | None, limit: int, init: str) -> dict[str, Any]:
+def _gradients(data: Path | None, limit: int, subject: Subject) -> dict[str, Any]:
     from regrad_loaders.bench.gradients import A_ROUND, bench_gradients
 
     texts = [passage.text for passage in _dataset(data).passages[:limit]]
     with progress("Gradients", len(texts) // A_ROUND) as advance:
-        initialization = _initialization(init)
-        found = bench_gradients(initialization, lambda dtype: _load(dtype, initialization), texts, advance)
-    return _result("gradients", found, init, data)
+        initialization = _initialization(subject)
+        found = bench_gradients(initialization, lambda dtype: _load(dtype, subject, initialization), texts, advance)
+    return _result("gradients", found, subject, data)
 
 
-def _query(data: Path | None, rounds: int, tokens: str, init: str, codec: str) -> dict[str, Any]:
+def _query(data: Path | None, rounds: int, tokens: str, subject: Subject, codec: str) -> dict[str, Any]:
     from regrad_loaders.bench.query import bench_query
 
-    with _bench(data, tokens, init, codec) as bench, progress("Answers", rounds) as advance:
-        return _result("query", bench_query(bench, rounds, advance), init, data)
+    with _bench(data, tokens, subject, codec) as bench, progress("Answers", rounds) as advance:
+        return _result("query", bench_query(bench, rounds, advance), subject, data)
 
 
-def _batch(data: Path | None, rounds: int, size: int, tokens: str, init: str, codec: str) -> dict[str, Any]:
+def _batch(data: Path | None, rounds: int, size: int, tokens: str, subject: Subject, codec: str) -> dict[str, Any]:
     from regrad_loaders.bench.query import bench_batch
 
-    with _bench(data, tokens, init, codec) as bench, progress("Batches", rounds) as advance:
-        return _result("batch", bench_batch(bench, rounds, size, advance), init, data)
+    with _bench(data, tokens, subject, codec) as bench, progress("Batches", rounds) as advance:
+        return _result("batch", bench_batch(bench, rounds, size, advance), subject, data)
 
 
-def _growth(sizes: Sequence[int], init: str, codec: str) -> dict[str, Any]:
+def _growth(sizes: Sequence[int], subject: Subject, codec: str) -> dict[str, Any]:
     from regrad_loaders.bench.growth import bench_growth
 
     with progress("Points", sum(sizes)) as advance:
-        found = bench_growth(_initialization(init).space.layout, codec, sizes, on_points=advance)
-    return _result("growth", found, init, None)
+        found = bench_growth(_initialization(subject).space.layout, codec, sizes, on_points=advance)
+    return _result("growth", found, subject, None)
 
 
-def _training(rounds: int, init: str) -> dict[str, Any]:
+def _training(rounds: int, subject: Subject) -> dict[str, Any]:
     from regrad_loaders.bench.training import bench_training
     from regrad_loaders.data.episodes import EpisodeSource
     from regrad_loaders.data.facts import generate
     from regrad_loaders.training.meta_learner import MetaLearner
 
-    initialization = _initialization(init)
-    model, tokenizer = _load("float32", initialization)
+    initialization = _initialization(subject)
+    model, tokenizer = _load(subject.dtype, subject, initialization)
     learner = MetaLearner(model, initialization, initialization.merge.rule)
     people = generate("train", PEOPLE, 1)
     source = EpisodeSource(people, people.questions, tokenizer, passage_tokens=112)
     with progress("Episodes", rounds) as advance:
-        return _result("training", bench_training(learner, source, rounds, on_round=advance), init, None)
+        return _result("training", bench_training(learner, source, rounds, on_round=advance), subject, None)
 
 
 @contextmanager
-def _bench(data: Path | None, tokens: str, init: str, codec: str) -> Iterator[Bench]:
+def _bench(data: Path | None, tokens: str, subject: Subject, codec: str) -> Iterator[Bench]:
     """A bank of the set's passages in a folder of its own, on the embedded engine."""
     import tempfile
 
@@ -180,8 +215,8 @@ def _bench(data: Path | None, tokens: str, init: str, codec: str) -> Iterator[Be
     from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
     from regrad_qdrant.bank.stores.opening import open_store
 
-    initialization = _initialization(init)
-    model, tokenizer = _load("float32", initialization)
+    initialization = _initialization(subject)
+    model, tokenizer = _load(subject.dtype, subject, initialization)
     chosen = _of_length(_dataset(data), tokens, tokenizer)
     with tempfile.TemporaryDirectory(prefix="regrad-bench-") as folder:
         bank = GradientBank(open_store("docs", path=Path(folder)), "docs", initialization.fingerprint)
@@ -190,7 +225,7 @@ def _bench(data: Path | None, tokens: str, init: str, codec: str) -> Iterator[Be
             add_corpus(bank, chosen.passages, regrad.gradients)
             with progress("Atoms", len(chosen.passages)) as advance:
                 attach_atoms(bank, regrad.gradients, codec, on_progress=lambda points, _: advance(points))
-            yield Bench(regrad, _load("float32", initialization)[0], chosen.questions)
+            yield Bench(regrad, _load(subject.dtype, subject, initialization)[0], chosen.questions)
         finally:
             bank.close()
 
@@ -222,30 +257,38 @@ def _dataset(data: Path | None) -> Dataset:
     return generate("demo", PEOPLE, 1) if data is None else read_folder(data)
 
 
-def _initialization(init: str) -> MetaInitialization:
+def _initialization(subject: Subject) -> MetaInitialization:
     from regrad_qdrant.model.initialization import MetaInitialization
 
-    return MetaInitialization.load(init)
+    return MetaInitialization.load(subject.init)
 
 
-def _load(dtype: str, initialization: MetaInitialization) -> tuple[Any, Any]:
+def _load(dtype: str, subject: Subject, initialization: MetaInitialization) -> tuple[Any, Any]:
     from regrad_qdrant.model.base_model import load_base_model
 
-    return load_base_model(initialization.base.name, dtype=dtype)
+    return load_base_model(initialization.base.name, device=subject.device, dtype=dtype)
 
 
-def _settings(init: str, data: Path | None) -> dict[str, Any]:
+def _settings(subject: Subject, data: Path | None) -> dict[str, Any]:
     import torch
 
     machine = {"processor": platform.machine(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     command = shlex.join(["regrad-qdrant", *sys.argv[1:]])
-    return {"command": command, "init": init, "set": None if data is None else data.name, **machine}
+    return {
+        "command": command,
+        "init": subject.init,
+        "dtype": subject.dtype,
+        "set": None if data is None else data.name,
+        **machine,
+    }
 
 
-def _result(part: str, found: tuple[dict[str, Figure], dict[str, Any]], init: str, data: Path | None) -> dict[str, Any]:
+def _result(
+    part: str, found: tuple[dict[str, Figure], dict[str, Any]], subject: Subject, data: Path | None
+) -> dict[str, Any]:
     figures, details = found
     return {
-        "settings": _settings(init, data),
+        "settings": _settings(subject, data),
         "figures": {name: asdict(figure) for name, figure in figures.items()},
         "details": {part: details},
     }
