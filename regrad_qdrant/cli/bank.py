@@ -205,11 +205,12 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
     seconds, size = 0.0, 0
     if texts:
         started = time.perf_counter()
-        documents = [regrad.gradients.encode(text) for text in texts]
-        atoms = regrad.gradients.atoms_in_batches(documents, BATCH_TOKENS)
+        windows = [regrad.gradients.windows(text) for text in texts]
+        atoms = regrad.gradients.atoms_in_batches([window for of_text in windows for window in of_text], BATCH_TOKENS)
         seconds = (time.perf_counter() - started) / len(texts)
-        [record, *_] = make_records(atoms, texts, bank.space, codec, regrad.gradients.space.layout)
-        size = json_bytes(record.to_payload())
+        spans = [[window.span for window in of_text] for of_text in windows]
+        records = make_records(atoms, texts, bank.space, codec, regrad.gradients.space.layout, spans)
+        size = sum(json_bytes(record.to_payload()) for record in records) // len(texts)
     remarks = bank.store.remarks() if there else []
     said = {
         "collection": bank.store.name,

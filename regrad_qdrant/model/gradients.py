@@ -107,18 +107,20 @@ class GradientComputer:
         return EncodedDocument(ids[: self.max_length], len(ids) > self.max_length)
 
     def windows(self, text: str, most: int | None = None) -> list[EncodedDocument]:
-        """The whole text in as few windows of like length as it needs; each begins as a text does (BOS).
+        """A text of at most `max_length` tokens as it is; a longer one in as few windows of like length as it needs.
+        Each window begins as a text does (BOS).
 
         Args:
-            most: tokens of a window; `max_length` by default.
+            most: tokens of a window; by default half of `max_length`. Initializations are trained on passages about
+                that long, and an atom of one subject is worth more than one of several (`bench positions`).
 
         Raises:
             DataError: as `encode`.
         """
         ids = self._ids(text)
-        most = most or self.max_length
-        if len(ids) <= most:
+        if len(ids) <= (most or self.max_length):
             return [EncodedDocument(ids, False, (0, len(text)))]
+        most = most or max(3, self.max_length // 2)
         start = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         rest = ids[len(start) :]
         count = math.ceil(len(rest) / (most - len(start)))

@@ -252,7 +252,7 @@ def positions(
     split: Annotated[str, typer.Option("--split", help="Only questions of this split.")] = "dev",
     limit: Annotated[int, typer.Option("--limit", min=4, help="Questions a length.")] = 48,
     window_tokens: Annotated[
-        int | None, typer.Option("--window-tokens", min=8, help="Of a window; the initialization's max_length.")
+        int | None, typer.Option("--window-tokens", min=8, help="Of a window; half of the initialization's max_length.")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

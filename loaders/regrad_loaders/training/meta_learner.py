@@ -26,7 +26,7 @@ from regrad_qdrant.model.gradients import BATCH_TOKENS, batches, document_losses
 from regrad_qdrant.model.head import head_of
 from regrad_qdrant.model.initialization import MetaInitialization, scaling_of
 from regrad_qdrant.model.loss import token_cross_entropy
-from regrad_qdrant.model.plugin import base_of, live_space, lora_layers, lora_weight, plug_in, row_updates
+from regrad_qdrant.model.plugin import base_of, by_rows, live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.model.space import LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
 
@@ -122,7 +122,8 @@ class MetaLearner(nn.Module):
         deltas = torch.autograd.grad(losses.sum(), [outputs[name] for name in self.names])
         atoms: dict[str, Tensor] = {}
         for name, delta in zip(self.names, deltas, strict=True):
-            self.space.accumulate(atoms, self.space.from_gradients(name, self.space.keep(name, inputs[name]), delta))
+            kept = self.space.keep(name, by_rows(inputs[name], len(passages)))
+            self.space.accumulate(atoms, self.space.from_gradients(name, kept, by_rows(delta, len(passages))))
         return atoms
 
     @property

@@ -1,6 +1,6 @@
 """The demo's questions with the base model in each type: atoms beside float32's, and F1.
 
-    python benchmarks/types.py --json benchmarks/types.json
+    python benchmarks/base_types.py --json benchmarks/base_types.json
 
 Where the processor has no units for 16 bits, its own products take up to a hundred times as long. They are then made
 as an accelerator makes them, summed in float32 and rounded to the type, so that the numbers are those of the type.
