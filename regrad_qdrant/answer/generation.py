@@ -104,7 +104,7 @@ def choose(
 ) -> list[Generated]:
     """Of each prompt's options the likeliest answer: by the mean log-probability of its tokens and its end.
 
-    Every option of every prompt is a row of one batch, prompt by prompt: a change of each row is given so
+    Every spelling of every prompt's options is a row of one batch, prompt by prompt: a change of each row is given so
     (`Adapter.rows`).
     """
     import torch
@@ -115,9 +115,9 @@ def choose(
     base = base_of(peft_model)
     before = token_ids(tokenizer, prompts, asking)
     targets = [
-        (ids, asking.format.target(tokenizer, option, asking.length(prompt)))
+        (ids, asking.format.target(tokenizer, said, asking.length(prompt)))
         for prompt, ids in zip(prompts, before, strict=True)
-        for option in prompt.options
+        for said, _ in prompt.spellings
     ]
     with torch.inference_mode():
         ids, mask = pad([[*prompt, *target] for prompt, target in targets], tokenizer.pad_token_id or 0, _device(base))
@@ -129,8 +129,9 @@ def choose(
         means = [float(part.mean()) for part in losses.split([len(target) for _, target in targets])]
     answers = []
     for prompt, asked in zip(prompts, before, strict=True):
-        own, means = means[: len(prompt.options)], means[len(prompt.options) :]
-        answers.append(Generated(prompt.options[own.index(min(own))], len(asked)))
+        count = len(prompt.spellings)
+        own, means = means[:count], means[count:]
+        answers.append(Generated(prompt.spellings[own.index(min(own))][1], len(asked)))
     return answers
 
 

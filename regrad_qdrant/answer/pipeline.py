@@ -367,7 +367,7 @@ class ReGrad:
         prompts = [one.asked.prompt(one.hits) for one in found]
         said: dict[int, Generated] = {}
         for part in _parts(prompts):
-            rows = [i for i in part for _ in range(max(1, len(prompts[i].options)))]
+            rows = [i for i in part for _ in range(max(1, len(prompts[i].spellings)))]
             with self.adapter.rows([merged[i].total for i in rows], [asked[i].mode in BARE for i in rows]):
                 times.append(time.perf_counter())
                 ways = choose if prompts[part[0]].options else generate
@@ -479,7 +479,7 @@ def _parts(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     for i, prompt in enumerate(prompts):
         if not prompt.options:
             continue
-        if part and sum(len(prompts[j].options) for j in part) + len(prompt.options) > len(prompts):
+        if part and sum(len(prompts[j].spellings) for j in part) + len(prompt.spellings) > len(prompts):
             yield part
             part = []
         part.append(i)

@@ -103,7 +103,8 @@ def _find(model: PreTrainedModel) -> tuple[float, float | None]:
         hidden = cast("Any", model).get_decoder()(input_ids=ids, attention_mask=mask, use_cache=False)[0]
         linear = Head(weight, bias).linear(hidden).float()
         expected = theirs.logits.float().to(linear.device)
-        tolerance = TOLERANCE.get(str(weight.dtype), COARSE_TOLERANCE) * float(expected.abs().max())
+        types = (weight.dtype, hidden.dtype, theirs.logits.dtype)
+        tolerance = max(TOLERANCE.get(str(kind), COARSE_TOLERANCE) for kind in types) * float(expected.abs().max())
         tried = []
         for scale, cap in _candidates(model.config):
             found = Head(weight, bias, scale, cap).finish(linear)

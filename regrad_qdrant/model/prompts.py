@@ -81,6 +81,13 @@ class Prompt:
         """The answers that are possible, where not everything is."""
         return {"open": (), "yesno": ("yes", "no"), "choice": self.choices}[self.type]
 
+    @property
+    def spellings(self) -> tuple[tuple[str, str], ...]:
+        """Every way to say an option, with the option: yes and no begin in either case, for models differ in it."""
+        if self.type == "yesno":
+            return tuple((said, option) for option in self.options for said in (option, option.capitalize()))
+        return tuple((option, option) for option in self.options)
+
     def render(self, tokenizer: ChatTokenizer, format: PromptFormat | None = None) -> str:
         """The prompt's text in the model's own chat format, up to where the answer begins."""
         return (format or PromptFormat()).render(self, tokenizer)

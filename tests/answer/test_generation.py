@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -55,12 +56,13 @@ def test_options_are_chosen_by_the_mean_log_probability_of_their_tokens_and_end(
     prompts = [Prompt("Is it so?", "yesno"), Prompt("Which?", "choice", ("a red house", "blue", "the sea"))]
     for prompt, found in zip(prompts, choose(model, tokenizer, prompts), strict=True):
         scores = {}
-        for option in prompt.options:
+        for said, option in prompt.spellings:
             ids = tokenizer(prompt.render(tokenizer), add_special_tokens=False).input_ids
-            target = [*tokenizer(option, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            target = [*tokenizer(said, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
             logits = model(input_ids=torch.tensor([ids + target])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-            scores[option] = float(logits[range(len(target)), target].mean())
+            scores[option] = max(float(logits[range(len(target)), target].mean()), scores.get(option, -math.inf))
         assert found.text == max(scores, key=scores.get)
+    assert [said for said, _ in prompts[0].spellings] == ["yes", "Yes", "no", "No"]
 
 
 @pytest.mark.parametrize("mode", ["direct", "rag", "regrad", "regrad+icl", "init"])
