@@ -15,7 +15,7 @@ from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
 from regrad_qdrant.bank.layouts import Layout
-from regrad_qdrant.bank.stores.base import PayloadWrite
+from regrad_qdrant.bank.stores.base import PayloadWrite, json_bytes
 from regrad_qdrant.errors import BankError, DataError, UnknownCodecError
 
 PASSAGES = generate("train", 20, 1).passages
@@ -44,7 +44,8 @@ def test_every_passage_gets_the_atom_of_its_own_text(bank, gradients):
     report = attach_atoms(bank, gradients, "fp32", lambda *just: done.append(just), batch_tokens=256)
     assert (report.atoms_written, report.present, report.skipped) == (20, 0, {})
     points, sizes = zip(*done, strict=True)
-    assert sum(points) == 20 and sum(sizes) == report.bytes_written == 20 * bank.status().bytes_median
+    stored = [point.payload["regrad"] for point in bank.store.scroll(None, 100, None, True)[0]]
+    assert sum(points) == 20 and sum(sizes) == report.bytes_written == sum(map(json_bytes, stored))
     for passage in PASSAGES[:5]:
         [hit] = bank.fetch([point_id(passage.id)])
         expected = gradients.atoms(gradients.windows(passage.text)).mean(0)
