@@ -73,7 +73,8 @@ def generate(
     (`plugin.row_updates` gives each its own change).
 
     Args:
-        streamer, stopping: of a single prompt, as `transformers` has them.
+        streamer: of a single prompt, as `transformers` has it.
+        stopping: a stopping criterion, as `transformers` has it.
     """
     import torch
 

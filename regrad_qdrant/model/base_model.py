@@ -47,7 +47,9 @@ def load_base_model(
             options goes before it.
         dtype: of the weights: one of `DTYPES`, or PyTorch's own. `auto` is the checkpoint's own on an accelerator, and
             float32 on a processor that multiplies 16 bits no faster. `nf4` quantizes to 4 bits as it loads.
-        revision, token, trust_remote_code: of the model and of its tokenizer, as `from_pretrained` takes them.
+        revision: of the model and of its tokenizer.
+        token: of the Hugging Face Hub, for both.
+        trust_remote_code: whether code that either brings may run.
         options: passed to `AutoModelForCausalLM.from_pretrained` (`device_map`, `attn_implementation`, …).
 
     Raises:
