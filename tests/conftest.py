@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import sys
 
 import pytest
@@ -13,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from regrad_loaders.bench.atoms import AtomBench, Task
+from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.data.facts import generate
 from regrad_loaders.training.start import fresh
 from regrad_qdrant import MetaInitialization
@@ -105,6 +107,22 @@ def state_of(adapter) -> str:
     for name, tensor in (*base.state_dict().items(), *adapter._parameters.items()):
         state.update(name.encode() + tensor.detach().float().numpy().tobytes())
     return state.hexdigest()
+
+
+def losses_of_steps(learner, tokenizer, steps: int = 4) -> list[float]:
+    """Of a few training steps on one episode; every gradient must be finite."""
+    world = generate("train", 8, 1)
+    episode = EpisodeSource(world, world.questions, tokenizer, 48).episode(random.Random(0), 3, 1, [2])
+    optimizer = torch.optim.Adam(learner.parameters(), 1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = learner.objective(episode)[0].mean()
+        loss.backward()
+        assert all(torch.isfinite(p.grad).all() for p in learner.parameters() if p.grad is not None)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 @pytest.fixture

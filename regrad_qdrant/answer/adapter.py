@@ -68,7 +68,7 @@ class Adapter:
         self._released = False
         self._lock = threading.Lock()
         self._owner: int | None = None
-        self._at_rest = 0  # blocks of φ₀ that the owner is inside of
+        self._at_rest = False  # whether the owner is inside a block of φ₀
         if (other := _HOLDERS.get(model)) is not None and (before := other()) is not None:
             before.release()  # a notebook's cell that is run again, or another bank
         self.initialization = initialization
@@ -208,11 +208,11 @@ class Adapter:
             yield
             return
         with self._turn():
-            self._at_rest = 1
+            self._at_rest = True
             try:
                 yield
             finally:
-                self._at_rest = 0
+                self._at_rest = False
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:

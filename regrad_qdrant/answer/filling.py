@@ -149,15 +149,20 @@ class Filling:
         if not encoded:
             return [], refused
         flat = self.gradients.atoms_in_batches([window for _, windows in encoded for window in windows], BATCH_TOKENS)
-        computed, layout = [], self.adapter.space.layout
+        kept: list[Hit] = []
+        spans: list[list[tuple[int, int]]] = []
+        finite: list[bool] = []
         for (hit, windows), atoms in zip(encoded, flat.split([len(windows) for _, windows in encoded]), strict=True):
-            if bool(atoms.isfinite().all()):
-                spans = [[window.span for window in windows]]
-                records = make_records(atoms, [hit.text], self.bank.space, self.policy.codec, layout, spans)
-                computed.append((hit, records[0]))
+            good = bool(atoms.isfinite().all())
+            finite += [good] * len(windows)
+            if good:
+                kept.append(hit)
+                spans.append([window.span for window in windows])
             else:
                 refused[hit.id] = "can have no atom: its gradient is not finite"
-        return computed, refused
+        texts, layout = [hit.text for hit in kept], self.adapter.space.layout
+        records = make_records(flat[finite], texts, self.bank.space, self.policy.codec, layout, spans)
+        return list(zip(kept, records, strict=True)), refused
 
 
 MISSING = "has no atom of this initialization: run regrad-qdrant ingest"

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regrad_qdrant.model.gradients import hidden_states, pad
-from regrad_qdrant.model.head import head_of
+from regrad_qdrant.model.base_model import input_device
+from regrad_qdrant.model.gradients import answer_losses
 from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, PromptFunction
 
@@ -80,7 +80,7 @@ def generate(
 
     asking = asking or Asking()
     base = base_of(peft_model)
-    ids, mask = encoded(tokenizer, prompts, _device(base), asking)
+    ids, mask = encoded(tokenizer, prompts, input_device(base), asking)
     longest = ids.shape[1]
     ends = _ends(base, tokenizer)
     lengths = [asking.length(prompt) for prompt in prompts]
@@ -110,10 +110,7 @@ def choose(
     """
     import torch
 
-    from regrad_qdrant.model.loss import token_cross_entropy
-
     asking = asking or Asking()
-    base = base_of(peft_model)
     before = token_ids(tokenizer, prompts, asking)
     targets = [
         (ids, asking.format.target(tokenizer, said, asking.length(prompt)))
@@ -121,23 +118,14 @@ def choose(
         for said, _ in prompt.spellings
     ]
     with torch.inference_mode():
-        ids, mask = pad([[*prompt, *target] for prompt, target in targets], tokenizer.pad_token_id or 0, _device(base))
-        hidden, head = hidden_states(peft_model, ids, mask), head_of(base)
-        row = torch.tensor([i for i, (_, target) in enumerate(targets) for _ in target])
-        at = torch.tensor([len(prompt) - 1 + i for prompt, target in targets for i in range(len(target))])
-        goal = torch.tensor([token for _, target in targets for token in target], device=head.weight.device)
-        losses, _ = token_cross_entropy(hidden[row, at].to(head.weight.device), head, goal)
-        means = [float(part.mean()) for part in losses.split([len(target) for _, target in targets])]
+        losses, _ = answer_losses(peft_model, targets, tokenizer.pad_token_id or 0)
+    means = losses.tolist()
     answers = []
     for prompt, asked in zip(prompts, before, strict=True):
         count = len(prompt.spellings)
         own, means = means[:count], means[count:]
         answers.append(Generated(prompt.spellings[own.index(min(own))][1], len(asked)))
     return answers
-
-
-def _device(base: Any) -> Any:
-    return base.get_input_embeddings().weight.device
 
 
 def _ends(base: Any, tokenizer: Any) -> list[int]:

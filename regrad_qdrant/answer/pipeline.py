@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.answer.adapter import Adapter
@@ -414,8 +415,12 @@ class ReGrad:
 
     def window_weights(self, question: str, windows: Sequence[str]) -> list[float]:
         """The shares of a long text's windows (`merge.window_shares`), by the BM25 of the bank's language."""
+        return window_shares(self.merge, self._bm25.scores(question, windows))
+
+    @cached_property
+    def _bm25(self) -> Bm25:
         embedder = self.bank.embedders.get("bm25")
-        return window_shares(self.merge, (embedder if isinstance(embedder, Bm25) else Bm25()).scores(question, windows))
+        return embedder if isinstance(embedder, Bm25) else Bm25()
 
     def _windows(self, hits: Sequence[Hit], weights: Sequence[float], question: str) -> list[tuple[Record, float]]:
         """The atoms to sum, with their weights: of a text in windows those that count."""

@@ -211,6 +211,10 @@ class _Ingestion:
             self.report.without_text += 1
             return []
         try:
+            if self.long_texts == "window":
+                windows = self.gradients.windows(hit.text)
+                self.report.windowed += len(windows) > 1
+                return windows
             document = self.gradients.encode(hit.text)
         except DataError as error:
             self.report.skipped[str(hit.document_id)] = str(error)
@@ -218,9 +222,6 @@ class _Ingestion:
         if document.truncated and self.long_texts == "skip":
             self.report.too_long += 1
             return []
-        if document.truncated and self.long_texts == "window":
-            self.report.windowed += 1
-            return self.gradients.windows(hit.text)
         self.report.truncated += document.truncated
         return [document]
 

@@ -167,7 +167,7 @@ def drop(bank: AtomCollection) -> int:
         for page in pages(bank.scroll(None, True, store=bank.atoms), PAGE):
             if empty := [point.id for point in page if not point.payload]:
                 bank.atoms.delete_points(empty)
-    for store in {id(store): store for store in (bank.store, bank.atoms)}.values():
+    for store in (bank.store, bank.atoms) if bank.in_sidecar else (bank.store,):
         if bank.metadata_key in store.read_metadata():
             store.write_metadata({bank.metadata_key: None})
     if bank.count_of_other_spaces() == 0:

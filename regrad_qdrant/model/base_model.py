@@ -61,16 +61,22 @@ def load_base_model(
         options["device_map"] = where
     options |= _precision(dtype, where)
     hub = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code or None}
-    options |= (given := {key: value for key, value in hub.items() if value is not None})
+    of_both = {key: value for key, value in hub.items() if value is not None}
     with _quiet():
         try:
             source = _dequantized(Path(path)) if (path := resolve_package(name)).endswith(".gguf") else path
-            model, tokenizer = _load(source, given, **options)
+            model, tokenizer = _load(source, of_both, **options)
         except (OSError, ValueError, ImportError) as error:
             raise InitializationError(f"can't load the base model {name!r}: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model.eval().requires_grad_(False), tokenizer
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model takes its token ids: it may be spread over several devices."""
+    device: torch.device = model.get_input_embeddings().weight.device
+    return device
 
 
 def _device(name: str) -> str:
@@ -118,9 +124,9 @@ def multiplies_16_bits_faster() -> bool:
 
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(128, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+        left, right = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
         times = []
-        for _ in range(4):
+        for _ in range(3):
             started = time.perf_counter()
             left @ right
             times.append(time.perf_counter() - started)
@@ -136,7 +142,9 @@ def cache_folder() -> Path:
 def _load(source: str, of_both: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return AutoModelForCausalLM.from_pretrained(source, **options), AutoTokenizer.from_pretrained(source, **of_both)
+    return AutoModelForCausalLM.from_pretrained(source, **of_both, **options), AutoTokenizer.from_pretrained(
+        source, **of_both
+    )
 
 
 def resolve_package(name: str) -> str:
@@ -167,7 +175,7 @@ def _dequantized(gguf: Path) -> str:
     if folder.is_dir():
         return str(folder)
     inside = {"gguf_file": gguf.name}
-    model, tokenizer = _load(str(gguf.parent), inside, **inside, dtype=torch.float32)
+    model, tokenizer = _load(str(gguf.parent), inside, dtype=torch.float32)
     del model.config.quantization_config  # the weights are plain float32 now; with it, transformers refuses to save
     model.hf_quantizer = None
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import AdapterError, DataError
+from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.head import head_of
 from regrad_qdrant.model.plugin import base_of, by_rows, lora_layers
 
@@ -48,6 +49,29 @@ def document_losses(peft_model: PeftModel, ids: Tensor, mask: Tensor) -> Tensor:
     losses, _ = token_cross_entropy(hidden.to(where)[row, position], head, ids[:, 1:][row, position])
     lengths = mask[:, 1:].sum(dim=1)
     return losses.new_zeros(len(ids)).index_add(0, row, losses) / lengths
+
+
+def answer_losses(
+    peft_model: PeftModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad_id: int
+) -> tuple[Tensor, Tensor]:
+    """For the token ids of each prompt and answer, in one batch: the answer's mean negative log-likelihood, and whether
+    every one of its tokens is the likeliest (pairs,)."""
+    import torch
+
+    from regrad_qdrant.model.loss import token_cross_entropy
+
+    base = base_of(peft_model)
+    ids, mask = pad([[*prompt, *answer] for prompt, answer in pairs], pad_id, input_device(base))
+    hidden, head = hidden_states(peft_model, ids, mask), head_of(base)
+    where = head.weight.device
+    row = torch.tensor([i for i, (_, answer) in enumerate(pairs) for _ in answer], device=where)
+    at = torch.tensor([len(prompt) - 1 + i for prompt, answer in pairs for i in range(len(answer))], device=where)
+    goal = torch.tensor([token for _, answer in pairs for token in answer], device=where)
+    losses, best = token_cross_entropy(hidden.to(where)[row, at], head, goal)
+    lengths = torch.bincount(row, minlength=len(pairs))
+    means = losses.new_zeros(len(pairs)).index_add(0, row, losses) / lengths
+    right = losses.new_zeros(len(pairs)).index_add(0, row, (best == goal).to(losses.dtype))
+    return means, (right == lengths).float()
 
 
 def pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
@@ -157,9 +181,7 @@ class GradientComputer:
         import torch
 
         base = base_of(self.model)
-        device, factor = cast("Any", base.get_input_embeddings()).weight.device, 1.0
-        if base.dtype == torch.float16:
-            factor = FLOAT16_FACTOR
+        device, factor = input_device(base), FLOAT16_FACTOR if base.dtype == torch.float16 else 1.0
         with self._turn(), torch.inference_mode(False), torch.enable_grad():
             ids, mask = pad([document.ids for document in documents], self.tokenizer.pad_token_id or 0, device)
             while True:

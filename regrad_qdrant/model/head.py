@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from regrad_qdrant.errors import UnsupportedModelError
+from regrad_qdrant.model.base_model import input_device
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,11 +93,10 @@ def _find(model: PreTrainedModel) -> tuple[float, float | None]:
     import torch
 
     weight, bias = _weights(model)
-    embedding = cast("Any", model.get_input_embeddings()).weight
-    if embedding.device.type == "meta":
+    if (device := input_device(model)).type == "meta":
         return 1.0, None  # nothing can be run
-    count = min(int(embedding.shape[0]), int(weight.shape[0]))
-    ids = (torch.arange(2 * PROBE, device=embedding.device) * 7919 % count).view(2, PROBE)
+    count = min(cast("Any", model.get_input_embeddings()).weight.shape[0], weight.shape[0])
+    ids = (torch.arange(2 * PROBE, device=device) * 7919 % count).view(2, PROBE)
     mask = torch.ones_like(ids)
     with torch.no_grad():
         theirs = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from regrad_qdrant.errors import AdapterError, UnsupportedModelError
+from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.head import head_of
 from regrad_qdrant.model.space import AtomSpace, LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
@@ -74,8 +75,7 @@ def check_layers(model: PreTrainedModel, names: Sequence[str]) -> None:
     import torch
 
     head_of(model)
-    embedding = cast("Any", model.get_input_embeddings()).weight
-    if embedding.device.type == "meta":
+    if (device := input_device(model)).type == "meta":
         return
     seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
 
@@ -84,7 +84,8 @@ def check_layers(model: PreTrainedModel, names: Sequence[str]) -> None:
 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
     rows, tokens = 2, 5
-    ids = torch.arange(rows * tokens, device=embedding.device).view(rows, tokens) % len(embedding)
+    vocabulary = len(cast("Any", model.get_input_embeddings()).weight)
+    ids = torch.arange(rows * tokens, device=device).view(rows, tokens) % vocabulary
     try:
         with torch.no_grad():
             cast("Any", model).get_decoder()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -242,8 +243,10 @@ def _mixed(base: nn.Module, forward: Callable[..., Tensor], bare: Sequence[bool]
     """A layer's forward whose bare rows are the base layer's own."""
     import torch
 
+    rows = torch.tensor(bare)
+
     def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        plain = torch.tensor(bare).to(x.device)
+        plain = rows.to(x.device)
         if x.dim() == 2:
             plain = plain.repeat_interleave(len(x) // len(bare))
         return torch.where(plain.view(-1, *[1] * (x.dim() - 1)), base(x, *args, **kwargs), forward(x, *args, **kwargs))

@@ -187,15 +187,21 @@ class PromptFormat:
         if not self.chat_template or getattr(tokenizer, "chat_template", None) is None:
             system = messages[0]["content"] if messages[0]["role"] == "system" else ""
             user = "\n".join(message["content"] for message in messages if message["role"] != "system")
-            return self.plain.format(system=system, user=user).removeprefix("\n" if not system else "") + self.answer
-        options = {"tokenize": False, "add_generation_prompt": True, **self.template_options}
+            text = self.plain.format(system=system, user=user)
+            return (text if system else text.removeprefix("\n")) + self.answer
+
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **self.template_options}
+
+        def templated(conversation: list[dict[str, str]]) -> str:
+            return tokenizer.apply_chat_template(conversation, **options)
+
         try:
-            text = tokenizer.apply_chat_template(messages, **options)  # type: ignore[arg-type] # as the template has them
+            text = templated(messages)
         except Exception as error:  # a template without a system role raises jinja2.TemplateError or ValueError
             if "system" not in str(error).lower() or messages[0]["role"] != "system":
                 raise
             merged = {"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}
-            text = tokenizer.apply_chat_template([merged, *messages[2:]], **options)  # type: ignore[arg-type]
+            text = templated([merged, *messages[2:]])
         return text + self.answer
 
     def target(self, tokenizer: Any, answer: str, most: int) -> list[int]:

@@ -1,14 +1,10 @@
 """Every architecture that a user may bring, tiny and random, in float32 and bfloat16: the whole way through."""
 
-import random
-
 import pytest
 import torch
 import transformers
-from conftest import TINY, state_of, tiny_initialization
+from conftest import TINY, losses_of_steps, state_of, tiny_initialization
 
-from regrad_loaders.data.episodes import EpisodeSource
-from regrad_loaders.data.facts import generate
 from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_qdrant import Document, GradientBank, ReGrad
 from regrad_qdrant.answer.adapter import Adapter
@@ -115,17 +111,7 @@ def test_answers_in_a_batch_are_those_one_by_one_and_every_weight_is_as_before(n
 def test_a_training_step_runs_and_lowers_the_loss(name, dtype, tokenizer):
     model = made(name, dtype)
     learner = MetaLearner(model, initialization_of(model, name), "margin")
-    world = generate("train", 8, 1)
-    episode = EpisodeSource(world, world.questions, tokenizer, 48).episode(random.Random(0), 3, 1, [2])
-    optimizer = torch.optim.Adam(learner.parameters(), 1e-2)
-    losses = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = learner.objective(episode)[0].mean()
-        loss.backward()
-        assert all(torch.isfinite(p.grad).all() for p in learner.parameters() if p.grad is not None)
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of_steps(learner, tokenizer)
     assert losses[-1] < losses[0]
 
 

@@ -1,15 +1,12 @@
 """A base in 4 bits and in half precision: trains, ingests, answers alone and in batches, and is known by a sample."""
 
 import importlib.util
-import random
 
 import pytest
 import torch
-from conftest import TINY, tiny_initialization
+from conftest import TINY, losses_of_steps, tiny_initialization
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from regrad_loaders.data.episodes import EpisodeSource
-from regrad_loaders.data.facts import generate
 from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_qdrant import Document, GradientBank, ReGrad, load_base_model
 from regrad_qdrant.bank.ingest import attach_atoms
@@ -59,16 +56,7 @@ def test_the_whole_way_with_a_base_in_fewer_bits(folder, tokenizer, tmp_path, dt
             assert all(one[:4] == other[:4] for one, other in zip(together, alone, strict=True))
             assert all(torch.equal(p, before[name]) for name, p in regrad.adapter._parameters.items())
     learner = MetaLearner(model, initialization, "margin")
-    world = generate("train", 8, 1)
-    episode = EpisodeSource(world, world.questions, tokenizer, 48).episode(random.Random(0), 3, 1, [2])
-    optimizer = torch.optim.Adam(learner.parameters(), 1e-2)
-    losses = []
-    for _ in range(4):
-        optimizer.zero_grad()
-        loss = learner.objective(episode)[0].mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    losses = losses_of_steps(learner, tokenizer)
     assert losses[-1] < losses[0]
 
 

@@ -77,14 +77,15 @@ def study(
 def made(bench: AtomBench, dataset: Dataset, questions: Sequence[Question], tokens: int) -> list[Document]:
     """A document of about so many tokens for each question; the other passages hold none of its answers."""
     texts = {passage.id: passage.text for passage in dataset.passages}
-    sizes: dict[str, int] = {}
+    keys, sizes = list(texts), dict[str, int]()
     documents = []
     for i, question in enumerate(questions):
         rng = random.Random(f"{tokens}-{question.id}")
         gold = texts[question.gold_ids[0]]
-        chosen, total = [gold], bench.count(gold)
+        own = bench.count(gold)
+        chosen, total = [gold], own
         while total < tokens:
-            key = rng.choice(list(texts))
+            key = rng.choice(keys)
             if texts[key] in chosen or any(answer in texts[key] for answer in question.answers):
                 continue
             sizes.setdefault(key, bench.count(texts[key]))
@@ -93,7 +94,7 @@ def made(bench: AtomBench, dataset: Dataset, questions: Sequence[Question], toke
         part = i % PARTS
         others, before = chosen[1:], 0
         at = 0
-        while at < len(others) and before + bench.count(gold) / 2 < (part + rng.random()) / PARTS * total:
+        while at < len(others) and before + own / 2 < (part + rng.random()) / PARTS * total:
             before += bench.count(others[at])
             at += 1
         parts = [*others[:at], gold, *others[at:]]

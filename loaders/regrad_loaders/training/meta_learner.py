@@ -22,11 +22,9 @@ from regrad_loaders.data.episodes import Episode, Example
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule, length_weight, merge_weights
 from regrad_qdrant.errors import InitializationError
-from regrad_qdrant.model.gradients import BATCH_TOKENS, batches, document_losses, hidden_states, pad
-from regrad_qdrant.model.head import head_of
+from regrad_qdrant.model.gradients import BATCH_TOKENS, answer_losses, batches, document_losses, pad
 from regrad_qdrant.model.initialization import MetaInitialization, scaling_of
-from regrad_qdrant.model.loss import token_cross_entropy
-from regrad_qdrant.model.plugin import base_of, by_rows, live_space, lora_layers, lora_weight, plug_in, row_updates
+from regrad_qdrant.model.plugin import by_rows, live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.model.space import LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
 
@@ -152,22 +150,9 @@ class MetaLearner(nn.Module):
 
     def _answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """`answer_losses` of one padded batch."""
-        ids, mask = pad([example.prompt_ids + example.answer_ids for example in examples], self.pad_id, self.device)
+        pairs = [(example.prompt_ids, example.answer_ids) for example in examples]
         with nullcontext() if rows is None else row_updates(self.model[0], self.space, rows):
-            hidden = hidden_states(self.model[0], ids, mask)
-        head = head_of(base_of(self.model[0]))
-        owner, position, target = [], [], []
-        for i, example in enumerate(examples):
-            owner += [i] * len(example.answer_ids)
-            position += range(len(example.prompt_ids) - 1, len(example.prompt_ids) + len(example.answer_ids) - 1)
-            target += example.answer_ids
-        index, at, goal = (torch.tensor(numbers, device=hidden.device) for numbers in (owner, position, target))
-        token_losses, best = token_cross_entropy(hidden[index, at].to(head.weight.device), head, goal)
-        lengths = torch.bincount(index, minlength=len(examples))
-        losses = token_losses.new_zeros(len(examples)).index_add(0, index, token_losses) / lengths
-        hits = (best == goal).float()
-        right = hits.new_zeros(len(examples)).index_add(0, index, hits)
-        return losses, (right == lengths).float()
+            return answer_losses(self.model[0], pairs, self.pad_id)
 
     def updates(self, examples: Sequence[Example], atoms: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """−α ⊙ Σ wᵢ·g(dᵢ) for every question: (questions, *shape) a tensor."""

@@ -26,7 +26,7 @@ def prompt_of(recipe: Recipe) -> PromptFormat:
 
 def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:
     """The recipe's mixture: one episode source a data set, and the weights to draw them with."""
-    sources = []
+    sources, format = [], prompt_of(recipe)
     for source in recipe.data:
         dataset = _dataset(recipe, source)
         questions = _of_types(dataset.split(source.split), source)
@@ -34,7 +34,7 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
         if source.cloze:
             questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
-        sources.append(_episodes(recipe, dataset, questions, tokenizer))
+        sources.append(_episodes(recipe, dataset, questions, tokenizer, format))
     return sources, [source.weight for source in recipe.data]
 
 
@@ -44,20 +44,20 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
     sources: list[EpisodeSource] = []
     if not recipe.dev_questions:
         return sources
-    rng = random.Random(recipe.seed + 4)
+    rng, format = random.Random(recipe.seed + 4), prompt_of(recipe)
     for source in recipe.data:
         dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
         questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
         if questions:
             chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
-            sources.append(_episodes(recipe, dataset, chosen, tokenizer))
+            sources.append(_episodes(recipe, dataset, chosen, tokenizer, format))
     return sources
 
 
-def _episodes(recipe: Recipe, dataset: Dataset, questions: list[Question], tokenizer: Any) -> EpisodeSource:
-    return EpisodeSource(
-        dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt, prompt_of(recipe)
-    )
+def _episodes(
+    recipe: Recipe, dataset: Dataset, questions: list[Question], tokenizer: Any, format: PromptFormat
+) -> EpisodeSource:
+    return EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt, format)
 
 
 def _dataset(recipe: Recipe, source: Source) -> Dataset:

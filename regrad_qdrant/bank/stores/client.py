@@ -70,9 +70,8 @@ class ClientStore:
         if self.in_process:
             return []
         config = self._request("get_collection").config
-        said = []
-        with contextlib.suppress(Exception):  # an old server, a proxy, or a key that may not ask
-            said.append(f"Qdrant {self.method('info')().version}")
+        version = server_version(self.method("info"))
+        said = [] if version is None else [f"Qdrant {version}"]
         if (shards := config.params.shard_number or 1) > 1:
             said.append(f"{shards} shards: atoms are written by id after a look")
         strict = getattr(config, "strict_mode_config", None)
@@ -344,6 +343,14 @@ class ClientStore:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # that the server had gone before
                 self.client.close()
+
+
+def server_version(info: Callable[[], Any]) -> str | None:
+    """What a client's `info` says; None for a server that does not tell."""
+    try:
+        return str(info().version)
+    except Exception:  # noqa: BLE001 (an old server, a proxy, or a key that may not ask)
+        return None
 
 
 def _allowed(refusal: str, size: int) -> int | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_qdrant.bank.stores.base import Store
-from regrad_qdrant.bank.stores.client import ClientStore, client_errors
+from regrad_qdrant.bank.stores.client import ClientStore, client_errors, server_version
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 
@@ -48,10 +48,7 @@ def open_store(
 
 def _warn_of(client: Any) -> None:
     """Say so where the server's version is known to lose points; one that does not tell its version is let pass."""
-    try:
-        version = str(client.info().version)
-    except Exception:  # noqa: BLE001 (an old server, a proxy, or a key that may not ask)
-        return
+    version = server_version(client.info)
     if version in LOSING:
         warnings.warn(
             f"Qdrant {version} may lose acknowledged points after atoms are written in place (qdrant/qdrant#10201): "
