@@ -1,4 +1,4 @@
 """From a question to an answer: search, merge, apply, generate, restore.
 
-In the order that data takes: query, atom_cache, adapter, generation, filling, pipeline; batching, streaming.
+In the order that data takes: query, retrieval, atom_cache, adapter, generation, filling, pipeline; batching, streaming.
 """

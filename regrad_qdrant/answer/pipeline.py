@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +16,15 @@ from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.batching import Batcher
 from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
 from regrad_qdrant.answer.generation import Asking, Generated, choose, generate
-from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, WITHOUT_DOCUMENTS, Answer, Mode, Query, Timings
+from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Mode, Query, Timings
+from regrad_qdrant.answer.retrieval import Found, Retrieval
 from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.merge import length_weight, window_shares
-from regrad_qdrant.bank.bank import Asked, GradientBank
+from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import relevances
 from regrad_qdrant.bank.embed import Bm25
-from regrad_qdrant.errors import BankError, DataError, RecordError, WrongSpaceError
+from regrad_qdrant.errors import DataError, RecordError, WrongSpaceError
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType
 
 if TYPE_CHECKING:
@@ -39,17 +39,8 @@ if TYPE_CHECKING:
     from regrad_qdrant.model.initialization import MetaInitialization
 
 LONG = 1000  # characters of a text that surely has more tokens than a short one
-NEGLIGIBLE = 1e-3  # share of a window that is left out
+NEGLIGIBLE = 1e-3  # share of a window, beside the largest, that is left out
 SEARCHERS = 8  # threads that search for `aanswer` over a bank that has no asyncio of its own
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What one question is answered from."""
-
-    asked: Query
-    hits: list[Hit]
-    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -132,8 +123,8 @@ class ReGrad:
             self.asking = replace(self.asking, function=prompt)
         self.gradients = self.adapter.gradients(tokenizer)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
-        self._all_ids: list[PointId] | None = None
-        self._batcher: Batcher[_Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
+        self.retrieval = Retrieval(self.bank)
+        self._batcher: Batcher[Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
         self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
 
     def __enter__(self) -> Self:
@@ -183,10 +174,10 @@ class ReGrad:
         """
         asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens)
         started = time.perf_counter()
-        [found] = self._retrieve([asked], top_k, using, seed)
+        [found] = self.retrieval.retrieve([asked], top_k, using, seed)
         return self._one(found, started)
 
-    def _one(self, found: _Found, started: float, streamer: Any = None, stopping: Any = None) -> Answer:
+    def _one(self, found: Found, started: float, streamer: Any = None, stopping: Any = None) -> Answer:
         """The answer to one question whose search is done; the update is written into the weights."""
         searched = time.perf_counter()
         prompt, mode = found.asked.prompt(found.hits), found.asked.mode
@@ -233,7 +224,7 @@ class ReGrad:
         """
         asked = question if isinstance(question, Query) else Query(question)
         started = time.perf_counter()
-        [found] = self._retrieve([asked], top_k, using, seed)
+        [found] = self.retrieval.retrieve([asked], top_k, using, seed)
 
         def work(streamer: Any, stopping: Any) -> Answer:
             return self._one(found, started, streamer, stopping)
@@ -264,7 +255,7 @@ class ReGrad:
             return []
         asked = [question if isinstance(question, Query) else Query(question, mode) for question in questions]
         started = time.perf_counter()
-        found = self._retrieve(asked, top_k, using, seed)
+        found = self.retrieval.retrieve(asked, top_k, using, seed)
         return self._answered(found, (time.perf_counter() - started) / len(asked))
 
     async def aanswer(
@@ -311,55 +302,18 @@ class ReGrad:
 
     async def _aretrieve(
         self, asked: list[Query], top_k: int, using: str | Sequence[str] | None, seed: int
-    ) -> list[_Found]:
+    ) -> list[Found]:
         import asyncio
 
         if self._async_bank is not None:
-            return await self._async_bank.run(self._retrieve, asked, top_k, using, seed)
+            return await self._async_bank.run(self.retrieval.retrieve, asked, top_k, using, seed)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._searchers, self._retrieve, asked, top_k, using, seed)
+        return await loop.run_in_executor(self._searchers, self.retrieval.retrieve, asked, top_k, using, seed)
 
-    def _retrieve(
-        self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int
-    ) -> list[_Found]:
-        """The documents that each question is answered from: all searches in as few requests as they take."""
-        searching = [one for one in asked if one.mode not in WITHOUT_DOCUMENTS and one.hits is None]
-        wanted = [
-            Asked(one.query or one.question, one.query_filter, one.mode in ("regrad", "regrad+icl"))
-            for one in searching
-        ]
-        results = iter(self.bank.search_many(wanted, top_k, using=using) if wanted else [])
-        found = []
-        for one in asked:
-            if one.mode in WITHOUT_DOCUMENTS:
-                found.append(_Found(one, [], []))
-                continue
-            hits = next(results) if one.hits is None else list(one.hits[:top_k])
-            if one.mode == "random":
-                hits = self._random_hits(one, hits, top_k, f"{seed}-{one.question}")
-            notes = [] if hits or one.hits is not None else [self._nothing_found(one)]
-            if hits and not any(hit.text for hit in hits):
-                fields = sorted({key for hit in hits for key in hit.payload})
-                raise BankError(
-                    f"none of the retrieved points has a text for the layout {self.bank.layout}; their fields are "
-                    f"{fields}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
-                )
-            found.append(_Found(one, hits, notes))
-        return found
-
-    def _nothing_found(self, asked: Query) -> str:
-        """What to say where a question has found no document; names the filter's fields that no point has."""
-        said = "nothing was retrieved: the answer comes from the model alone"
-        if asked.query_filter is None:
-            return said
-        absent = self.bank.absent_fields(asked.query_filter)
-        why = f"no point has the filter's field {', '.join(absent)}" if absent else "no document passes the filter"
-        return f"{said}; {why}"
-
-    def _answered_together(self, found: list[_Found]) -> list[Answer]:
+    def _answered_together(self, found: list[Found]) -> list[Answer]:
         return self._answered(found, 0.0)
 
-    def _answered(self, found: Sequence[_Found], search: float) -> list[Answer]:
+    def _answered(self, found: Sequence[Found], search: float) -> list[Answer]:
         """One batch; `search` is the seconds that each question's search took."""
         asked = [one.asked for one in found]
         times = [time.perf_counter()]
@@ -381,7 +335,7 @@ class ReGrad:
         timings = Timings(search, decode, sum(between[0::2]), sum(between[1::2]), restore)
         return [_answer(said[i], one, merged[i], timings) for i, one in enumerate(found)]
 
-    def _merged(self, found: Sequence[_Found]) -> list[_Merged]:
+    def _merged(self, found: Sequence[Found]) -> list[_Merged]:
         """Σ wᵢ·g(dᵢ) over the usable hits of each question."""
         applied = [one for one in found if one.asked.mode not in WITHOUT_ATOMS]
         online = [one.asked.mode == "online" for one in applied]
@@ -432,7 +386,7 @@ class ReGrad:
             if hit.record.rest:
                 shares = self.window_weights(question, [hit.text[start:end] for start, end in hit.record.spans])
             pairs = zip(hit.record.windows(), shares, strict=True)
-            chosen += [(window, weight * share) for window, share in pairs if share > NEGLIGIBLE]
+            chosen += [(window, weight * share) for window, share in pairs if share > NEGLIGIBLE * max(shares)]
         return chosen
 
     def _sum(self, usable: Usable, question: str) -> _Merged:
@@ -458,21 +412,6 @@ class ReGrad:
             return str(error)
         return None
 
-    def _random_hits(self, asked: Query, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
-        """Other documents' points under the scores of the retrieved ones, of those that pass the question's filter."""
-        if asked.query_filter is not None:
-            everything = [hit.id for hit in self.bank.points(asked.query_filter)]
-        else:
-            if self._all_ids is None:
-                self._all_ids = [hit.id for hit in self.bank.points()]
-            everything = self._all_ids
-        retrieved = {hit.id for hit in hits}
-        others = [key for key in everything if key not in retrieved]
-        drawn = random.Random(seed).sample(others, min(count, len(others)))
-        like = [(hit.score, hit.relevance) for hit in hits] + [(1.0, None)] * count
-        drawn_hits = self.bank.fetch(drawn)
-        return [replace(hit, score=s, relevance=r) for hit, (s, r) in zip(drawn_hits, like, strict=False)]
-
 
 def _parts(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
     """The rows that are answered together: those that are written freely, and those that choose, in batches of as many
@@ -492,7 +431,7 @@ def _parts(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
         yield part
 
 
-def _answer(said: Generated, found: _Found, merged: _Merged, timings: Timings) -> Answer:
+def _answer(said: Generated, found: Found, merged: _Merged, timings: Timings) -> Answer:
     return Answer(
         said.text,
         found.asked.mode,

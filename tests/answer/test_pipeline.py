@@ -9,8 +9,8 @@ from qdrant_client import models
 from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.answer.filling import FillPolicy
 from regrad_qdrant.answer.generation import generate
-from regrad_qdrant.answer.pipeline import _Found
 from regrad_qdrant.answer.query import MODES, Query
+from regrad_qdrant.answer.retrieval import Found
 from regrad_qdrant.atoms.merge import SHORT
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import attach_atoms
@@ -99,7 +99,7 @@ def test_a_callers_inference_mode_leaves_nothing_behind(regrad):
 
 
 def summed(regrad, query, hits):
-    [merged] = regrad._merged([_Found(query, hits, [])])
+    [merged] = regrad._merged([Found(query, hits, [])])
     return merged.total
 
 
@@ -320,13 +320,13 @@ def test_where_nothing_is_found_the_answer_and_a_warning_say_so(tenants):
 
 def test_retrieved_points_without_text_are_an_error_that_names_their_fields(regrad, model):
     bank = GradientBank(regrad.bank.store, "docs", regrad.bank.space, layout=Layout("mine", "body"))
-    regrad.bank = regrad.filling.bank = bank
+    regrad.bank = regrad.filling.bank = regrad.retrieval.bank = bank
     with pytest.raises(BankError, match=r"none of the retrieved points has a text.*'text'.*layout=Layout"):
         regrad.answer(BROAD)
 
 
 DAMAGES = {
-    "a later version": lambda value: value | {"v": 2},
+    "a later version": lambda value: value | {"v": 3},
     "no atom in it": lambda value: {"v": 1, "space": value["space"]},
     "cut short": lambda value: value | {"atom": value["atom"][:40]},
 }

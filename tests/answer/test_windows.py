@@ -7,7 +7,7 @@ from conftest import tiny_initialization
 from regrad_loaders.data.facts import generate
 from regrad_qdrant import Document, GradientBank, MergeRule, Query, ReGrad
 from regrad_qdrant.atoms.record import Record
-from regrad_qdrant.bank.documents import point_id
+from regrad_qdrant.bank.documents import Hit, point_id
 from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.errors import RecordError
 
@@ -59,6 +59,13 @@ def test_the_plain_sum_takes_one_window_and_words_that_no_window_has_take_all(re
     regrad.merge = MergeRule("sum")
     assert regrad.window_weights("Who dives?", windows) == [0, 1, 0]
     assert regrad.window_weights("Zzz?", windows) == [1 / 3] * 3
+
+
+def test_of_very_many_windows_that_no_word_tells_apart_all_count(regrad):
+    count = 1200
+    record = Record(regrad.bank.space, "t", "fp32", "x", ("y",) * (count - 1), ((0, 1),) * count)
+    hit = Hit(1, 1.0, "a", {}, record)
+    assert len(regrad._windows([hit], [1.0], "Zzz?")) == count
 
 
 def test_computed_at_query_time_they_are_the_same(regrad):

@@ -1,0 +1,83 @@
+"""The documents that questions are answered from, and what to say where there are none."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Query
+from regrad_qdrant.bank.bank import Asked, GradientBank
+from regrad_qdrant.errors import BankError
+
+if TYPE_CHECKING:
+    from regrad_qdrant.bank.documents import Hit
+    from regrad_qdrant.bank.stores.base import PointId
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one question is answered from."""
+
+    asked: Query
+    hits: list[Hit]
+    notes: list[str]
+
+
+class Retrieval:
+    """Searches a bank for the questions that need it, as their modes say."""
+
+    def __init__(self, bank: GradientBank) -> None:
+        self.bank = bank
+        self._all_ids: list[PointId] | None = None
+
+    def retrieve(self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Found]:
+        """The documents that each question is answered from: all searches in as few requests as they take."""
+        searching = [one for one in asked if one.mode not in WITHOUT_DOCUMENTS and one.hits is None]
+        wanted = [
+            Asked(one.query or one.question, one.query_filter, one.mode in ("regrad", "regrad+icl"))
+            for one in searching
+        ]
+        results = iter(self.bank.search_many(wanted, top_k, using=using) if wanted else [])
+        found = []
+        for one in asked:
+            if one.mode in WITHOUT_DOCUMENTS:
+                found.append(Found(one, [], []))
+                continue
+            hits = next(results) if one.hits is None else list(one.hits[:top_k])
+            if one.mode == "random":
+                hits = self._random_hits(one, hits, top_k, f"{seed}-{one.question}")
+            notes = [] if hits or one.hits is not None else [self._nothing_found(one)]
+            if hits and not any(hit.text for hit in hits):
+                fields = sorted({key for hit in hits for key in hit.payload})
+                raise BankError(
+                    f"none of the retrieved points has a text for the layout {self.bank.layout}; their fields are "
+                    f"{fields}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
+                )
+            found.append(Found(one, hits, notes))
+        return found
+
+    def _nothing_found(self, asked: Query) -> str:
+        """What to say where a question has found no document; names the filter's fields that no point has."""
+        said = "nothing was retrieved: the answer comes from the model alone"
+        if asked.query_filter is None:
+            return said
+        absent = self.bank.absent_fields(asked.query_filter)
+        why = f"no point has the filter's field {', '.join(absent)}" if absent else "no document passes the filter"
+        return f"{said}; {why}"
+
+    def _random_hits(self, asked: Query, hits: Sequence[Hit], count: int, seed: str) -> list[Hit]:
+        """Other documents' points under the scores of the retrieved ones, of those that pass the question's filter."""
+        if asked.query_filter is not None:
+            everything = [hit.id for hit in self.bank.points(asked.query_filter)]
+        else:
+            if self._all_ids is None:
+                self._all_ids = [hit.id for hit in self.bank.points()]
+            everything = self._all_ids
+        retrieved = {hit.id for hit in hits}
+        others = [key for key in everything if key not in retrieved]
+        drawn = random.Random(seed).sample(others, min(count, len(others)))
+        like = [(hit.score, hit.relevance) for hit in hits] + [(1.0, None)] * count
+        drawn_hits = self.bank.fetch(drawn)
+        return [replace(hit, score=s, relevance=r) for hit, (s, r) in zip(drawn_hits, like, strict=False)]
