@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,7 +16,7 @@ from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.batching import Batcher
 from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
 from regrad_qdrant.answer.generation import Asking, Generated, choose, generate
-from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Mode, Query, Timings
+from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Mode, Query, Span, Timings
 from regrad_qdrant.answer.retrieval import Found, Retrieval
 from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
@@ -51,6 +51,7 @@ class _Merged:
     weights: dict[PointId, float]
     notes: list[str]
     skipped: dict[PointId, str]
+    windows: dict[PointId, dict[Span, float]] = field(default_factory=dict)
 
 
 class ReGrad:
@@ -376,27 +377,28 @@ class ReGrad:
         embedder = self.bank.embedders.get("bm25")
         return embedder if isinstance(embedder, Bm25) else Bm25()
 
-    def _windows(self, hits: Sequence[Hit], weights: Sequence[float], question: str) -> list[tuple[Record, float]]:
-        """The atoms to sum, with their weights: of a text in windows those that count."""
-        chosen: list[tuple[Record, float]] = []
-        for hit, weight in zip(hits, weights, strict=True):
-            if hit.record is None:
-                continue
-            shares = [1.0]
-            if hit.record.rest:
-                shares = self.window_weights(question, [hit.text[start:end] for start, end in hit.record.spans])
-            pairs = zip(hit.record.windows(), shares, strict=True)
-            chosen += [(window, weight * share) for window, share in pairs if share > NEGLIGIBLE * max(shares)]
-        return chosen
+    def _windows(self, hit: Hit, question: str) -> list[tuple[Record, Span, float]]:
+        """The windows of a text that count, with the characters and the share of each."""
+        if hit.record is None:
+            return []
+        if not hit.record.rest:
+            return [(hit.record, (0, len(hit.text)), 1.0)]
+        spans = hit.record.spans
+        shares = self.window_weights(question, [hit.text[start:end] for start, end in spans])
+        windows = zip(hit.record.windows(), spans, shares, strict=True)
+        return [(window, span, share) for window, span, share in windows if share > NEGLIGIBLE * max(shares)]
 
     def _sum(self, usable: Usable, question: str) -> _Merged:
         """The sum of these hits' atoms; those that turn out to be damaged are left out, recomputed or refused."""
         hits, weights = usable.hits, self.weights(usable.hits)
-        atoms = self._windows(hits, weights, question)
+        parts = [self._windows(hit, question) for hit in hits]
+        atoms = [atom for windows in parts for atom, _, _ in windows]
+        shares = [weight * share for weight, windows in zip(weights, parts, strict=True) for _, _, share in windows]
         try:
-            total = self.adapter.decode([atom for atom, _ in atoms], [weight for _, weight in atoms])
+            total = self.adapter.decode(atoms, shares)
             applied = {hit.id: weight for hit, weight in zip(hits, weights, strict=True)}
-            return _Merged(total, applied, usable.notes, usable.skipped)
+            windows = {hit.id: {span: share for _, span, share in part} for hit, part in zip(hits, parts, strict=True)}
+            return _Merged(total, applied, usable.notes, usable.skipped, windows)
         except RecordError:
             if self.filling.policy.on_damaged == "refuse":
                 raise
@@ -441,4 +443,5 @@ def _answer(said: Generated, found: Found, merged: _Merged, timings: Timings) ->
         weights=merged.weights,
         notes=tuple(merged.notes),
         skipped=merged.skipped,
+        windows=merged.windows,
     )

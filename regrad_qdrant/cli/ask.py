@@ -115,6 +115,10 @@ def ask(
             "answer": answer.text,
             "hits": [{"id": hit.document_id, "score": hit.score, "text": hit.text} for hit in answer.hits],
             "weights": {str(key): weight for key, weight in answer.weights.items()},
+            "windows": {
+                str(key): [{"start": start, "end": end, "share": share} for (start, end), share in part.items()]
+                for key, part in answer.windows.items()
+            },
             "skipped": {str(key): why for key, why in answer.skipped.items()},
             "notes": list(answer.notes),
             "timings": asdict(answer.timings),

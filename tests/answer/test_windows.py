@@ -43,8 +43,10 @@ def test_the_window_that_the_question_is_about_is_applied(regrad, monkeypatch):
         regrad.adapter, "decode", lambda records, weights=None: summed.append((records, weights)) or zeros(regrad)
     )
     start, end = hit.record.spans[2]
-    regrad.answer(LONG[start:end][20:90], hits=[hit])
+    answer = regrad.answer(LONG[start:end][20:90], hits=[hit])
     records, weights = summed[0]
+    assert answer.windows[hit.id][start, end] == max(weights)
+    assert len(answer.windows[hit.id]) == len(records)
     best = records[weights.index(max(weights))]
     [atom] = regrad.gradients.atoms([windows[2]])
     torch.testing.assert_close(best.decode(regrad.bank.space, regrad.adapter.space.layout), atom, rtol=1e-3, atol=1e-5)
@@ -65,7 +67,7 @@ def test_of_very_many_windows_that_no_word_tells_apart_all_count(regrad):
     count = 1200
     record = Record(regrad.bank.space, "t", "fp32", "x", ("y",) * (count - 1), ((0, 1),) * count)
     hit = Hit(1, 1.0, "a", {}, record)
-    assert len(regrad._windows([hit], [1.0], "Zzz?")) == count
+    assert len(regrad._windows(hit, "Zzz?")) == count
 
 
 def test_computed_at_query_time_they_are_the_same(regrad):
