@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
 
+    from regrad_qdrant.answer.spans import Span
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -23,6 +25,7 @@ class Generated:
 
     text: str  # as the format has it: to the first line break
     prompt_tokens: int
+    span: Span | None = None  # of a grounded answer, which it is
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def generate(
     base = base_of(peft_model)
     ids, mask = encoded(tokenizer, prompts, input_device(base), asking)
     longest = ids.shape[1]
-    ends = _ends(base, tokenizer)
+    ends = ends_of(base, tokenizer)
     lengths = [asking.length(prompt) for prompt in prompts]
     options: dict[str, Any] = {"streamer": streamer} if streamer is not None else {}
     if stopping is not None:
@@ -128,7 +131,7 @@ def choose(
     return answers
 
 
-def _ends(base: Any, tokenizer: Any) -> list[int]:
+def ends_of(base: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the tokenizer's, and all that the model's generation config names."""
     named = getattr(base.generation_config, "eos_token_id", None)
     found = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]

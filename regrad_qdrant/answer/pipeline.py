@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.batching import Batcher
+from regrad_qdrant.answer.decoding import Decoder, parts
 from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
-from regrad_qdrant.answer.generation import Asking, Generated, choose, generate
-from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Mode, Query, Span, Timings
+from regrad_qdrant.answer.generation import Asking, Generated
+from regrad_qdrant.answer.grounding import BEAMS
+from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Mode, Query, Source, Span, Timings
 from regrad_qdrant.answer.retrieval import Found, Retrieval
 from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
@@ -79,6 +81,7 @@ class ReGrad:
         batch_wait: seconds that the first of them waits for others.
         prompt: another prompt than the initialization was trained with: a format, or a function that returns a prompt's
             whole text. Its answers are worth less the more the prompt differs; compare with `regrad-qdrant eval`.
+        beams: of the search for a grounded answer; one is fastest.
 
     A model that another `ReGrad` uses is taken over from it. `close`, or leaving a `with` block, gives the model back.
 
@@ -105,6 +108,7 @@ class ReGrad:
         batch_size: int = 16,
         batch_wait: float = 0.008,
         prompt: PromptFormat | Callable[[Prompt], str] | None = None,
+        beams: int = BEAMS,
     ) -> None:
         if bank.space != initialization.fingerprint:
             raise WrongSpaceError(
@@ -125,6 +129,7 @@ class ReGrad:
         self.gradients = self.adapter.gradients(tokenizer)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
         self.retrieval = Retrieval(self.bank)
+        self.decoder = Decoder(self.adapter.model, tokenizer, self.asking, beams)
         self._batcher: Batcher[Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
         self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
 
@@ -153,6 +158,7 @@ class ReGrad:
         using: str | Sequence[str] | None = None,
         hits: Sequence[Hit] | None = None,
         max_new_tokens: int | None = None,
+        grounded: bool = False,
         seed: int = 0,
     ) -> Answer:
         """Answer one question, greedily.
@@ -167,13 +173,15 @@ class ReGrad:
             using: name of the vector to search; several names make it a hybrid search.
             hits: of a retriever of your own, best first (`bank.fetch(ids, scores)`), instead of a search.
             max_new_tokens: of the answer, instead of the prompt format's.
+            grounded: the answer to an open question is a span of the retrieved texts, the one that the model finds
+                likeliest; `Answer.source` says where it stands. No text needs to stand in the prompt for that.
             seed: of the documents that `random` draws.
 
         Raises:
             RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
             ValueError: for a prompt that makes no sense, such as an empty question.
         """
-        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens)
+        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded)
         started = time.perf_counter()
         [found] = self.retrieval.retrieve([asked], top_k, using, seed)
         return self._one(found, started)
@@ -181,7 +189,7 @@ class ReGrad:
     def _one(self, found: Found, started: float, streamer: Any = None, stopping: Any = None) -> Answer:
         """The answer to one question whose search is done; the update is written into the weights."""
         searched = time.perf_counter()
-        prompt, mode = found.asked.prompt(found.hits), found.asked.mode
+        task, mode = self.decoder.task(found), found.asked.mode
         with contextlib.ExitStack() as stack:
             [merged] = self._merged([found])
             decoded_at = searched if merged.total is None else time.perf_counter()
@@ -192,12 +200,7 @@ class ReGrad:
             else:
                 stack.enter_context(self.adapter.applied_sum(merged.total))
             applied_at = time.perf_counter()
-            if prompt.options:
-                [said] = choose(self.adapter.model, self.tokenizer, [prompt], self.asking)
-            else:
-                [said] = generate(
-                    self.adapter.model, self.tokenizer, [prompt], self.asking, streamer=streamer, stopping=stopping
-                )
+            [said] = self.decoder.answers([task], streamer=streamer, stopping=stopping)
             generated_at = time.perf_counter()
         restored_at = time.perf_counter()
         timings = Timings(
@@ -239,6 +242,7 @@ class ReGrad:
         mode: Mode = "regrad",
         top_k: int = 3,
         using: str | Sequence[str] | None = None,
+        grounded: bool = False,
         seed: int = 0,
     ) -> list[Answer]:
         """Answer a batch of questions together: every forward pass serves all of them, each row with its own update.
@@ -247,14 +251,17 @@ class ReGrad:
         all rows is needed at once. `timings` are the batch's, divided by its size.
 
         Args:
-            questions: texts, all in `mode`, or a `Query` each, of any modes.
+            questions: texts, all in `mode` and `grounded` alike, or a `Query` each, of any modes.
 
         Raises:
             RegradError, ValueError: as `answer`.
         """
         if not questions:
             return []
-        asked = [question if isinstance(question, Query) else Query(question, mode) for question in questions]
+        asked = [
+            question if isinstance(question, Query) else Query(question, mode, grounded=grounded)
+            for question in questions
+        ]
         started = time.perf_counter()
         found = self.retrieval.retrieve(asked, top_k, using, seed)
         return self._answered(found, (time.perf_counter() - started) / len(asked))
@@ -272,6 +279,7 @@ class ReGrad:
         using: str | Sequence[str] | None = None,
         hits: Sequence[Hit] | None = None,
         max_new_tokens: int | None = None,
+        grounded: bool = False,
         seed: int = 0,
     ) -> Answer:
         """`answer` for asyncio, with the same arguments.
@@ -281,7 +289,7 @@ class ReGrad:
         Questions that wait at the same time share forward passes, on one thread of their own (`batch_size`,
         `batch_wait`). The answers are those of `answer`.
         """
-        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens)
+        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded)
         [found] = await self._aretrieve([asked], top_k, using, seed)
         return await self._batcher.ask(found)
 
@@ -292,12 +300,16 @@ class ReGrad:
         mode: Mode = "regrad",
         top_k: int = 3,
         using: str | Sequence[str] | None = None,
+        grounded: bool = False,
         seed: int = 0,
     ) -> list[Answer]:
         """`answer_many` for asyncio: in batches of at most `batch_size`, together with what else is asked meanwhile."""
         import asyncio
 
-        asked = [question if isinstance(question, Query) else Query(question, mode) for question in questions]
+        asked = [
+            question if isinstance(question, Query) else Query(question, mode, grounded=grounded)
+            for question in questions
+        ]
         found = await self._aretrieve(asked, top_k, using, seed) if asked else []
         return list(await asyncio.gather(*(self._batcher.ask(one) for one in found)))
 
@@ -320,14 +332,13 @@ class ReGrad:
         times = [time.perf_counter()]
         merged = self._merged(found)
         times.append(time.perf_counter())
-        prompts = [one.asked.prompt(one.hits) for one in found]
+        tasks = [self.decoder.task(one) for one in found]
         said: dict[int, Generated] = {}
-        for part in _parts(prompts):
-            rows = [i for i in part for _ in range(max(1, len(prompts[i].spellings)))]
+        for part in parts(tasks):
+            rows = [i for i in part for _ in range(tasks[i].rows)]
             with self.adapter.rows([merged[i].total for i in rows], [asked[i].mode in BARE for i in rows]):
                 times.append(time.perf_counter())
-                ways = choose if prompts[part[0]].options else generate
-                answers = ways(self.adapter.model, self.tokenizer, [prompts[i] for i in part], self.asking)
+                answers = self.decoder.answers([tasks[i] for i in part])
                 times.append(time.perf_counter())
             said |= dict(zip(part, answers, strict=True))
         times.append(time.perf_counter())
@@ -415,24 +426,6 @@ class ReGrad:
         return None
 
 
-def _parts(prompts: Sequence[Prompt]) -> Iterator[list[int]]:
-    """The rows that are answered together: those that are written freely, and those that choose, in batches of as many
-    rows as there are questions."""
-    written = [i for i, prompt in enumerate(prompts) if not prompt.options]
-    if written:
-        yield written
-    part: list[int] = []
-    for i, prompt in enumerate(prompts):
-        if not prompt.options:
-            continue
-        if part and sum(len(prompts[j].spellings) for j in part) + len(prompt.spellings) > len(prompts):
-            yield part
-            part = []
-        part.append(i)
-    if part:
-        yield part
-
-
 def _answer(said: Generated, found: Found, merged: _Merged, timings: Timings) -> Answer:
     return Answer(
         said.text,
@@ -444,4 +437,11 @@ def _answer(said: Generated, found: Found, merged: _Merged, timings: Timings) ->
         notes=tuple(merged.notes),
         skipped=merged.skipped,
         windows=merged.windows,
+        source=_source(said, found),
     )
+
+
+def _source(said: Generated, found: Found) -> Source | None:
+    if said.span is None:
+        return None
+    return Source(found.sources[said.span.text].document_id, said.span.start, said.span.end)

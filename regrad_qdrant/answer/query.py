@@ -33,7 +33,10 @@ WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
 
 @dataclass(frozen=True)
 class Query:
-    """One question, with what of `ReGrad.answer` belongs to it alone."""
+    """One question, with what of `ReGrad.answer` belongs to it alone.
+
+    `sources` are the documents that a grounded answer is a span of, where these are others than the hits.
+    """
 
     question: str
     mode: Mode = "regrad"
@@ -43,6 +46,8 @@ class Query:
     query: str | Vector | Mapping[str, Vector] | None = None
     hits: Sequence[Hit] | None = None
     max_new_tokens: int | None = None
+    grounded: bool = False
+    sources: Sequence[Hit] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -70,6 +75,15 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a grounded answer stands: characters of a document's text."""
+
+    document_id: PointId
+    start: int
+    end: int  # one past the last
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer with what it came from."""
 
@@ -82,3 +96,4 @@ class Answer:
     notes: tuple[str, ...] = ()  # what was left out, and why, for people to read
     skipped: dict[PointId, str] = field(default_factory=dict)  # of each retrieved point without an atom applied, why
     windows: dict[PointId, dict[Span, float]] = field(default_factory=dict)  # of each text, the parts applied: shares
+    source: Source | None = None  # of a grounded answer

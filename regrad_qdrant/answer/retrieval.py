@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Query
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.documents import Hit
     from regrad_qdrant.bank.stores.base import PointId
 
+NO_TEXT = "there is no text to take the answer from: it is the model's own"
+
 
 @dataclass(frozen=True)
 class Found:
@@ -23,6 +25,7 @@ class Found:
     asked: Query
     hits: list[Hit]
     notes: list[str]
+    sources: list[Hit] = field(default_factory=list)  # of a grounded answer: the documents that it is a span of
 
 
 class Retrieval:
@@ -34,7 +37,8 @@ class Retrieval:
 
     def retrieve(self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Found]:
         """The documents that each question is answered from: all searches in as few requests as they take."""
-        searching = [one for one in asked if one.mode not in WITHOUT_DOCUMENTS and one.hits is None]
+        reading = [one for one in asked if one.mode not in WITHOUT_DOCUMENTS or one.grounded]
+        searching = [one for one in reading if one.hits is None]
         wanted = [
             Asked(one.query or one.question, one.query_filter, one.mode in ("regrad", "regrad+icl"))
             for one in searching
@@ -42,20 +46,23 @@ class Retrieval:
         results = iter(self.bank.search_many(wanted, top_k, using=using) if wanted else [])
         found = []
         for one in asked:
-            if one.mode in WITHOUT_DOCUMENTS:
+            if one.mode in WITHOUT_DOCUMENTS and not one.grounded:
                 found.append(Found(one, [], []))
                 continue
             hits = next(results) if one.hits is None else list(one.hits[:top_k])
+            sources = hits if one.sources is None else list(one.sources[:top_k])
             if one.mode == "random":
                 hits = self._random_hits(one, hits, top_k, f"{seed}-{one.question}")
             notes = [] if hits or one.hits is not None else [self._nothing_found(one)]
+            if one.grounded and not any(hit.text.strip() for hit in sources):
+                notes.append(NO_TEXT)
             if hits and not any(hit.text for hit in hits):
                 fields = sorted({key for hit in hits for key in hit.payload})
                 raise BankError(
                     f"none of the retrieved points has a text for the layout {self.bank.layout}; their fields are "
                     f"{fields}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
                 )
-            found.append(Found(one, hits, notes))
+            found.append(Found(one, hits, notes, sources))
         return found
 
     def _nothing_found(self, asked: Query) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from haystack import Document, component
 
-from regrad_qdrant.bridges.options import checked, merged
+from regrad_qdrant.bridges.options import checked, merged, source_of
 from regrad_qdrant.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @component
 class ReGradAnswerer:
-    """From a query to `replies` and the `documents` that were retrieved.
+    """From a query to `replies` and the `documents` that were retrieved; of a grounded answer also the `source`, the
+    characters of a document's text.
 
     Args:
         options: of `ReGrad.answer`: mode, top_k, using, query_filter, …
@@ -33,7 +34,7 @@ class ReGradAnswerer:
         self.regrad = regrad
         self.options = checked(options)
 
-    @component.output_types(replies=list[str], documents=list[Document])
+    @component.output_types(replies=list[str], documents=list[Document], source=dict[str, Any])
     def run(
         self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None, mode: str | None = None
     ) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class ReGradAnswerer:
         """
         return _output(self.regrad.answer(query, **self._options(filters, top_k, mode)))
 
-    @component.output_types(replies=list[str], documents=list[Document])
+    @component.output_types(replies=list[str], documents=list[Document], source=dict[str, Any])
     async def run_async(
         self, query: str, filters: dict[str, Any] | None = None, top_k: int | None = None, mode: str | None = None
     ) -> dict[str, Any]:
@@ -81,4 +82,4 @@ def _output(given: Answer) -> dict[str, Any]:
         )
         for hit in given.hits
     ]
-    return {"replies": [given.text], "documents": documents}
+    return {"replies": [given.text], "documents": documents, **source_of(given)}

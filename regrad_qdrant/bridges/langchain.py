@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.documents import Document
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
-from regrad_qdrant.bridges.options import checked, merged
+from regrad_qdrant.bridges.options import checked, merged, source_of
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
@@ -25,7 +25,8 @@ QUESTION_KEYS = ("question", "input", "query")  # of a dict that a chain hands o
 
 
 def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str | dict[str, Any], dict[str, Any]]:
-    """A Runnable from a question to `{"answer": str, "documents": [Document]}`.
+    """A Runnable from a question to `{"answer": str, "documents": [Document]}`; a grounded answer also has its
+    `"source": {"document_id", "start", "end"}`, the characters of that document's text.
 
     The question is a text, or a dict with it under "question", "input" or "query". Options can be given when it is
     made, and for one call by LangChain's own ways, the later before the earlier: `config={"configurable": {"top_k":
@@ -69,4 +70,4 @@ def _output(given: Answer) -> dict[str, Any]:
         Document(page_content=hit.text, metadata=hit.payload.get("metadata", hit.payload) or {}, id=str(hit.id))
         for hit in given.hits
     ]
-    return {"answer": given.text, "documents": documents}
+    return {"answer": given.text, "documents": documents, **source_of(given)}

@@ -22,13 +22,14 @@ from qdrant_client.models import FieldCondition, Filter, MatchAny, MatchExcept, 
 from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.answer.query import Answer
 from regrad_qdrant.bank.documents import Hit
-from regrad_qdrant.bridges.options import checked, merged
+from regrad_qdrant.bridges.options import checked, merged, source_of
 
 OPERATORS = {"<": "lt", "<=": "lte", ">": "gt", ">=": "gte"}
 
 
 class ReGradQueryEngine(CustomQueryEngine):
-    """Answers with the retrieved documents' gradients; the response's source nodes are what was retrieved.
+    """Answers with the retrieved documents' gradients; the response's source nodes are what was retrieved, and a
+    grounded answer's place in them is its `metadata["source"]`.
 
     Args:
         regrad: what answers.
@@ -95,7 +96,7 @@ def _condition(one: Any) -> FieldCondition | Filter:
 
 def _response(given: Answer) -> Response:
     nodes = [NodeWithScore(node=_node(hit), score=float(hit.score)) for hit in given.hits]
-    return Response(response=given.text, source_nodes=nodes)
+    return Response(response=given.text, source_nodes=nodes, metadata=source_of(given) or None)
 
 
 def _node(hit: Hit) -> BaseNode:

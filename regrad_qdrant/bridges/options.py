@@ -1,11 +1,17 @@
-"""What of `ReGrad.answer` a framework may give for one call."""
+"""What of `ReGrad.answer` a framework may give for one call, and how a grounded answer's source is handed on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
-PER_CALL = ("mode", "top_k", "type", "choices", "query_filter", "query", "using", "hits", "seed", "max_new_tokens")
+if TYPE_CHECKING:
+    from regrad_qdrant.answer.query import Answer
+
+PER_CALL = (
+    "mode", "top_k", "type", "choices", "query_filter", "query", "using", "hits", "seed", "max_new_tokens", "grounded",
+)  # fmt: skip
 
 
 def merged(*given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -25,3 +31,8 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [name for name in options if name not in PER_CALL]:
         raise TypeError(f"{unknown[0]!r} is no option of ReGrad.answer; it has {', '.join(PER_CALL)}")
     return dict(options)
+
+
+def source_of(answer: Answer) -> dict[str, Any]:
+    """`{"source": {"document_id", "start", "end"}}` of a grounded answer, nothing of another."""
+    return {} if answer.source is None else {"source": asdict(answer.source)}

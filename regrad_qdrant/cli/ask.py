@@ -39,6 +39,8 @@ from regrad_qdrant.errors import DataError
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
+    from regrad_qdrant.answer.query import Answer
+
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
@@ -68,6 +70,9 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer; 24 for an open question by default.")
     ] = None,
+    grounded: Annotated[
+        bool, typer.Option("--grounded", help="Answer an open question with a span of the retrieved texts.")
+    ] = False,
     prompt_file: PromptFile = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -101,8 +106,11 @@ def ask(
             using=using,
             query_filter=_filter_of(only or []),
             max_new_tokens=max_new_tokens,
+            grounded=grounded,
         )
     console.print(answer.text, style="bold", markup=False)
+    if answer.source is not None:
+        console.print(f"  {answer.source.document_id}, {_context(answer)}", markup=False, highlight=False)
     for hit in answer.hits:
         console.print(f"  {hit.score:8.3f}  {hit.document_id}  {hit.text[:90]!r}", markup=False, highlight=False)
     parts = "  ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in asdict(answer.timings).items())
@@ -120,11 +128,22 @@ def ask(
                 for key, part in answer.windows.items()
             },
             "skipped": {str(key): why for key, why in answer.skipped.items()},
+            "source": asdict(answer.source) if answer.source else None,
             "notes": list(answer.notes),
             "timings": asdict(answer.timings),
             "prompt_tokens": answer.prompt_tokens,
         },
     )
+
+
+def _context(answer: Answer) -> str:
+    """The characters of a grounded answer, with the text around them."""
+    source = answer.source
+    text = next((hit.text for hit in answer.hits if source and hit.document_id == source.document_id), "")
+    if source is None or not text:
+        return ""
+    before, said, after = text[: source.start][-40:], text[source.start : source.end], text[source.end :][:40]
+    return f"characters {source.start} to {source.end}: …{before}[{said}]{after}…".replace("\n", " ")
 
 
 def _filter_of(conditions: list[str]) -> Filter | None:

@@ -227,14 +227,16 @@ def row_updates(
 
 
 def by_rows(x: Tensor, count: int) -> Tensor:
-    """A layer's input or output as (batch, tokens, d): some architectures flatten the batch before a layer."""
-    return x if x.dim() == 3 else x.unflatten(0, (count, -1))
+    """A layer's input or output as (count, tokens, d): some architectures flatten the batch before a layer, and the
+    beams of one prompt share its row.
+    """
+    return x if len(x) == count and x.dim() == 3 else x.reshape(count, -1, x.shape[-1])
 
 
 def _change_of(space: AtomSpace, name: str, rows: Mapping[str, Tensor], count: int) -> Callable[[Tensor], Tensor]:
     def change(x: Tensor) -> Tensor:
         added = space.row_update(name, by_rows(x, count), rows)
-        return added if x.dim() == 3 else added.flatten(0, 1)
+        return added.reshape(*x.shape[:-1], -1)
 
     return change
 
@@ -247,7 +249,7 @@ def _mixed(base: nn.Module, forward: Callable[..., Tensor], bare: Sequence[bool]
 
     def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = rows.to(x.device)
-        if x.dim() == 2:
+        if len(x) != len(bare):
             plain = plain.repeat_interleave(len(x) // len(bare))
         return torch.where(plain.view(-1, *[1] * (x.dim() - 1)), base(x, *args, **kwargs), forward(x, *args, **kwargs))
 

@@ -101,7 +101,11 @@ def test_answers_in_a_batch_are_those_one_by_one_and_every_weight_is_as_before(n
             questions = ["What does Ida do?", "Who employs Noor?", "What does Orla play?"]
             together = [answer.text for answer in regrad.answer_many(questions, top_k=2)]
             alone = [regrad.answer(question, top_k=2).text for question in questions]
+            spans = [answer.text for answer in regrad.answer_many(questions, top_k=2, grounded=True)]
+            spans_alone = [regrad.answer(question, top_k=2, grounded=True).text for question in questions]
             assert state_of(regrad.adapter) == state
+    assert all(any(span in text for text in TEXTS) for span in spans)
+    assert dtype != torch.float32 or spans == spans_alone
     # In 16 bits two tokens of a random model may tie: what comes before the first difference is the same.
     for one, other in zip(together, alone, strict=True):
         assert one == other if dtype == torch.float32 else one[:4] == other[:4]

@@ -10,11 +10,11 @@ from statistics import mean
 from typing import Any
 
 from regrad_loaders.data.folders import Question
-from regrad_loaders.evaluation.plan import field_filter
+from regrad_loaders.evaluation.plan import field_filter, free
 from regrad_loaders.evaluation.results import Evaluation, Prediction
 from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1
 from regrad_qdrant.answer.pipeline import ReGrad
-from regrad_qdrant.answer.query import Answer, Mode, Query
+from regrad_qdrant.answer.query import Answer, Query
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit, point_id
 from regrad_qdrant.bank.stores.base import PointId
@@ -27,7 +27,7 @@ _Given = dict[PointId, tuple[float, float | None]]
 def evaluate(
     regrad: ReGrad,
     questions: Sequence[Question],
-    modes: Sequence[Mode],
+    modes: Sequence[str],
     *,
     top_k: int = 3,
     using: str | Sequence[str] | None = None,
@@ -41,6 +41,8 @@ def evaluate(
     """Ask every question in every mode.
 
     Args:
+        modes: the pipeline's, each also as `MODE/grounded`; of `random/grounded` the texts are those of the search, the
+            atoms alone are others'.
         filter_field: restricts each question's search to passages with the question's own value of this field.
         oracle: answer from the gold passages instead of what is retrieved, with equal scores.
         distractors: random documents added to those of every question, under the lowest of their scores (the paper's
@@ -66,27 +68,41 @@ def evaluate(
         points or {hit.id: (hit.score, hit.relevance) for hit in hits}
         for points, hits in zip(given, searched, strict=True)
     ]
-    others = _of_others(regrad.bank, questions, used, filters) if "random" in modes else given
+    others = given
+    if any(free(mode)[0] == "random" for mode in modes):
+        others = _of_others(regrad.bank, questions, used, filters)
     most = max([top_k, *(len(points) for points in given if points)])
     # Questions whose prompts are about as long are answered together: little of a batch is padding.
     by_length = sorted(range(len(questions)), key=lambda i: sum(len(hit.text) for hit in searched[i]))
     predictions: list[Prediction] = []
     for mode in modes:
-        run: Mode = "regrad" if mode == "random" else mode
+        run, grounded = free(mode)
+        is_random = run == "random"
         answered: dict[int, Prediction] = {}
         for start in range(0, len(by_length), batch):
             part = by_length[start : start + batch]
             queries = []
             for i in part:
                 # Fetched now and not before: an atom that the mode before left in the bank is not computed again.
-                hits = _fetched(regrad.bank, (others if mode == "random" else given)[i])
+                hits = _fetched(regrad.bank, (others if is_random else given)[i])
                 asked = questions[i]
-                queries.append(Query(asked.question, run, asked.kind, tuple(asked.choices), filters[i], hits=hits))
+                queries.append(
+                    Query(
+                        asked.question,
+                        "regrad" if is_random else run,
+                        asked.kind,
+                        asked.choices,
+                        filters[i],
+                        hits=hits,
+                        grounded=grounded,
+                        sources=_fetched(regrad.bank, used[i]) if is_random and grounded else None,
+                    )
+                )
             started = time.perf_counter()
             answers = regrad.answer_many(queries, top_k=most, using=using)
             seconds = (time.perf_counter() - started) / len(part)
             for i, answer in zip(part, answers, strict=True):
-                answered[i] = _scored(questions[i], replace(answer, mode=mode), seconds)
+                answered[i] = _scored(questions[i], answer, mode, seconds)
                 on_progress(answered[i])
         predictions += [answered[i] for i in range(len(questions))]
     return Evaluation(settings or {}, predictions, recall(regrad.bank, questions, searched))
@@ -191,12 +207,12 @@ def _of_others(
     return found
 
 
-def _scored(question: Question, answer: Answer, seconds: float) -> Prediction:
+def _scored(question: Question, answer: Answer, mode: str, seconds: float) -> Prediction:
     said = chosen(answer.text, question.choices)
     gold = [chosen(answer, question.choices) for answer in question.answers]  # letters, or the choices' texts
     return Prediction(
         id=question.id,
-        mode=answer.mode,
+        mode=mode,
         kind=question.kind,
         type=question.type,
         question=question.question,

@@ -26,7 +26,9 @@ class Baseline:
 
 RAW = Baseline("raw", "regrad", fine_tuned=False)  # no meta-training
 BASELINES = {b.name: b for b in (RAW, Baseline("ft-direct", "init"), Baseline("ft-rag", "init+icl"))}
-EVALUATION_MODES: tuple[str, ...] = (*MODES, *BASELINES)
+GROUNDED = "/grounded"  # ends the name of a mode whose answers are spans of the retrieved texts
+_FREE: tuple[str, ...] = (*MODES, *BASELINES)
+EVALUATION_MODES = (*_FREE, *(f"{mode}{GROUNDED}" for mode in _FREE))
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Party:
     """One initialization, and what it answers."""
 
     init: str  # a shipped name or a folder, or RAW.name
-    modes: dict[Mode, str]  # what it runs, and under which name that stands in the results
+    modes: dict[str, str]  # what it runs, and under which name that stands in the results
     fills: bool  # whether the bank holds its atoms under the payload key that was given
 
 
@@ -49,19 +51,20 @@ def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[
     Raises:
         DataError: for a fine-tuned baseline without a folder.
     """
-    groups: dict[str, dict[Mode, str]] = {}
+    groups: dict[str, dict[str, str]] = {}
     for mode in modes:
-        baseline = BASELINES.get(mode)
-        of_mode = init if baseline is None else fine_tuned.get(mode) if baseline.fine_tuned else mode
-        if mode == ICL:
+        name, grounded = free(mode)
+        baseline = BASELINES.get(name)
+        of_mode = init if baseline is None else fine_tuned.get(name) if baseline.fine_tuned else name
+        if name == ICL:
             of_mode = icl_init
         if of_mode is None:
             raise DataError(
-                f"the mode {mode} needs a fine-tuned baseline: --{mode} FOLDER, of a recipe with `atoms: false`; "
+                f"the mode {mode} needs a fine-tuned baseline: --{name} FOLDER, of a recipe with `atoms: false`; "
                 "ours stand in the repository, under benchmarks/baselines"
             )
-        runs: Any = mode if baseline is None else baseline.runs  # one of the pipeline's modes
-        groups.setdefault(of_mode, {})[runs] = mode
+        runs = name if baseline is None else baseline.runs
+        groups.setdefault(of_mode, {})[f"{runs}{GROUNDED}" if grounded else runs] = mode
     own = next((name for name in (init, icl_init, *groups) if name in groups and name != RAW.name), None)
     order = sorted(groups, key=lambda name: name != own)  # stable: the others stay in theirs
     return [Party(name, groups[name], name == own) for name in order]
@@ -69,7 +72,13 @@ def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[
 
 def retrieves(mode: str) -> bool:
     """Whether a mode of an evaluation looks anything up."""
-    return (BASELINES[mode].runs if mode in BASELINES else mode) not in WITHOUT_DOCUMENTS
+    name, grounded = free(mode)
+    return grounded or (BASELINES[name].runs if name in BASELINES else name) not in WITHOUT_DOCUMENTS
+
+
+def free(mode: str) -> tuple[Any, bool]:
+    """A mode's name without its ending, and whether its answers are grounded."""
+    return mode.removesuffix(GROUNDED), mode.endswith(GROUNDED)
 
 
 def parse_modes(text: str, known: Sequence[str] = MODES) -> list[Any]:

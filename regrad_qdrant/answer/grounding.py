@@ -1,0 +1,175 @@
+"""Grounded answers: the span of the retrieved texts that the model finds likeliest, by beam search.
+
+The model's own log-probabilities are what is summed, of the span's tokens and of the answer's end; the texts only say
+which tokens may follow. No text stands in the prompt for that.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from regrad_qdrant.answer.generation import Asking, Generated, encoded, ends_of
+from regrad_qdrant.answer.spans import Ints, Span, Spans, Walk
+from regrad_qdrant.model.base_model import input_device
+from regrad_qdrant.model.plugin import base_of
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch import Tensor
+
+    from regrad_qdrant.model.prompts import Prompt
+
+BEAMS = 4  # of the search
+
+
+@dataclass(frozen=True)
+class _Beam:
+    """One beginning of an answer."""
+
+    walk: Walk
+    options: Ints  # the tokens that may come next
+    tokens: tuple[int, ...] = ()
+    score: float = 0.0  # the sum of its tokens' log-probabilities
+
+
+class _Search:
+    """The search for one question's answer.
+
+    Args:
+        length: tokens of an answer, at most.
+    """
+
+    def __init__(self, spans: Spans, length: int) -> None:
+        self.spans = spans
+        self._length = length
+        first = _Beam(spans.beginning, spans.tokens(spans.beginning))
+        self.beams = [first] if len(first.options) else []
+        self.best: tuple[float, Span] | None = None  # of the answers that have ended
+
+    @property
+    def done(self) -> bool:
+        """Whether no beam can lead to a better answer: a score only falls as its answer grows."""
+        return not self.beams or (self.best is not None and self.best[0] >= self.beams[0].score)
+
+    def grow(self, scores: Sequence[Any], ends: Sequence[float], width: int) -> list[int]:
+        """Let every beam grow by a token, and keep the best.
+
+        Args:
+            scores: of each beam the log-probabilities of its options.
+            ends: of each beam that of the answer's end.
+
+        Returns:
+            Which beam each of the new ones came of.
+        """
+        grown: list[tuple[float, int, int]] = []
+        for i, (beam, own, end) in enumerate(zip(self.beams, scores, ends, strict=True)):
+            if beam.walk.ended is not None and (self.best is None or beam.score + end > self.best[0]):
+                self.best = beam.score + end, beam.walk.ended
+            if len(beam.tokens) < self._length:
+                likeliest = np.argsort(-own, kind="stable")[:width]
+                grown += [(beam.score + float(own[at]), i, int(beam.options[at])) for at in likeliest]
+        grown = sorted(grown, key=lambda one: -one[0])[:width]
+        before, self.beams = self.beams, []
+        for score, i, token in grown:
+            walk = self.spans.step(before[i].walk, token)
+            self.beams.append(_Beam(walk, self.spans.tokens(walk), (*before[i].tokens, token), score))
+        return [i for _, i, _ in grown]
+
+
+def ground(
+    peft_model: PeftModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    spans: Sequence[Spans],
+    asking: Asking | None = None,
+    beams: int = BEAMS,
+) -> list[Generated]:
+    """The likeliest span to answer every prompt with, in their order.
+
+    Each prompt is read once, and its beams are rows of one batch: rows i·beams to (i + 1)·beams − 1 are prompt i
+    (`plugin.row_updates` gives all of them the change of row i).
+    """
+    import torch
+
+    asking = asking or Asking()
+    base = base_of(peft_model)
+    device = input_device(base)
+    ids, mask = encoded(tokenizer, prompts, device, asking)
+    prompt_tokens = mask.sum(dim=1).tolist()
+    searches = [_Search(own, asking.length(prompt)) for prompt, own in zip(prompts, spans, strict=True)]
+    ends = sorted({*ends_of(base, tokenizer), asking.format.end_ids(tokenizer)[0]})
+    cache = None
+    with torch.inference_mode():
+        while not all(search.done for search in searches):
+            logits, now = _forward(base, ids, mask, cache)
+            rows = beams if cache else 1  # of each prompt
+            came_of = _grow(searches, logits, ends, rows, beams)
+            if cache is None:
+                now.batch_repeat_interleave(beams)
+                mask = mask.repeat_interleave(beams, dim=0)
+            elif came_of != list(range(len(came_of))):
+                now.reorder_cache(torch.tensor(came_of, device=device))
+            cache = now
+            said = [token for search in searches for token in _last_tokens(search, beams)]
+            ids = torch.tensor(said, device=device)[:, None]
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    answers = []
+    for search, tokens in zip(searches, prompt_tokens, strict=True):
+        span = None if search.best is None else search.best[1]
+        answers.append(Generated("" if span is None else search.spans.said(span), tokens, span))
+    return answers
+
+
+def _grow(searches: Sequence[_Search], logits: Tensor, ends: Sequence[int], rows: int, width: int) -> list[int]:
+    """Let every search go on by a token.
+
+    Args:
+        logits: (searches · rows, vocabulary) after what the beams have said; beam j of search i is row i · rows + j.
+
+    Returns:
+        The row that each of the `width` rows of every search came of.
+    """
+    import torch
+
+    live = [(i, j) for i, search in enumerate(searches) if not search.done for j in range(len(search.beams))]
+    options = [searches[i].beams[j].options for i, j in live]
+    at = torch.tensor([i * rows + j for i, j in live], device=logits.device)
+    sizes = [len(own) for own in options]
+    total = logits.logsumexp(dim=1)[at]
+    ended = (logits[at][:, list(ends)].logsumexp(dim=1) - total).tolist()
+    chosen = torch.from_numpy(np.concatenate(options)).to(logits.device)
+    of_beam = torch.tensor(np.repeat(np.arange(len(live)), sizes), device=logits.device)
+    scores = (logits[at[of_beam], chosen] - total[of_beam]).cpu().numpy()
+    parts = iter(zip(np.split(scores, np.cumsum(sizes)[:-1]), ended, strict=True))
+    came_of = []
+    for i, search in enumerate(searches):
+        parents: list[int] = []
+        if not search.done:
+            own = [next(parts) for _ in search.beams]
+            parents = search.grow([score for score, _ in own], [end for _, end in own], width)
+        parents += [0] * (width - len(parents))
+        came_of += [i * rows + parent for parent in parents]
+    return came_of
+
+
+def _last_tokens(search: _Search, width: int) -> list[int]:
+    """What each of a search's rows said last; rows that no beam has repeat something."""
+    said = [beam.tokens[-1] for beam in search.beams]
+    return said + [said[0] if said else 0] * (width - len(said))
+
+
+def _forward(base: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The logits (rows, vocabulary) after the rows' last token, and the cache of keys and values."""
+    options: dict[str, Any] = {}
+    known = inspect.signature(base.forward).parameters
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = 1
+    if "position_ids" in known:
+        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    output = base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+    return output.logits[:, -1].float(), output.past_key_values
