@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from regrad_qdrant.answer.generation import Asking, Generated, choose, generate
+from regrad_qdrant.answer.generation import Asking, Generated, choose, generate, mean_log_probabilities
 from regrad_qdrant.answer.grounding import ground
 from regrad_qdrant.answer.retrieval import Found
 from regrad_qdrant.answer.spans import SpanReader, Spans
@@ -16,6 +17,12 @@ from regrad_qdrant.model.prompts import Prompt
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from regrad_qdrant.bank.embed import Bm25
+
+
+Way = Literal["chosen", "written", "grounded", "either"]
+SURER = 1.0  # by how much of mean log-probability the free answer must be likelier than the best span, to be given
+
 
 @dataclass(frozen=True)
 class Task:
@@ -23,11 +30,14 @@ class Task:
 
     prompt: Prompt
     spans: Spans | None = None
+    either: bool = False  # the model may prefer to write freely
 
     @property
-    def way(self) -> str:
+    def way(self) -> Way:
         """Tasks of one way can be answered together."""
-        return "chosen" if self.prompt.options else "written" if self.spans is None else "grounded"
+        if self.prompt.options:
+            return "chosen"
+        return "written" if self.spans is None else "either" if self.either else "grounded"
 
     @property
     def rows(self) -> int:
@@ -39,13 +49,15 @@ class Decoder:
     """Finds answers with a model as it is at the moment: the caller applies updates to it.
 
     Args:
-        beams: of the search for a grounded answer.
+        bm25: of the bank's language, for the sentences of a grounded answer.
+        beams: of the search for one.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: Any, asking: Asking, beams: int) -> None:
+    def __init__(self, model: PeftModel, tokenizer: Any, asking: Asking, bm25: Bm25, beams: int) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._asking = asking
+        self._bm25 = bm25
         self._beams = beams
 
     def task(self, found: Found) -> Task:
@@ -53,7 +65,9 @@ class Decoder:
         prompt = found.asked.prompt(found.hits)
         if not found.asked.grounded or prompt.options:
             return Task(prompt)
-        return Task(prompt, self._reader.spans([hit.text for hit in found.sources]) or None)
+        score = functools.partial(self._bm25.scores, found.asked.question)
+        spans = self._reader.spans([hit.text for hit in found.sources], score) or None
+        return Task(prompt, spans, found.asked.grounded == "auto")
 
     def answers(self, tasks: Sequence[Task], **streaming: Any) -> list[Generated]:
         """The answers to tasks of one way, in their order.
@@ -67,7 +81,19 @@ class Decoder:
         if way == "written":
             return generate(self._model, self._tokenizer, prompts, self._asking, **streaming)
         spans = [task.spans for task in tasks if task.spans is not None]
-        return ground(self._model, self._tokenizer, prompts, spans, self._asking, self._beams)
+        grounded = ground(self._model, self._tokenizer, prompts, spans, self._asking, self._beams)
+        if way == "grounded":
+            return grounded
+        free = generate(self._model, self._tokenizer, prompts, self._asking)
+        sure = mean_log_probabilities(self._model, self._tokenizer, prompts, [one.text for one in free], self._asking)
+        return [
+            own if span.log_probability is None or likely - span.log_probability > SURER else span
+            for own, span, likely in zip(free, grounded, sure, strict=True)
+        ]
+
+    def with_beams(self, beams: int) -> Decoder:
+        """The same with another width of the search."""
+        return Decoder(self._model, self._tokenizer, self._asking, self._bm25, beams)
 
     @cached_property
     def _reader(self) -> SpanReader:
@@ -77,7 +103,8 @@ class Decoder:
 def parts(tasks: Sequence[Task]) -> Iterator[list[int]]:
     """The tasks that are answered together: those of one way, and of those that choose as many as make no more rows
     than there are tasks."""
-    for way in ("written", "grounded"):
+    ways: tuple[Way, ...] = ("written", "grounded", "either")
+    for way in ways:
         if part := [i for i, task in enumerate(tasks) if task.way == way]:
             yield part
     part = []

@@ -26,6 +26,7 @@ class Generated:
     text: str  # as the format has it: to the first line break
     prompt_tokens: int
     span: Span | None = None  # of a grounded answer, which it is
+    log_probability: float | None = None  # … and the mean of its tokens' and its end's
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,22 @@ def choose(
         own, means = means[:count], means[count:]
         answers.append(Generated(prompt.spellings[own.index(min(own))][1], len(asked)))
     return answers
+
+
+def mean_log_probabilities(
+    peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], asking: Asking
+) -> list[float]:
+    """Of each answer to its prompt, over its tokens and its end."""
+    import torch
+
+    ids = token_ids(tokenizer, prompts, asking)
+    targets = [
+        (own, asking.format.target(tokenizer, said, asking.length(prompt)))
+        for prompt, own, said in zip(prompts, ids, answers, strict=True)
+    ]
+    with torch.inference_mode():
+        losses, _ = answer_losses(peft_model, targets, tokenizer.pad_token_id or 0)
+    return (-losses).tolist()
 
 
 def ends_of(base: Any, tokenizer: Any) -> list[int]:

@@ -1,7 +1,10 @@
-"""Grounded answers: the span of the retrieved texts that the model finds likeliest, by beam search.
+"""Grounded answers: the best span of the retrieved texts, by beam search. No text stands in the prompt for that.
 
-The model's own log-probabilities are what is summed, of the span's tokens and of the answer's end; the texts only say
-which tokens may follow. No text stands in the prompt for that.
+    score = mean over the span's tokens and the answer's end of the model's own log-probability + log w
+    log w = (s − 1)/τ      of the span's sentence, s its BM25 for the question relative to the best sentence's
+
+The texts say which tokens may follow and the model how likely they are; w is the merge rule `margin`, which weighs
+sentences here as it weighs documents there.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from regrad_qdrant.answer.generation import Asking, Generated, encoded, ends_of
-from regrad_qdrant.answer.spans import Ints, Span, Spans, Walk
+from regrad_qdrant.answer.spans import Floats, Ints, Span, Spans, Walk
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.plugin import base_of
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from regrad_qdrant.model.prompts import Prompt
 
 BEAMS = 4  # of the search
+AHEAD = 2  # tokens that a beam is granted before the search ends without it
+TEMPERATURE = 2 / 3  # τ of sentences
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,14 @@ class _Beam:
 
     walk: Walk
     options: Ints  # the tokens that may come next
+    relevance: Floats  # of each the best sentence's
     tokens: tuple[int, ...] = ()
-    score: float = 0.0  # the sum of its tokens' log-probabilities
+    log_probability: float = 0.0  # the sum of its tokens'
+    log_weight: float = 0.0  # of its best sentence
+
+    @property
+    def hope(self) -> float:
+        return self.log_probability / (len(self.tokens) + AHEAD) + self.log_weight
 
 
 class _Search:
@@ -47,14 +58,14 @@ class _Search:
     def __init__(self, spans: Spans, length: int) -> None:
         self.spans = spans
         self._length = length
-        first = _Beam(spans.beginning, spans.tokens(spans.beginning))
+        first = _Beam(spans.beginning, *spans.options(spans.beginning))
         self.beams = [first] if len(first.options) else []
-        self.best: tuple[float, Span] | None = None  # of the answers that have ended
+        self.best: tuple[float, Span, float] | None = None  # of what has ended: score, place, mean log-probability
 
     @property
     def done(self) -> bool:
-        """Whether no beam can lead to a better answer: a score only falls as its answer grows."""
-        return not self.beams or (self.best is not None and self.best[0] >= self.beams[0].score)
+        """Whether no beam would be better than the best answer if it ended `AHEAD` tokens on at no cost."""
+        return not self.beams or (self.best is not None and all(beam.hope <= self.best[0] for beam in self.beams))
 
     def grow(self, scores: Sequence[Any], ends: Sequence[float], width: int) -> list[int]:
         """Let every beam grow by a token, and keep the best.
@@ -68,17 +79,28 @@ class _Search:
         """
         grown: list[tuple[float, int, int]] = []
         for i, (beam, own, end) in enumerate(zip(self.beams, scores, ends, strict=True)):
-            if beam.walk.ended is not None and (self.best is None or beam.score + end > self.best[0]):
-                self.best = beam.score + end, beam.walk.ended
-            if len(beam.tokens) < self._length:
-                likeliest = np.argsort(-own, kind="stable")[:width]
-                grown += [(beam.score + float(own[at]), i, int(beam.options[at])) for at in likeliest]
+            size = len(beam.tokens) + 1
+            if (span := beam.walk.ended) is not None:
+                mean = (beam.log_probability + end) / size
+                score = mean + float(_log_weight(beam.walk.relevance))
+                if self.best is None or score > self.best[0]:
+                    self.best = score, span, mean
+            if size <= self._length:
+                totals = (beam.log_probability + own) / size + _log_weight(beam.relevance)
+                grown += [(float(totals[at]), i, int(at)) for at in np.argsort(-totals, kind="stable")[:width]]
         grown = sorted(grown, key=lambda one: -one[0])[:width]
         before, self.beams = self.beams, []
-        for score, i, token in grown:
-            walk = self.spans.step(before[i].walk, token)
-            self.beams.append(_Beam(walk, self.spans.tokens(walk), (*before[i].tokens, token), score))
+        for _, i, at in grown:
+            beam, token = before[i], int(before[i].options[at])
+            walk, weight = self.spans.step(beam.walk, token), float(_log_weight(beam.relevance[at]))
+            log_probability = beam.log_probability + float(scores[i][at])
+            self.beams.append(_Beam(walk, *self.spans.options(walk), (*beam.tokens, token), log_probability, weight))
         return [i for _, i, _ in grown]
+
+
+def _log_weight(relevance: Any) -> Any:
+    """log w of sentences, by the merge rule `margin`."""
+    return (relevance - 1) / TEMPERATURE
 
 
 def ground(
@@ -120,8 +142,11 @@ def ground(
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
     answers = []
     for search, tokens in zip(searches, prompt_tokens, strict=True):
-        span = None if search.best is None else search.best[1]
-        answers.append(Generated("" if span is None else search.spans.said(span), tokens, span))
+        if search.best is None:
+            answers.append(Generated("", tokens))  # no word of the texts is as short as the answer must be
+        else:
+            _, span, log_probability = search.best
+            answers.append(Generated(search.spans.said(span), tokens, span, log_probability))
     return answers
 
 

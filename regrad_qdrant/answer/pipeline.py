@@ -18,7 +18,7 @@ from regrad_qdrant.answer.decoding import Decoder, parts
 from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
 from regrad_qdrant.answer.generation import Asking, Generated
 from regrad_qdrant.answer.grounding import BEAMS
-from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Mode, Query, Source, Span, Timings
+from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Grounded, Mode, Query, Source, Span, Timings
 from regrad_qdrant.answer.retrieval import Found, Retrieval
 from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
@@ -129,7 +129,7 @@ class ReGrad:
         self.gradients = self.adapter.gradients(tokenizer)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
         self.retrieval = Retrieval(self.bank)
-        self.decoder = Decoder(self.adapter.model, tokenizer, self.asking, beams)
+        self.decoder = Decoder(self.adapter.model, tokenizer, self.asking, self._bm25, beams)
         self._batcher: Batcher[Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
         self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
 
@@ -158,7 +158,7 @@ class ReGrad:
         using: str | Sequence[str] | None = None,
         hits: Sequence[Hit] | None = None,
         max_new_tokens: int | None = None,
-        grounded: bool = False,
+        grounded: Grounded = False,
         seed: int = 0,
     ) -> Answer:
         """Answer one question, greedily.
@@ -174,7 +174,8 @@ class ReGrad:
             hits: of a retriever of your own, best first (`bank.fetch(ids, scores)`), instead of a search.
             max_new_tokens: of the answer, instead of the prompt format's.
             grounded: the answer to an open question is a span of the retrieved texts, the one that the model finds
-                likeliest; `Answer.source` says where it stands. No text needs to stand in the prompt for that.
+                best; `Answer.source` says where it stands. No text needs to stand in the prompt for that. With "auto"
+                it is the free answer where the model is much surer of that: not every answer stands in a text.
             seed: of the documents that `random` draws.
 
         Raises:
@@ -242,7 +243,7 @@ class ReGrad:
         mode: Mode = "regrad",
         top_k: int = 3,
         using: str | Sequence[str] | None = None,
-        grounded: bool = False,
+        grounded: Grounded = False,
         seed: int = 0,
     ) -> list[Answer]:
         """Answer a batch of questions together: every forward pass serves all of them, each row with its own update.
@@ -279,7 +280,7 @@ class ReGrad:
         using: str | Sequence[str] | None = None,
         hits: Sequence[Hit] | None = None,
         max_new_tokens: int | None = None,
-        grounded: bool = False,
+        grounded: Grounded = False,
         seed: int = 0,
     ) -> Answer:
         """`answer` for asyncio, with the same arguments.
@@ -300,7 +301,7 @@ class ReGrad:
         mode: Mode = "regrad",
         top_k: int = 3,
         using: str | Sequence[str] | None = None,
-        grounded: bool = False,
+        grounded: Grounded = False,
         seed: int = 0,
     ) -> list[Answer]:
         """`answer_many` for asyncio: in batches of at most `batch_size`, together with what else is asked meanwhile."""

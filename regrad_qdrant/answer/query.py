@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "random", "init", "init+icl"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+Grounded = bool | Literal["auto"]
 WITHOUT_DOCUMENTS = ("direct", "init")
 Span = tuple[int, int]  # characters of a text: the first, and one past the last
 BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
@@ -46,12 +47,14 @@ class Query:
     query: str | Vector | Mapping[str, Vector] | None = None
     hits: Sequence[Hit] | None = None
     max_new_tokens: int | None = None
-    grounded: bool = False
+    grounded: Grounded = False
     sources: Sequence[Hit] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise RegradError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
+        if self.grounded not in (False, True, "auto"):
+            raise RegradError(f"grounded is True, False or 'auto', not {self.grounded!r}")
 
     def prompt(self, hits: Sequence[Hit]) -> Prompt:
         """What the model is asked, with the passages in the modes that show them."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from regrad_qdrant.errors import RegradError
 
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
 KEPT = 256  # texts whose tokens are kept
 NOWHERE = -1  # what follows the last node of a text
@@ -29,6 +30,7 @@ _WORD = regex.compile(
     rf"(?V1)[{_UNSPACED}]\p{{M}}*|(?:[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]|(?<=\p{{N}})[.,:](?=\p{{N}}))+"
 )
 _TRAILING = ",;:"  # signs that no span ends with
+_SENTENCE_END = regex.compile(r"(?<=[.!?…])\s+|[。！？]|\n+")
 _PIECE = regex.compile(r"\S+")
 _SIGN = regex.compile(r"(?<!\S)[^\s\p{L}\p{M}\p{N}]")  # before a word, with no blank between: $5, "Nevermore"
 
@@ -53,6 +55,8 @@ class TextNodes:
     ends: NDArray[np.bool_]  # whether a span can end with the node
     firsts: Ints  # the node that each span begins with
     starts: Ints  # the character that it begins with
+    sentences: list[str]
+    sentence_of: Ints  # the sentence that each span begins in
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,18 @@ class Walk:
 
     following: Ints  # the nodes that may come next
     origins: Ints  # of each, which beginning it goes back to
-    ended: Span | None = None  # what has been said, where it is a span: of the first text that has it
+    ended: Span | None = None  # what has been said, where it is a span: in the sentence that is most relevant
+    relevance: float = 0.0  # of that sentence
 
 
 class Spans:
-    """All spans of some texts, best text first."""
+    """All spans of some texts, best text first.
 
-    def __init__(self, texts: Sequence[TextNodes]) -> None:
+    Args:
+        relevance: of each sentence of all texts, 0 to 1; by default all are alike.
+    """
+
+    def __init__(self, texts: Sequence[TextNodes], relevance: Sequence[float] | None = None) -> None:
         offsets = list(itertools.accumulate((len(text.tokens) for text in texts), initial=0))[:-1]
         pairs = list(zip(texts, offsets, strict=True))
         self._tokens = _joined([text.tokens for text in texts])
@@ -78,6 +87,9 @@ class Spans:
         self._text_of = np.repeat(np.arange(len(texts)), [len(text.firsts) for text in texts])
         self._texts = [text.text for text in texts]
         firsts = _joined([text.firsts + offset for text, offset in pairs])
+        first_sentences = itertools.accumulate((len(text.sentences) for text in texts), initial=0)
+        sentence_of = _joined([text.sentence_of + first for text, first in zip(texts, first_sentences, strict=False)])
+        self._relevance = np.zeros(len(firsts)) if relevance is None else np.array(relevance, dtype=float)[sentence_of]
         self.beginning = Walk(firsts, np.arange(len(firsts)))
 
     def __bool__(self) -> bool:
@@ -87,21 +99,26 @@ class Spans:
         """A span as an answer: its text with single blanks."""
         return " ".join(self._texts[span.text][span.start : span.end].split())
 
-    def tokens(self, walk: Walk) -> Ints:
-        """The tokens that may come next, ascending."""
-        return np.unique(self._tokens[walk.following])
+    def options(self, walk: Walk) -> tuple[Ints, Floats]:
+        """The tokens that may come next, ascending, and the relevance of the best sentence that each may go on in."""
+        tokens, at = np.unique(self._tokens[walk.following], return_inverse=True)
+        relevance = np.zeros(len(tokens))
+        np.maximum.at(relevance, at, self._relevance[walk.origins])
+        return tokens, relevance
 
     def step(self, walk: Walk, token: int) -> Walk:
         """The walk with one more token, one of those that may come next."""
         agreeing = self._tokens[walk.following] == token
         said, origins = walk.following[agreeing], walk.origins[agreeing]
-        ended = None
-        if (ending := np.flatnonzero(self._ends[said])).size:
-            first = origins[ending[0]]
-            ended = Span(int(self._text_of[first]), int(self._starts[first]), int(self._stops[said[ending[0]]]))
         following = self._following[said]
         goes_on = following != NOWHERE
-        return Walk(following[goes_on], origins[goes_on], ended)
+        walk = Walk(following[goes_on], origins[goes_on])
+        if not (ending := np.flatnonzero(self._ends[said])).size:
+            return walk
+        best = ending[self._relevance[origins[ending]].argmax()]
+        first = origins[best]
+        span = Span(int(self._text_of[first]), int(self._starts[first]), int(self._stops[said[best]]))
+        return replace(walk, ended=span, relevance=float(self._relevance[first]))
 
 
 class SpanReader:
@@ -124,8 +141,19 @@ class SpanReader:
         self._kept: OrderedDict[str, TextNodes] = OrderedDict()
         self._words: dict[str, list[int]] = {}  # the tokens of words that a text has been met to begin a span with
 
-    def spans(self, texts: Sequence[str]) -> Spans:
-        return Spans([self._nodes(text) for text in texts])
+    def spans(self, texts: Sequence[str], score: Callable[[list[str]], Sequence[float]] | None = None) -> Spans:
+        """The spans of these texts, best text first.
+
+        Args:
+            score: of sentences, such as the BM25 of a question; it counts relative to the best.
+        """
+        nodes = [self._nodes(text) for text in texts]
+        sentences = [sentence for text in nodes for sentence in text.sentences]
+        if score is None or not sentences:
+            return Spans(nodes)
+        scores = score(sentences)
+        best = max(scores)
+        return Spans(nodes, [max(0.0, one) / best for one in scores] if best > 0 else None)
 
     def _nodes(self, text: str) -> TextNodes:
         if (nodes := self._kept.pop(text, None)) is None:
@@ -167,6 +195,7 @@ class SpanReader:
         chain_ends = np.zeros(len(chained), dtype=bool)
         chain_ends[lasts - len(ids)] = True
         tokens = np.concatenate([ids, np.fromiter(itertools.chain.from_iterable(chains), dtype=np.int64)])
+        sentences, sentence_of = _sentences(text, places[starts])
         return TextNodes(
             text=text,
             tokens=tokens,
@@ -175,6 +204,8 @@ class SpanReader:
             ends=np.concatenate([np.isin(stops, ends) & last, chain_ends]),
             firsts=lasts - lengths + 1,
             starts=places[starts],
+            sentences=sentences,
+            sentence_of=sentence_of,
         )
 
     def _tokens_of(self, words: Sequence[str]) -> list[list[int]]:
@@ -207,6 +238,13 @@ def _flattened(text: str) -> tuple[str, Ints, Ints]:
         length += len(piece)
         before = end
     return " ".join(piece for piece, _, _ in pieces), _joined(places), np.array(breaks, dtype=np.int64)
+
+
+def _sentences(text: str, starts: Ints) -> tuple[list[str], Ints]:
+    """The sentences of a text, lines apart, and which of them each of these characters stands in."""
+    ends = [*(found.end() for found in _SENTENCE_END.finditer(text)), len(text)]
+    sentences = [text[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return sentences, np.searchsorted(np.array(ends), starts, side="right")
 
 
 def _boundaries(flat: str) -> tuple[Ints, Ints]:

@@ -4,12 +4,12 @@ import asyncio
 
 import numpy as np
 import pytest
-import torch
 from conftest import state_of, tiny_initialization
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from regrad_qdrant import Document, GradientBank, Query, ReGrad
+from regrad_qdrant.answer import decoding
 from regrad_qdrant.answer.generation import Asking, token_ids
 from regrad_qdrant.answer.grounding import ground
 from regrad_qdrant.answer.retrieval import NO_TEXT
@@ -45,7 +45,7 @@ def everything(spans, most=40):
         if at.ended is not None:
             found.append((ids, at.ended))
         if len(ids) < most:
-            for token in spans.tokens(at).tolist():
+            for token in spans.options(at)[0].tolist():
                 walk(spans.step(at, token), [*ids, token])
 
     walk(spans.beginning, [])
@@ -105,9 +105,29 @@ def test_the_likeliest_span_is_found(model, tokenizer):
         all_of_them = everything(spans, asking.length(prompt))
         targets = [(ids, [*said, *end]) for said, _ in all_of_them]
         losses, _ = answer_losses(model, targets, 2)
-        sums = losses * torch.tensor([len(said) + 1 for said, _ in all_of_them])
-        assert answer.text == spans.said(all_of_them[int(sums.argmin())][1])
+        size = max(len(said) for said, span in all_of_them if spans.said(span) == answer.text)
+        short = [i for i, (said, _) in enumerate(all_of_them) if len(said) <= size]  # the search stops where it is best
+        best = min(short, key=lambda i: float(losses[i]))
+        assert answer.text == spans.said(all_of_them[best][1])
         assert answer.prompt_tokens == len(ids)
+
+
+def test_a_span_of_the_sentence_that_the_question_is_about_is_preferred(model, tokenizer):
+    text = "Ida is a baker. Noor is a diver. Orla is a harpist."
+    reader, prompt = SpanReader(tokenizer), Prompt("Who?")
+    alike = reader.spans([text])
+    for words, sentence in (("Ida baker", 0), ("Noor", 1), ("harpist", 2)):
+        spans = reader.spans([text], lambda said, words=words: [sum(w in s for w in words.split()) for s in said])
+        [found] = ground(model, tokenizer, [prompt], [spans])
+        assert text[: found.span.start].count(".") == sentence
+    none = reader.spans([text], lambda said: [0.0] * len(said))
+    assert ground(model, tokenizer, [prompt], [none]) == ground(model, tokenizer, [prompt], [alike])
+
+
+def test_of_the_same_words_in_two_places_the_source_is_the_better_sentence(model, tokenizer):
+    text = "Ida is old. Nobody knows it. Ida is a baker."
+    spans = SpanReader(tokenizer).spans([text], lambda said: [float("baker" in one) for one in said])
+    assert {span.start for ids, span in everything(spans) if spans.said(span) == "Ida"} == {text.rindex("Ida")}
 
 
 def test_together_and_alone_they_are_the_same(model, tokenizer):
@@ -116,10 +136,10 @@ def test_together_and_alone_they_are_the_same(model, tokenizer):
     own = [reader.spans(TEXTS), reader.spans(TEXTS[1:]), reader.spans([ODD])]
     for beams in (1, 4):
         together = ground(model, tokenizer, prompts, own, beams=beams)
-        assert together == [
-            ground(model, tokenizer, [prompt], [spans], beams=beams)[0]
-            for prompt, spans in zip(prompts, own, strict=True)
-        ]
+        for one, prompt, spans in zip(together, prompts, own, strict=True):
+            [alone] = ground(model, tokenizer, [prompt], [spans], beams=beams)
+            assert (one.text, one.span, one.prompt_tokens) == (alone.text, alone.span, alone.prompt_tokens)
+            assert one.log_probability == pytest.approx(alone.log_probability, rel=1e-4)
 
 
 @pytest.fixture
@@ -171,6 +191,20 @@ def test_all_ways_in_one_batch(regrad):
 
     expected = [regrad.answer(question, grounded=True).text for question in QUESTIONS]
     assert [answer.text for answer in asyncio.run(asked())] == expected
+
+
+def test_the_free_answer_is_given_where_the_model_is_much_surer_of_it(regrad, monkeypatch):
+    free, spans = ([regrad.answer(question, grounded=grounded) for question in QUESTIONS] for grounded in (False, True))
+    sure = []
+    for margin, expected in ((1e9, spans), (-1e9, free)):
+        monkeypatch.setattr(decoding, "SURER", margin)
+        queries = [Query(question, grounded="auto") for question in QUESTIONS]
+        together = regrad.answer_many(queries)
+        assert [(a.text, a.source) for a in together] == [(a.text, a.source) for a in expected]
+        sure.append(regrad.answer(QUESTIONS[0], grounded="auto").text)
+    assert sure == [spans[0].text, free[0].text]
+    with pytest.raises(RegradError, match="auto"):
+        regrad.answer(QUESTIONS[0], grounded="maybe")
 
 
 def test_where_nothing_is_retrieved_the_answer_is_the_models_own_and_a_note_says_so(regrad):

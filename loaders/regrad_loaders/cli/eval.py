@@ -78,7 +78,7 @@ def evaluation(
             help="Comma-separated: direct, rag, pe-rag (a stronger prompt), regrad, regrad+icl, online (atoms computed "
             "per query), random (atoms of documents that other questions found), init and init+icl (no atoms), "
             "raw (regrad without meta-training), ft-direct and ft-rag (fine-tuned); each also as MODE/grounded, whose "
-            "answers are spans of the retrieved texts.",
+            "answers are spans of the retrieved texts, and as MODE/auto (the span or the free answer).",
         ),
     ] = "direct,rag,regrad,regrad+icl,random",
     split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,

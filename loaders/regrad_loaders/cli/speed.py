@@ -1,4 +1,4 @@
-"""`regrad-qdrant bench gradients | query | batch | growth | training | speed`: ratios of what ran in turns."""
+"""`regrad-qdrant bench gradients | query | batch | grounding | growth | training | speed`: ratios of turns."""
 
 from __future__ import annotations
 
@@ -99,6 +99,21 @@ def batch(
     _run(lambda: _batch(data, rounds, size, tokens, Subject(init, device, dtype), codec), json_out, plot_out)
 
 
+def grounding(
+    data: Set = None,
+    rounds: Rounds = 8,
+    tokens: Tokens = "",
+    init: Init = DEFAULT_INIT,
+    codec: CodecName = DEFAULT_CODEC,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json_out: JsonOut = None,
+    plot_out: PlotOut = None,
+) -> None:
+    """Grounded answers beside free ones, alone and in a batch, and the share of our own work in them."""
+    _run(lambda: _grounding(data, rounds, tokens, Subject(init, device, dtype), codec), json_out, plot_out)
+
+
 def growth(
     sizes: Annotated[str, typer.Option("--sizes", help="Points of the banks, comma-separated.")] = "1000,10000,100000",
     init: Init = DEFAULT_INIT,
@@ -150,12 +165,13 @@ def speed(
     add(_gradients(data, limit, subject))
     add(_query(data, 24, tokens, subject, codec))
     add(_batch(data, 5, 16, tokens, subject, codec))
+    add(_grounding(data, 8, tokens, subject, codec))
     add(_training(5, subject))
     add(_growth(counts, subject, codec))
     _report(result, json_out, plot_out, shown=True)
 
 
-COMMANDS = (gradients, query, batch, growth, training, speed)
+COMMANDS = (gradients, query, batch, grounding, growth, training, speed)
 
 
 def _gradients(data: Path | None, limit: int, subject: Subject) -> dict[str, Any]:
@@ -180,6 +196,15 @@ def _batch(data: Path | None, rounds: int, size: int, tokens: str, subject: Subj
 
     with _bench(data, tokens, subject, codec) as bench, progress("Batches", rounds) as advance:
         return _result("batch", bench_batch(bench, rounds, size, advance), subject, data)
+
+
+def _grounding(data: Path | None, rounds: int, tokens: str, subject: Subject, codec: str) -> dict[str, Any]:
+    from regrad_loaders.bench.grounding import bench_grounding
+
+    with _bench(data, tokens, subject, codec) as bench, progress("Answers", 2 * rounds) as advance:
+        questions = [question.question for question in bench.questions]
+        found = bench_grounding(bench.regrad, questions, rounds, on_round=advance)
+        return _result("grounding", found, subject, data)
 
 
 def _growth(sizes: Sequence[int], subject: Subject, codec: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrad_loaders.data.folders import Question
-from regrad_qdrant.answer.query import MODES, WITHOUT_DOCUMENTS, Mode
+from regrad_qdrant.answer.query import MODES, WITHOUT_DOCUMENTS, Grounded, Mode
 from regrad_qdrant.bank.layouts import value_at
 from regrad_qdrant.errors import DataError
 
@@ -26,9 +26,10 @@ class Baseline:
 
 RAW = Baseline("raw", "regrad", fine_tuned=False)  # no meta-training
 BASELINES = {b.name: b for b in (RAW, Baseline("ft-direct", "init"), Baseline("ft-rag", "init+icl"))}
-GROUNDED = "/grounded"  # ends the name of a mode whose answers are spans of the retrieved texts
+# What ends the name of a mode whose answers are spans of the retrieved texts, or may be.
+GROUNDED: dict[str, Grounded] = {"/grounded": True, "/auto": "auto"}
 _FREE: tuple[str, ...] = (*MODES, *BASELINES)
-EVALUATION_MODES = (*_FREE, *(f"{mode}{GROUNDED}" for mode in _FREE))
+EVALUATION_MODES = (*_FREE, *(f"{mode}{ending}" for ending in GROUNDED for mode in _FREE))
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[
     """
     groups: dict[str, dict[str, str]] = {}
     for mode in modes:
-        name, grounded = free(mode)
+        name, _ = free(mode)
         baseline = BASELINES.get(name)
         of_mode = init if baseline is None else fine_tuned.get(name) if baseline.fine_tuned else name
         if name == ICL:
@@ -64,7 +65,7 @@ def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[
                 "ours stand in the repository, under benchmarks/baselines"
             )
         runs = name if baseline is None else baseline.runs
-        groups.setdefault(of_mode, {})[f"{runs}{GROUNDED}" if grounded else runs] = mode
+        groups.setdefault(of_mode, {})[f"{runs}{mode.removeprefix(name)}"] = mode
     own = next((name for name in (init, icl_init, *groups) if name in groups and name != RAW.name), None)
     order = sorted(groups, key=lambda name: name != own)  # stable: the others stay in theirs
     return [Party(name, groups[name], name == own) for name in order]
@@ -73,12 +74,13 @@ def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[
 def retrieves(mode: str) -> bool:
     """Whether a mode of an evaluation looks anything up."""
     name, grounded = free(mode)
-    return grounded or (BASELINES[name].runs if name in BASELINES else name) not in WITHOUT_DOCUMENTS
+    return bool(grounded) or (BASELINES[name].runs if name in BASELINES else name) not in WITHOUT_DOCUMENTS
 
 
-def free(mode: str) -> tuple[Any, bool]:
+def free(mode: str) -> tuple[Any, Grounded]:
     """A mode's name without its ending, and whether its answers are grounded."""
-    return mode.removesuffix(GROUNDED), mode.endswith(GROUNDED)
+    name, slash, ending = mode.partition("/")
+    return name, GROUNDED[slash + ending] if slash else False
 
 
 def parse_modes(text: str, known: Sequence[str] = MODES) -> list[Any]:

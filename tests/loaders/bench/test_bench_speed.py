@@ -7,6 +7,7 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.bench.figures import Figure, flops, in_turns, plot
 from regrad_loaders.bench.gradients import bench_gradients
+from regrad_loaders.bench.grounding import bench_grounding
 from regrad_loaders.bench.growth import bench_growth
 from regrad_loaders.bench.query import Bench, bench_batch, bench_query
 from regrad_loaders.bench.training import bench_training
@@ -92,6 +93,15 @@ def test_one_answer_and_a_batch_are_measured_whole(parties):
     figures, details = bench_batch(parties, 1, size=4)
     assert set(figures) == {"batch.throughput_over_bare", "batch.speedup_over_sequential"}
     assert details["same_answers"] == "4 of 4"
+
+
+def test_grounded_answers_are_measured_beside_free_ones(parties):
+    regrad = parties.regrad
+    decoder = regrad.decoder
+    figures, details = bench_grounding(regrad, [q.question for q in parties.questions], rounds=2, sizes=(1, 3))
+    assert len(figures) == 6 and all(figure.value > 0 for figure in figures.values())
+    assert all(0 < figures[name].value < 1 for name in figures if name.startswith("own work"))
+    assert len(details) == 2 and regrad.decoder is decoder
 
 
 def test_growth_is_measured_from_small_to_large(tmp_path):

@@ -1,0 +1,92 @@
+"""What a grounded answer costs beside the free one, alone and in batches, and how much of it is our own work.
+
+Answers differ in length: a free one goes on until the model ends it, a span is short.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from regrad_loaders.bench.figures import Figure, in_turns, milliseconds
+from regrad_qdrant.answer import grounding
+from regrad_qdrant.answer.decoding import Decoder
+from regrad_qdrant.answer.pipeline import ReGrad
+from regrad_qdrant.answer.query import Query
+
+BEAMS = (1, grounding.BEAMS)
+
+
+def bench_grounding(
+    regrad: ReGrad,
+    questions: Sequence[str],
+    rounds: int,
+    sizes: Sequence[int] = (1, 16),
+    on_round: Callable[[int], None] = lambda _: None,
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """Free and grounded answers in turns, with one beam and with several, to batches of these sizes.
+
+    Args:
+        regrad: over a bank that holds the atoms.
+    """
+    figures: dict[str, Figure] = {}
+    details: dict[str, Any] = {}
+    for size in sizes:
+        shares: list[float] = []
+
+        def asked(turn: int, size: int = size) -> list[str]:
+            return [questions[(turn * size + i) % len(questions)] for i in range(size)]
+
+        def free(turn: int, asked: Callable[[int], list[str]] = asked) -> None:
+            regrad.answer_many(asked(turn))
+
+        def grounded(
+            turn: int, beams: int, asked: Callable[[int], list[str]] = asked, shares: list[float] = shares
+        ) -> None:
+            with _beams(regrad, beams), _own_work() as own:
+                started = time.perf_counter()
+                regrad.answer_many([Query(question, grounded=True) for question in asked(turn)])
+                if beams == grounding.BEAMS:
+                    shares.append(sum(own) / (time.perf_counter() - started))
+
+        work: dict[str, Callable[[int], Any]] = {"free": free}
+        work |= {f"{beams} beams": lambda turn, beams=beams, of=grounded: of(turn, beams) for beams in BEAMS}
+        seconds = in_turns(work, rounds, on_round)
+        for beams in BEAMS:
+            name = f"grounded, {beams} beam{'s' if beams > 1 else ''} ÷ free, batch of {size}"
+            figures[name] = Figure.ratio(seconds[f"{beams} beams"], seconds["free"])
+        figures[f"own work in a grounded answer, batch of {size}"] = Figure.of(shares, "share")
+        details[f"milliseconds of a batch of {size}"] = milliseconds(seconds)
+    return figures, details
+
+
+@contextmanager
+def _beams(regrad: ReGrad, beams: int) -> Iterator[None]:
+    before = regrad.decoder
+    regrad.decoder = before.with_beams(beams)
+    try:
+        yield
+    finally:
+        regrad.decoder = before
+
+
+@contextmanager
+def _own_work() -> Iterator[list[float]]:
+    """The seconds of what is done beside the model's passes: reading spans, and growing beams."""
+    spent: list[float] = []
+
+    def timed(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return work(*args)
+            finally:
+                spent.append(time.perf_counter() - started)
+
+        return run
+
+    with patch.object(Decoder, "task", timed(Decoder.task)), patch.object(grounding, "_grow", timed(grounding._grow)):
+        yield spent
