@@ -40,7 +40,7 @@ class Asking:
         return self.format.render(prompt, tokenizer) if self.function is None else self.function(prompt)
 
     def length(self, prompt: Prompt) -> int:
-        return prompt.max_new_tokens or self.format.max_new_tokens[prompt.type]
+        return prompt.max_new_tokens or self.format.max_new_tokens[prompt.instruction]
 
 
 def encoded(

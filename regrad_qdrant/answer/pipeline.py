@@ -27,7 +27,7 @@ from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import relevances
 from regrad_qdrant.bank.embed import Bm25
 from regrad_qdrant.errors import DataError, RecordError, WrongSpaceError
-from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType
+from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType, Style
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -159,6 +159,7 @@ class ReGrad:
         hits: Sequence[Hit] | None = None,
         max_new_tokens: int | None = None,
         grounded: Grounded = False,
+        style: Style = "short",
         seed: int = 0,
     ) -> Answer:
         """Answer one question, greedily.
@@ -176,13 +177,16 @@ class ReGrad:
             grounded: the answer to an open question is a span of the retrieved texts, the one that the model finds
                 best; `Answer.source` says where it stands. No text needs to stand in the prompt for that. With "auto"
                 it is the free answer where the model is much surer of that: not every answer stands in a text.
+            style: of the answer to an open question: `short`, a few words, or a `sentence`.
             seed: of the documents that `random` draws.
 
         Raises:
             RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
             ValueError: for a prompt that makes no sense, such as an empty question.
         """
-        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded)
+        asked = Query(
+            question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded, style=style
+        )
         started = time.perf_counter()
         [found] = self.retrieval.retrieve([asked], top_k, using, seed)
         return self._one(found, started)
@@ -244,6 +248,7 @@ class ReGrad:
         top_k: int = 3,
         using: str | Sequence[str] | None = None,
         grounded: Grounded = False,
+        style: Style = "short",
         seed: int = 0,
     ) -> list[Answer]:
         """Answer a batch of questions together: every forward pass serves all of them, each row with its own update.
@@ -252,7 +257,7 @@ class ReGrad:
         all rows is needed at once. `timings` are the batch's, divided by its size.
 
         Args:
-            questions: texts, all in `mode` and `grounded` alike, or a `Query` each, of any modes.
+            questions: texts, all in the same `mode`, `grounded` and `style`, or a `Query` each, of any modes.
 
         Raises:
             RegradError, ValueError: as `answer`.
@@ -260,7 +265,7 @@ class ReGrad:
         if not questions:
             return []
         asked = [
-            question if isinstance(question, Query) else Query(question, mode, grounded=grounded)
+            question if isinstance(question, Query) else Query(question, mode, grounded=grounded, style=style)
             for question in questions
         ]
         started = time.perf_counter()
@@ -281,6 +286,7 @@ class ReGrad:
         hits: Sequence[Hit] | None = None,
         max_new_tokens: int | None = None,
         grounded: Grounded = False,
+        style: Style = "short",
         seed: int = 0,
     ) -> Answer:
         """`answer` for asyncio, with the same arguments.
@@ -290,7 +296,9 @@ class ReGrad:
         Questions that wait at the same time share forward passes, on one thread of their own (`batch_size`,
         `batch_wait`). The answers are those of `answer`.
         """
-        asked = Query(question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded)
+        asked = Query(
+            question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded, style=style
+        )
         [found] = await self._aretrieve([asked], top_k, using, seed)
         return await self._batcher.ask(found)
 
@@ -302,13 +310,14 @@ class ReGrad:
         top_k: int = 3,
         using: str | Sequence[str] | None = None,
         grounded: Grounded = False,
+        style: Style = "short",
         seed: int = 0,
     ) -> list[Answer]:
         """`answer_many` for asyncio: in batches of at most `batch_size`, together with what else is asked meanwhile."""
         import asyncio
 
         asked = [
-            question if isinstance(question, Query) else Query(question, mode, grounded=grounded)
+            question if isinstance(question, Query) else Query(question, mode, grounded=grounded, style=style)
             for question in questions
         ]
         found = await self._aretrieve(asked, top_k, using, seed) if asked else []

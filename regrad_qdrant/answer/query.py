@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 from regrad_qdrant.errors import RegradError
-from regrad_qdrant.model.prompts import Prompt, QuestionType
+from regrad_qdrant.model.prompts import Prompt, QuestionType, Style
 
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
@@ -49,6 +49,7 @@ class Query:
     max_new_tokens: int | None = None
     grounded: Grounded = False
     sources: Sequence[Hit] | None = None
+    style: Style = "short"
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -59,7 +60,8 @@ class Query:
     def prompt(self, hits: Sequence[Hit]) -> Prompt:
         """What the model is asked, with the passages in the modes that show them."""
         passages = tuple(hit.text for hit in hits) if self.mode in WITH_PASSAGES else ()
-        return Prompt(self.question, self.type, self.choices, passages, self.mode == "pe-rag", self.max_new_tokens)
+        engineered = self.mode == "pe-rag"
+        return Prompt(self.question, self.type, self.choices, passages, engineered, self.max_new_tokens, self.style)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 PER_CALL = (
     "mode", "top_k", "type", "choices", "query_filter", "query", "using", "hits", "seed", "max_new_tokens", "grounded",
+    "style",
 )  # fmt: skip
 
 

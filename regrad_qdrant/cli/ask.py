@@ -70,6 +70,9 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer; 24 for an open question by default.")
     ] = None,
+    style: Annotated[
+        str, typer.Option("--style", help="Of the answer to an open question: short, or sentence.")
+    ] = "short",
     grounded: Annotated[
         bool, typer.Option("--grounded", help="Answer an open question with a span of the retrieved texts.")
     ] = False,
@@ -78,16 +81,18 @@ def ask(
 ) -> None:
     """Answer one question from the bank."""
     from regrad_qdrant.answer.query import MODES
-    from regrad_qdrant.model.prompts import INSTRUCTIONS, Prompt, PromptFormat
+    from regrad_qdrant.model.prompts import QUESTION_TYPES, STYLES, Prompt, PromptFormat
 
     chosen = next((known for known in MODES if known == mode), None)
     if chosen is None:
         several = "; regrad-qdrant eval compares modes" if "," in mode else ""
         raise DataError(f"mode {mode!r} is not one of {', '.join(MODES)}{several}")
-    if type not in INSTRUCTIONS:
-        raise DataError(f"type {type!r} is not one of {', '.join(INSTRUCTIONS)}")
+    if type not in QUESTION_TYPES:
+        raise DataError(f"type {type!r} is not one of {', '.join(QUESTION_TYPES)}")
+    if style not in STYLES:
+        raise DataError(f"style {style!r} is not one of {', '.join(STYLES)}")
     try:
-        prompt = Prompt(question, type, tuple(choice or ()))  # type: ignore[arg-type] # checked above
+        prompt = Prompt(question, type, tuple(choice or ()), style=style)  # type: ignore[arg-type] # checked above
     except ValueError as error:
         raise DataError(str(error)) from error
     store = existing_store(collection, url, path)
@@ -107,6 +112,7 @@ def ask(
             query_filter=_filter_of(only or []),
             max_new_tokens=max_new_tokens,
             grounded=grounded,
+            style=prompt.style,
         )
     console.print(answer.text, style="bold", markup=False)
     if answer.source is not None:

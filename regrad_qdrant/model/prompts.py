@@ -11,16 +11,20 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from regrad_qdrant.errors import DataError
 
 QuestionType = Literal["open", "yesno", "choice"]
+QUESTION_TYPES: tuple[QuestionType, ...] = get_args(QuestionType)
+Style = Literal["short", "sentence"]
+STYLES: tuple[Style, ...] = get_args(Style)
 
 INSTRUCTIONS: dict[str, str] = {
     "open": "Answer with a few words only.",
     "yesno": "Answer with yes or no only.",
     "choice": "Answer with one of the choices only.",
+    "sentence": "Answer in one sentence.",  # an open question, in that style
 }
 WITH_PASSAGES = {kind: f"Use the passages. {instruction}" for kind, instruction in INSTRUCTIONS.items()}
 # The stronger RAG prompt of `pe-rag`: what to look for, how to say it, and one worked example.
@@ -34,7 +38,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "yesno": ("Is Mount Elbrus in the Caucasus?", "yes"),
     "choice": ("Where is Mount Elbrus?\nA) the Alps\nB) the Caucasus", "the Caucasus"),
 }
-MAX_NEW_TOKENS: dict[str, int] = {"open": 24, "yesno": 4, "choice": 24}
+MAX_NEW_TOKENS: dict[str, int] = {"open": 24, "yesno": 4, "choice": 24, "sentence": 48}
 
 
 _THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
@@ -56,7 +60,7 @@ class Prompt:
 
     `type` chooses the instruction; `choices` belong to "choice" alone; `passages` are set in the prompt by
     the modes that show them and empty in the others; `engineered` sets the stronger RAG prompt; `max_new_tokens` bounds
-    the answer, instead of the format's own length.
+    the answer, instead of the format's own length; `style` is how long the answer to an open question is.
     """
 
     question: str
@@ -65,16 +69,24 @@ class Prompt:
     passages: tuple[str, ...] = ()
     engineered: bool = False
     max_new_tokens: int | None = None
+    style: Style = "short"
 
     def __post_init__(self) -> None:
         if not self.question.strip():
             raise ValueError("the question is empty")
-        if self.type not in INSTRUCTIONS:
-            raise ValueError(f"question type {self.type!r} is not one of {', '.join(INSTRUCTIONS)}")
+        if self.type not in QUESTION_TYPES:
+            raise ValueError(f"question type {self.type!r} is not one of {', '.join(QUESTION_TYPES)}")
+        if self.style not in STYLES:
+            raise ValueError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if (self.type == "choice") != bool(self.choices):
             raise ValueError(f"type {self.type!r} with {len(self.choices)} choices: choices go with type 'choice'")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+
+    @property
+    def instruction(self) -> str:
+        """Which of a format's instructions and lengths it gets."""
+        return "sentence" if self.type == "open" and self.style == "sentence" else self.type
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -95,7 +107,8 @@ class Prompt:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How questions are put: texts with fields in braces, by question type where instructions differ.
+    """How questions are put: texts with fields in braces, by question type where instructions differ, and for open
+    questions that are answered with a sentence.
 
     `user` has `{question}` and `{choices}`, `user_with_passages` also `{passages}`; a passage `{number}` and `{text}`,
     a choice `{letter}` and `{text}`; `plain`, for models without a chat template, `{system}` and `{user}`. An empty
@@ -165,9 +178,9 @@ class PromptFormat:
     def messages(self, prompt: Prompt) -> list[dict[str, str]]:
         """The conversation: the instruction as the system's message, the rest as the user's."""
         shown: list[dict[str, str]] = []
-        system = (self.system_with_passages if prompt.passages else self.system)[prompt.type]
+        system = (self.system_with_passages if prompt.passages else self.system)[prompt.instruction]
         if prompt.engineered:
-            system = f"{ENGINEERED_INSTRUCTION} {self.system[prompt.type]}"
+            system = f"{ENGINEERED_INSTRUCTION} {self.system[prompt.instruction]}"
             asked, said = EXAMPLES[prompt.type]
             shown = [
                 {"role": "user", "content": f"{EXAMPLE_PASSAGE}\n{asked}"}, {"role": "assistant", "content": said}

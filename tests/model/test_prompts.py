@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from regrad_qdrant import Prompt
+from regrad_qdrant.answer.generation import Asking
 
 
 def test_the_open_prompt_holds_the_question_and_no_passage(tokenizer):
@@ -12,6 +15,16 @@ def test_the_open_prompt_holds_the_question_and_no_passage(tokenizer):
 def test_passages_come_before_the_question(tokenizer):
     text = Prompt("Who is Ida?", passages=("First.", "Second.")).render(tokenizer)
     assert text.index("Passage 1: First.") < text.index("Passage 2: Second.") < text.index("Who is Ida?")
+
+
+def test_a_style_has_an_instruction_and_a_length_of_its_own(tokenizer):
+    prompt = Prompt("Who is Ida?", style="sentence")
+    assert "Answer in one sentence." in prompt.render(tokenizer)
+    assert "Use the passages. Answer in one sentence." in replace(prompt, passages=("Ida.",)).render(tokenizer)
+    assert Asking().length(prompt) > Asking().length(Prompt("Who is Ida?"))
+    assert replace(prompt, type="yesno").render(tokenizer) == Prompt("Who is Ida?", "yesno").render(tokenizer)
+    with pytest.raises(ValueError, match="short, sentence"):
+        Prompt("Who is Ida?", style="long")
 
 
 def test_yes_no_and_choices(tokenizer):

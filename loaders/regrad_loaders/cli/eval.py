@@ -94,6 +94,9 @@ def evaluation(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Answer from the gold passages instead of what is retrieved.")
     ] = False,
+    style: Annotated[
+        str, typer.Option("--style", help="Of the answers to open questions: short, or sentence.")
+    ] = "short",
     distractors: Annotated[
         int, typer.Option("--distractors", min=0, help="Random documents added to those of every question.")
     ] = 0,
@@ -170,8 +173,11 @@ def evaluation(
     from regrad_loaders.evaluation.plots import plot
     from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
-    from regrad_qdrant.model.prompts import PromptFormat
+    from regrad_qdrant.model.prompts import STYLES, PromptFormat
 
+    answers_style = next((known for known in STYLES if known == style), None)
+    if answers_style is None:
+        raise DataError(f"--style {style}: it is one of {', '.join(STYLES)}")
     chosen = parse_modes(modes, EVALUATION_MODES)
     further = whole_numbers(sweep, "--sweep")
     if further and oracle:
@@ -198,7 +204,7 @@ def evaluation(
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
         "icl_init": icl_init, "ft_direct": fine_tuned["ft-direct"], "ft_rag": fine_tuned["ft-rag"], "sweep": further,
-        "dtype": dtype, "prompt": str(prompt_file) if prompt_file else None,
+        "dtype": dtype, "style": style, "prompt": str(prompt_file) if prompt_file else None,
     }  # fmt: skip
     retrieving = [mode for mode in chosen if retrieves(mode)]
     with ExitStack() as stack:
@@ -236,7 +242,7 @@ def evaluation(
                     _check_filter(bank, questions[0], filter_field)
                     ask = functools.partial(
                         evaluate, regrad, questions, using=using, filter_field=filter_field, oracle=oracle,
-                        distractors=distractors, batch=batch, on_progress=lambda _: advance(1),
+                        distractors=distractors, batch=batch, style=answers_style, on_progress=lambda _: advance(1),
                     )  # fmt: skip
                     found.append(ask(list(party.modes), top_k=top_k).named(party.modes))
                     for k in further:

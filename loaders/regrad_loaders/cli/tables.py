@@ -29,6 +29,7 @@ def answers_table(result: Evaluation, modes: list[Any]) -> Table:
 
 
 def scores_table(result: Evaluation) -> Table:
+    by_words = result.settings.get("style") == "sentence"
     table = Table(
         "mode",
         "type",
@@ -36,6 +37,7 @@ def scores_table(result: Evaluation) -> Table:
         "F1",
         "95 %",
         "EM",
+        *(["words found"] if by_words else []),
         "accuracy",
         "seconds per answer",
         "prompt tokens",
@@ -52,6 +54,7 @@ def scores_table(result: Evaluation) -> Table:
             f"{100 * row['f1']:.1f}",
             " … ".join(f"{100 * end:.1f}" for end in ends.get(row["mode"], [])) if row["type"] == "all" else "",
             f"{100 * row['em']:.1f}",
+            *([f"{100 * row['words_found']:.1f}"] if by_words else []),
             "–" if row["accuracy"] is None else f"{100 * row['accuracy']:.1f}",
             f"{row['seconds'] / row['n']:.2f}",
             f"{row['prompt_tokens']:.0f}",

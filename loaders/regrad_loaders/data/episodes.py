@@ -17,7 +17,7 @@ from typing import Any
 
 from regrad_loaders.data.folders import Dataset, Question
 from regrad_qdrant.errors import DataError
-from regrad_qdrant.model.prompts import Prompt, PromptFormat
+from regrad_qdrant.model.prompts import Prompt, PromptFormat, Style
 
 RETRIEVAL_DEPTH = 10
 ANSWER_TOKENS = 40  # of an answer that are trained on, without its end
@@ -60,6 +60,7 @@ class EpisodeSource:
         passage_tokens: longer passages are cut to a window of this many tokens that holds the answer.
         passages_in_prompt: the share of questions with their passages in the prompt, as in the mode `regrad+icl`.
         format: how questions are put, and what ends an answer.
+        style: of the questions' answers.
     """
 
     def __init__(
@@ -70,9 +71,11 @@ class EpisodeSource:
         passage_tokens: int,
         passages_in_prompt: float = 0.0,
         format: PromptFormat | None = None,
+        style: Style = "short",
     ) -> None:
         self.name = dataset.name
         self.passages_in_prompt = passages_in_prompt
+        self.style = style
         self.tokenizer = tokenizer
         self.format = format or PromptFormat()
         self.passage_tokens = passage_tokens
@@ -101,9 +104,8 @@ class EpisodeSource:
         return _Entry(question, self._prompt(question), hits)
 
     def _prompt(self, question: Question, passages: tuple[str, ...] = ()) -> list[int]:
-        prompt = Prompt(question.question, question.kind, question.choices, passages).render(
-            self.tokenizer, self.format
-        )
+        asked = Prompt(question.question, question.kind, question.choices, passages, style=self.style)
+        prompt = asked.render(self.tokenizer, self.format)
         ids: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         return ids
 

@@ -54,6 +54,10 @@ class Attribute:
     sentences: tuple[str, ...]
     questions: tuple[str, ...]
 
+    def sentence(self, name: str, value: str) -> str:
+        """One that says it with the person's full name."""
+        return next(wording for wording in self.sentences if "{n}" in wording).format(n=name, v=value)
+
 
 ATTRIBUTES = (
     Attribute(
@@ -223,6 +227,7 @@ def generate(world: World, people: int, seed: int, questions_per_person: int = 6
                     gold_ids=(passages[-1].id,),
                     split="train" if world == "train" else "dev",
                     type=attribute.name,
+                    fields={"sentence": attribute.sentence(name, values[attribute.name])},
                 )
             )
     return Dataset(name=f"facts-{world}", passages=passages, questions=questions)

@@ -12,13 +12,14 @@ from typing import Any
 from regrad_loaders.data.folders import Question
 from regrad_loaders.evaluation.plan import field_filter, free
 from regrad_loaders.evaluation.results import Evaluation, Prediction
-from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1
+from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1, words_found
 from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.answer.query import Answer, Query
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit, point_id
 from regrad_qdrant.bank.stores.base import PointId
 from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.prompts import Style
 
 # What a question is answered from where it is not what its search returns: point → (score, relevance).
 _Given = dict[PointId, tuple[float, float | None]]
@@ -35,6 +36,7 @@ def evaluate(
     oracle: bool = False,
     distractors: int = 0,
     batch: int = 1,
+    style: Style = "short",
     settings: dict[str, Any] | None = None,
     on_progress: Callable[[Prediction], None] = lambda _: None,
 ) -> Evaluation:
@@ -48,6 +50,7 @@ def evaluate(
         distractors: random documents added to those of every question, under the lowest of their scores (the paper's
             noise test).
         batch: questions answered together; the answers do not depend on it, the seconds do.
+        style: of the answers to open questions.
         settings: recorded with the results.
         on_progress: called with each prediction.
 
@@ -96,6 +99,7 @@ def evaluate(
                         hits=hits,
                         grounded=grounded,
                         sources=_fetched(regrad.bank, used[i]) if is_random and grounded else None,
+                        style=style,
                     )
                 )
             started = time.perf_counter()
@@ -221,6 +225,7 @@ def _scored(question: Question, answer: Answer, mode: str, seconds: float) -> Pr
         f1=f1(said, gold),
         em=exact_match(said, gold),
         accuracy=accuracy(said, gold),
+        found=words_found(said, gold),
         hits=tuple(hit.document_id for hit in answer.hits),
         seconds=seconds,
         prompt_tokens=answer.prompt_tokens,

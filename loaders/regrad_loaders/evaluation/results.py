@@ -11,7 +11,7 @@ from statistics import mean
 from typing import Any
 
 from regrad_loaders.evaluation.scores import Interval, bootstrap
-from regrad_qdrant.model.prompts import INSTRUCTIONS
+from regrad_qdrant.model.prompts import QUESTION_TYPES
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class Prediction:
     f1: float
     em: float
     accuracy: float
+    found: float  # the share of the answer's words that are said
     hits: tuple[str | int, ...]  # ids of the retrieved documents, best first
     seconds: float
     prompt_tokens: int
@@ -60,7 +61,7 @@ class Evaluation:
 
     def types(self) -> list[dict[str, Any]]:
         """One row a mode and type that the set itself gives its questions, where that is not their kind."""
-        return self._rows(lambda prediction: () if prediction.type in INSTRUCTIONS else (prediction.type,))
+        return self._rows(lambda prediction: () if prediction.type in QUESTION_TYPES else (prediction.type,))
 
     def _rows(self, groups_of: Callable[[Prediction], tuple[str, ...]]) -> list[dict[str, Any]]:
         groups: dict[tuple[str, str], list[Prediction]] = defaultdict(list)
@@ -74,6 +75,7 @@ class Evaluation:
                 "n": len(rows),
                 "f1": mean(row.f1 for row in rows),
                 "em": mean(row.em for row in rows),
+                "words_found": mean(row.found for row in rows),
                 "accuracy": mean(row.accuracy for row in rows) if group in ("yesno", "choice") else None,
                 "seconds": sum(row.seconds for row in rows),
                 "prompt_tokens": mean(row.prompt_tokens for row in rows),

@@ -40,6 +40,16 @@ def f1(prediction: str, answers: Sequence[str]) -> float:
     return max(_f1(normalize(prediction).split(), normalize(answer).split()) for answer in answers)
 
 
+def words_found(prediction: str, answers: Sequence[str]) -> float:
+    """The largest share of an answer's words that the prediction has: of a sentence, what it tells."""
+    said = Counter(normalize(prediction).split())
+    shares = []
+    for answer in answers:
+        wanted = normalize(answer).split()
+        shares.append(sum((said & Counter(wanted)).values()) / len(wanted) if wanted else 0.0)
+    return max(shares)
+
+
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction begins with one of the answers (for yes/no and choices), else 0."""
     said = normalize(prediction)

@@ -11,10 +11,11 @@ from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.data.facts import generate
 from regrad_loaders.data.folders import Dataset, Question, read_folder
 from regrad_loaders.data.hub import read_hub
+from regrad_loaders.data.sentences import with_sentences
 from regrad_loaders.training.recipe import Recipe, Source
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.initialization import MetaInitialization
-from regrad_qdrant.model.prompts import PromptFormat
+from regrad_qdrant.model.prompts import PromptFormat, Style
 
 
 def prompt_of(recipe: Recipe) -> PromptFormat:
@@ -32,9 +33,11 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
         questions = _of_types(dataset.split(source.split), source)
         if not questions:
             raise DataError(f"{dataset.name}: no question of split {source.split!r} and types {source.types or 'any'}")
+        if source.style == "sentence" and not (questions := with_sentences(questions)):
+            raise DataError(f"{dataset.name}: no question can be answered with a sentence")
         if source.cloze:
             questions += cloze_questions(dataset, questions, source.cloze, recipe.seed)
-        sources.append(_episodes(recipe, dataset, questions, tokenizer, format))
+        sources.append(_episodes(recipe, dataset, questions, tokenizer, format, source.style))
     return sources, [source.weight for source in recipe.data]
 
 
@@ -48,16 +51,19 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
     for source in recipe.data:
         dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
         questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
+        if source.style == "sentence":
+            questions = with_sentences(questions)
         if questions:
             chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
-            sources.append(_episodes(recipe, dataset, chosen, tokenizer, format))
+            sources.append(_episodes(recipe, dataset, chosen, tokenizer, format, source.style))
     return sources
 
 
 def _episodes(
-    recipe: Recipe, dataset: Dataset, questions: list[Question], tokenizer: Any, format: PromptFormat
+    recipe: Recipe, dataset: Dataset, questions: list[Question], tokenizer: Any, format: PromptFormat, style: Style
 ) -> EpisodeSource:
-    return EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, recipe.passages_in_prompt, format)
+    shown = recipe.passages_in_prompt
+    return EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, shown, format, style)
 
 
 def _dataset(recipe: Recipe, source: Source) -> Dataset:

@@ -9,6 +9,7 @@ from typing import Any
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import RULES
 from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.prompts import STYLES, Style
 from regrad_qdrant.model.spaces.registry import SPACES
 
 
@@ -25,6 +26,7 @@ class Source:
     types: tuple[str, ...] = ()  # only questions of these types; empty: all
     facts: dict[str, int] | None = None  # {"people": …, "seed": …}
     cloze: int = 0  # at most so many further questions of each gold passage, made of its own sentences
+    style: Style = "short"  # of the answers: `sentence` takes the open questions that can be answered with one
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "types", tuple(self.types))
@@ -34,6 +36,8 @@ class Source:
             raise DataError(
                 f"{self.folder or self.hub}: the split {self.split!r} is for evaluation, never for training"
             )
+        if self.style not in STYLES:
+            raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if not isinstance(self.cloze, int) or self.cloze < 0:
             raise DataError(f"cloze counts questions of each gold passage, 0 or more, found {self.cloze!r}")
 

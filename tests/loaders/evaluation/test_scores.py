@@ -1,6 +1,6 @@
 import pytest
 
-from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1
+from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1, words_found
 
 
 def test_exact_match_ignores_case_articles_and_punctuation():
@@ -20,6 +20,12 @@ def test_accuracy_reads_the_first_word():
     assert accuracy("Yes, it is.", ["yes"]) == 1
     assert accuracy("yesterday", ["yes"]) == 0
     assert accuracy("No.", ["yes"]) == 0
+
+
+def test_of_a_sentence_the_share_of_the_answers_words_counts():
+    assert words_found("Ida was born in Aalborg, in the north.", ["Aalborg"]) == 1
+    assert words_found("Ida was born.", ["Ida Corvand", "Aalborg"]) == 0.5
+    assert words_found("", ["Aalborg"]) == 0
 
 
 def test_a_letter_means_its_choice():

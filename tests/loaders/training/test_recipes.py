@@ -1,5 +1,6 @@
 """The recipes that ship: each can be read, and those of larger models run on a tiny one of the same names."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import torch
 from conftest import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from regrad_loaders.training.mixture import load_sources
 from regrad_loaders.training.recipe import Recipe, Source
 from regrad_loaders.training.trainer import run
 from regrad_qdrant import MetaInitialization
+from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.identity import BaseModel
 
 RECIPES = sorted((Path(__file__).parents[3] / "loaders" / "recipes").glob("*.yaml"))
@@ -20,6 +23,19 @@ LLAMAS = [path for path in RECIPES if path.name.startswith("llama")]
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_one(path):
     assert Recipe.load(path).name == path.stem
+
+
+def test_a_source_may_teach_sentences(tokenizer):
+    recipe = Recipe.load(next(path for path in RECIPES if path.stem == "smollm2-135m-instruct"))
+    data = tuple(Source(0.5, facts={"people": 12, "seed": 5}, style=style) for style in ("short", "sentence"))
+    short, sentences = load_sources(replace(recipe, start=None, averaged_with=None, data=data), tokenizer)[0]
+    for source, instruction, longest in ((short, "a few words", 6), (sentences, "one sentence", 40)):
+        episode = source.episode(random.Random(0), 3, 2, [3])
+        assert all(instruction in tokenizer.decode(example.prompt_ids) for example in episode.examples)
+        said = [tokenizer.decode(example.answer_ids, skip_special_tokens=True) for example in episode.examples]
+        assert all(text.endswith(".") == (source is sentences) and len(text.split()) <= longest for text in said)
+    with pytest.raises(DataError, match="short, sentence"):
+        Source(1.0, folder="x", style="long")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
