@@ -48,6 +48,20 @@ class _Beam:
         return self.log_probability / (len(self.tokens) + AHEAD) + self.log_weight
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """A span that was met as a whole answer."""
+
+    span: Span
+    tokens: tuple[int, ...]  # without an end
+    log_probability: float  # the mean of its tokens' and its end's
+    log_weight: float  # of its sentence
+
+    @property
+    def score(self) -> float:
+        return self.log_probability + self.log_weight
+
+
 class _Search:
     """The search for one question's answer.
 
@@ -60,12 +74,13 @@ class _Search:
         self._length = length
         first = _Beam(spans.beginning, *spans.options(spans.beginning))
         self.beams = [first] if len(first.options) else []
-        self.best: tuple[float, Span, float] | None = None  # of what has ended: score, place, mean log-probability
+        self.found: list[Candidate] = []
+        self.best: Candidate | None = None
 
     @property
     def done(self) -> bool:
         """Whether no beam would be better than the best answer if it ended `AHEAD` tokens on at no cost."""
-        return not self.beams or (self.best is not None and all(beam.hope <= self.best[0] for beam in self.beams))
+        return not self.beams or (self.best is not None and all(beam.hope <= self.best.score for beam in self.beams))
 
     def grow(self, scores: Sequence[Any], ends: Sequence[float], width: int) -> list[int]:
         """Let every beam grow by a token, and keep the best.
@@ -81,25 +96,25 @@ class _Search:
         for i, (beam, own, end) in enumerate(zip(self.beams, scores, ends, strict=True)):
             size = len(beam.tokens) + 1
             if (span := beam.walk.ended) is not None:
-                mean = (beam.log_probability + end) / size
-                score = mean + float(_log_weight(beam.walk.relevance))
-                if self.best is None or score > self.best[0]:
-                    self.best = score, span, mean
+                mean, weight = (beam.log_probability + end) / size, float(log_weight(beam.walk.relevance))
+                self.found.append(Candidate(span, beam.tokens, mean, weight))
+                if self.best is None or self.found[-1].score > self.best.score:
+                    self.best = self.found[-1]
             if size <= self._length:
-                totals = (beam.log_probability + own) / size + _log_weight(beam.relevance)
+                totals = (beam.log_probability + own) / size + log_weight(beam.relevance)
                 grown += [(float(totals[at]), i, int(at)) for at in np.argsort(-totals, kind="stable")[:width]]
         grown = sorted(grown, key=lambda one: -one[0])[:width]
         before, self.beams = self.beams, []
         for _, i, at in grown:
             beam, token = before[i], int(before[i].options[at])
-            walk, weight = self.spans.step(beam.walk, token), float(_log_weight(beam.relevance[at]))
+            walk, weight = self.spans.step(beam.walk, token), float(log_weight(beam.relevance[at]))
             log_probability = beam.log_probability + float(scores[i][at])
             self.beams.append(_Beam(walk, *self.spans.options(walk), (*beam.tokens, token), log_probability, weight))
         return [i for _, i, _ in grown]
 
 
-def _log_weight(relevance: Any) -> Any:
-    """log w of sentences, by the merge rule `margin`."""
+def log_weight(relevance: Any) -> Any:
+    """log w of sentences of such relevance, by the merge rule `margin`."""
     return (relevance - 1) / TEMPERATURE
 
 
@@ -111,20 +126,47 @@ def ground(
     asking: Asking | None = None,
     beams: int = BEAMS,
 ) -> list[Generated]:
-    """The likeliest span to answer every prompt with, in their order.
+    """The best span to answer every prompt with, in their order."""
+    asking = asking or Asking()
+    base = base_of(peft_model)
+    ids, mask = encoded(tokenizer, prompts, input_device(base), asking)
+    ends = sorted({*ends_of(base, tokenizer), asking.format.end_ids(tokenizer)[0]})
+    lengths = [asking.length(prompt) for prompt in prompts]
+    answers = []
+    for own, found, tokens in zip(
+        spans, candidates(base, ids, mask, spans, lengths, ends, beams), mask.sum(dim=1).tolist(), strict=True
+    ):
+        if not found:
+            answers.append(Generated("", tokens))  # no word of the texts is as short as the answer must be
+        else:
+            answers.append(Generated(own.said(found[0].span), tokens, found[0].span, found[0].log_probability))
+    return answers
+
+
+def candidates(
+    base: Any,
+    ids: Tensor,
+    mask: Tensor,
+    spans: Sequence[Spans],
+    lengths: Sequence[int],
+    ends: Sequence[int],
+    beams: int = BEAMS,
+) -> list[list[Candidate]]:
+    """What the search meets as answers to every prompt, best first.
 
     Each prompt is read once, and its beams are rows of one batch: rows i·beams to (i + 1)·beams − 1 are prompt i
     (`plugin.row_updates` gives all of them the change of row i).
+
+    Args:
+        base: the base model, as it is at the moment.
+        ids, mask: (prompts, longest), padded on the left.
+        lengths: tokens of each answer, at most.
+        ends: the tokens that end an answer.
     """
     import torch
 
-    asking = asking or Asking()
-    base = base_of(peft_model)
-    device = input_device(base)
-    ids, mask = encoded(tokenizer, prompts, device, asking)
-    prompt_tokens = mask.sum(dim=1).tolist()
-    searches = [_Search(own, asking.length(prompt)) for prompt, own in zip(prompts, spans, strict=True)]
-    ends = sorted({*ends_of(base, tokenizer), asking.format.end_ids(tokenizer)[0]})
+    device = ids.device
+    searches = [_Search(own, length) for own, length in zip(spans, lengths, strict=True)]
     cache = None
     with torch.inference_mode():
         while not all(search.done for search in searches):
@@ -140,14 +182,7 @@ def ground(
             said = [token for search in searches for token in _last_tokens(search, beams)]
             ids = torch.tensor(said, device=device)[:, None]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    answers = []
-    for search, tokens in zip(searches, prompt_tokens, strict=True):
-        if search.best is None:
-            answers.append(Generated("", tokens))  # no word of the texts is as short as the answer must be
-        else:
-            _, span, log_probability = search.best
-            answers.append(Generated(search.spans.said(span), tokens, span, log_probability))
-    return answers
+    return [sorted(search.found, key=lambda one: -one.score) for search in searches]
 
 
 def _grow(searches: Sequence[_Search], logits: Tensor, ends: Sequence[int], rows: int, width: int) -> list[int]:

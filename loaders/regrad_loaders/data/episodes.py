@@ -11,7 +11,7 @@ import random
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Example:
     answer_ids: list[int]  # with what ends an answer
     rows: list[int]
     scores: list[float]
+    question: str = ""
+    answers: tuple[str, ...] = ()
+    answer_size: int = 0  # tokens of `answer_ids` before the end
 
 
 @dataclass
@@ -150,10 +153,7 @@ class EpisodeSource:
         windows = list(chosen.values())
         return Episode(
             [windows[row] for row in used],
-            [
-                Example(e.question_id, e.prompt_ids, e.answer_ids, [renumbered[row] for row in e.rows], e.scores)
-                for e in examples
-            ],
+            [replace(example, rows=[renumbered[row] for row in example.rows]) for example in examples],
             self.name,
         )
 
@@ -168,12 +168,16 @@ class EpisodeSource:
             best_first = sorted(kept, key=lambda key: -entry.hits[key])
             shown = tuple(self.tokenizer.decode(chosen[key], skip_special_tokens=True) for key in best_first)
             prompt_ids = self._prompt(entry.question, shown)
+        answer_ids = self.format.target(self.tokenizer, rng.choice(entry.question.answers), ANSWER_TOKENS)
         return Example(
             question_id=f"{self.name}/{entry.question.id}",
             prompt_ids=prompt_ids,
-            answer_ids=self.format.target(self.tokenizer, rng.choice(entry.question.answers), ANSWER_TOKENS),
+            answer_ids=answer_ids,
             rows=[rows[key] for key in kept],
             scores=[entry.hits[key] for key in kept],
+            question=entry.question.question,
+            answers=entry.question.answers,
+            answer_size=len(answer_ids) - len(self.format.end_ids(self.tokenizer)),
         )
 
     def _answerable(self, entry: _Entry, chosen: dict[str, list[int]]) -> bool:

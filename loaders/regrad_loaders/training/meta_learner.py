@@ -85,10 +85,7 @@ class MetaLearner(nn.Module):
 
     def atoms(self, passages: Sequence[Sequence[int]], *, create_graph: bool) -> tuple[dict[str, Tensor], Tensor]:
         """The atom of each passage, (passages, *shape) a tensor, and each passage's loss (passages,)."""
-        zeros = {
-            name: self.lora_a[0].new_zeros(len(passages), *shape).requires_grad_(True)
-            for name, shape in self.space.shapes.items()
-        }
+        zeros = {name: zero.requires_grad_(True) for name, zero in self.no_change(len(passages)).items()}
         ids, mask = pad(passages, self.pad_id, self.device)
         with row_updates(self.model[0], self.space, zeros), sdpa_kernel(SDPBackend.MATH):
             losses = document_losses(self.model[0], ids, mask)
@@ -123,6 +120,10 @@ class MetaLearner(nn.Module):
             kept = self.space.keep(name, by_rows(inputs[name], len(passages)))
             self.space.accumulate(atoms, self.space.from_gradients(name, kept, by_rows(delta, len(passages))))
         return atoms
+
+    def no_change(self, count: int) -> dict[str, Tensor]:
+        """A change of nothing for so many rows."""
+        return {name: self.lora_a[0].new_zeros(count, *shape) for name, shape in self.space.shapes.items()}
 
     @property
     def device(self) -> torch.device:

@@ -78,6 +78,8 @@ class Recipe:
     questions_per_passage: int = 2
     top_k: tuple[int, ...] = (1, 2, 3, 5)
     accumulate: int = 1  # episodes of one step, on each process
+    contrast: int = 0  # questions of an episode whose answer is also set against other spans (`training.contrast`)
+    contrast_weight: float = 0.5  # of that loss beside the answers' own
     # optimisation
     steps: int = 300
     warmup: int = 20
@@ -111,6 +113,8 @@ class Recipe:
             raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, full, fixed")
         if not 0 <= self.passages_in_prompt <= 1:
             raise DataError(f"passages_in_prompt is a share of the questions, 0 to 1, found {self.passages_in_prompt}")
+        if self.contrast < 0 or self.contrast_weight < 0:
+            raise DataError("contrast counts questions and contrast_weight is a weight: neither is below 0")
         if self.accumulate < 1:
             raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
         if self.patience and not self.dev_questions:

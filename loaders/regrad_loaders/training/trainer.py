@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from regrad_loaders.data.episodes import Episode
 from regrad_loaders.training.calibration import calibrate
+from regrad_loaders.training.contrast import SpanContrast
 from regrad_loaders.training.log import Log
 from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_loaders.training.mixture import load_dev_sources, load_sources
@@ -46,6 +47,7 @@ class StepMetrics:
     seconds_of_answers: float  # forward of the questions
     questions: int
     passages: int
+    contrast: float | None = None  # mean loss of the contrast with other spans, where the recipe has it
 
     @property
     def tasks_per_second(self) -> float:
@@ -65,6 +67,7 @@ class Trainer:
         self.dev_sources = load_dev_sources(recipe, tokenizer)
         initialization = begin(recipe, model, base, self.sources)
         self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode)
+        self.contrast = SpanContrast(tokenizer, recipe.contrast) if recipe.contrast else None
         self.step = 0
         self.seen: set[str] = set()
         self.best = math.inf  # the lowest mean dev loss
@@ -113,6 +116,7 @@ class Trainer:
         recipe, start = self.recipe, time.perf_counter()
         order = 0 if recipe.learn == "step_sizes" else recipe.order
         losses, exact, data, passages, of_atoms, of_answers = [], [], [], 0, 0.0, 0.0
+        contrasted: list[float] = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(recipe.accumulate):
             times = [time.perf_counter()]
@@ -123,7 +127,13 @@ class Trainer:
                 times.append(time.perf_counter())
                 found, right = self.learner.answer_losses(episode.examples, rows)
                 times.append(time.perf_counter())
-            (found.mean() / recipe.accumulate).backward()
+                loss = found.mean()
+                if self.contrast is not None:
+                    against = self.contrast.losses(self.learner, episode, rows, rng)
+                    if len(against):
+                        loss = loss + recipe.contrast_weight * against.mean()
+                        contrasted.append(float(against.detach().mean()))
+            (loss / recipe.accumulate).backward()
             of_atoms += times[1] - times[0]
             of_answers += times[2] - times[1]
             losses.append(float(found.detach().mean()))
@@ -148,6 +158,7 @@ class Trainer:
             seconds_of_answers=of_answers,
             questions=sum(map(len, exact)),
             passages=passages,
+            contrast=sum(contrasted) / len(contrasted) if contrasted else None,
         )
 
     def _average_gradients(self) -> None:

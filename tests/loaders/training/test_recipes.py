@@ -1,5 +1,6 @@
 """The recipes that ship: each can be read, and those of larger models run on a tiny one of the same names."""
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,21 @@ LLAMAS = [path for path in RECIPES if path.name.startswith("llama")]
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_is_one(path):
     assert Recipe.load(path).name == path.stem
+
+
+def test_a_recipe_may_set_answers_against_other_spans(tokenizer, tmp_path):
+    path = next(path for path in RECIPES if path.stem == "smollm2-135m-instruct-core")
+    recipe = replace(
+        Recipe.load(path), start=None, rank=4, basis_rank=4, layers=(1, 2), steps=2, max_length=64, contrast=2,
+        data=(Source(1.0, facts={"people": 12, "seed": 5}),), passages=3, passage_tokens=60, checkpoint_every=1,
+    )  # fmt: skip
+    model = LlamaForCausalLM(LlamaConfig(**TINY)).eval().requires_grad_(False)
+    run(recipe, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert len(steps) == 2 and all(line["contrast"] > 0 for line in steps)
+    with pytest.raises(DataError, match="contrast"):
+        replace(recipe, contrast=-1)
 
 
 def test_a_source_may_teach_sentences(tokenizer):
