@@ -4,7 +4,7 @@
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
 data=${DATA:-../shared/data}
-mkdir -p benchmarks/results/passages
+mkdir -p benchmarks/results/passages benchmarks/results/grounded
 
 asked() { # NAME SET QUESTIONS OPTIONS…
     name=$1 set=$2 count=$3
@@ -18,6 +18,11 @@ run() { # NAME SET QUESTIONS OPTIONS…
     asked "$@" --modes direct,rag,regrad,random,raw,ft-direct --against random,raw,rag,direct,ft-direct
 }
 
+grounded() { # SET QUESTIONS: spans of the retrieved texts beside free answers
+    asked "grounded/$1" "$1" "$2" --batch 4 --against regrad,random/grounded,ft-direct/grounded,ft-rag \
+        --modes regrad,regrad/grounded,regrad/auto,random/grounded,ft-direct/grounded,ft-rag,ft-rag/grounded
+}
+
 passages() { # SET QUESTIONS: what is trained with the passages in the prompt
     asked "passages/$1" "$1" "$2" --modes regrad+icl,ft-rag --against ft-rag
 }
@@ -29,6 +34,7 @@ run nq_open nq_open 80
 run phantomwiki phantomwiki 80
 run hotpotqa hotpotqa 80
 for set in nq_open phantomwiki hotpotqa squad2_dev; do passages $set 160; done
+for set in nq_open phantomwiki hotpotqa squad2_dev squadshifts_wiki; do grounded $set 80; done
 run phantomwiki-direct phantomwiki 60 --type direct
 run 2wiki 2wiki 30
 run bioasq bioasq 30

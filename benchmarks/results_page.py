@@ -25,6 +25,13 @@ PAIRS = (  # what each difference shows
     ("regrad", "direct", "against the bare model"),
     ("regrad", "rag", "against the bare model with the passages in the prompt"),
 )
+SPANS = (
+    ("regrad/grounded", "regrad", "what the texts add as spans"),
+    ("regrad/grounded", "random/grounded", "the right gradients, the texts being the same"),
+    ("regrad/grounded", "ft-direct/grounded", "gradients, against the texts alone"),
+    ("regrad/grounded", "ft-rag", "against the passages in a fine-tuned model's prompt"),
+    ("regrad/auto", "ft-rag", "the same, where the answer may be free"),
+)
 READERS = (("regrad+icl", "ft-rag", "what gradients add to the passages in a fine-tuned model's prompt"),)
 
 PAGE = """# Results
@@ -56,6 +63,14 @@ Trained with the passages in the prompt, from the same fine-tuned reader in as m
 regrad+icl: gradients and passages; ft-rag: plain LoRA fine-tuning of the same layers, with the passages
 (recipes in `benchmarks/baselines`).
 
+Grounded: the answer is a span of the retrieved texts, none of which stands in the prompt but in ft-rag's:
+
+    {spans_command}
+
+{spans_scores}
+regrad/auto: the span, or the free answer where the model is much surer of it; random/grounded: other gradients,
+spans of the same texts; ft-direct/grounded: no gradients, spans of the same texts.
+
 ## Differences
 
 Paired over the same questions; in parentheses the 95 % bootstrap interval. That of an average over sets takes their
@@ -63,6 +78,7 @@ errors as independent. The average of four is that of {main}.
 
 {differences}
 {reading_differences}
+{spans_differences}
 ## Interference
 
     {merge_command}
@@ -161,6 +177,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results.md"))
     arguments = parser.parse_args()
     runs, readers = read(arguments.runs), read(arguments.runs / "passages")
+    spans = read(arguments.runs / "grounded")
     merged = json.loads(arguments.merge.read_text(encoding="utf-8"))
     of_merge = merged["settings"]
     merge_options = (("top-k", "top_k"), ("noise", "noise"), ("rules", "rules"), ("codec", "codec"), ("limit", "limit"))
@@ -175,12 +192,15 @@ def main() -> None:
         main=", ".join(MAIN),
         scores=scores(runs),
         reading_scores=scores(readers),
+        spans_command=command(spans),
+        spans_scores=scores(spans),
+        spans_differences=differences(spans, SPANS),
         differences=differences(runs, PAIRS),
         reading_differences=differences(readers, READERS),
         merge_command=merge_command,
         merging=merging(merged),
         reading=arguments.reading.read_text(encoding="utf-8").strip(),
-        **_shared(runs, readers),
+        **_shared(runs, readers, spans),
     )
     arguments.out.write_text(page, encoding="utf-8")
     print(f"{arguments.out}: {len(runs)} sets")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 Way = Literal["chosen", "written", "grounded", "either"]
-SURER = 1.0  # by how much of mean log-probability the free answer must be likelier than the best span, to be given
+SURER = 2.0  # by how much of mean log-probability the free answer must be likelier than the best span, to be given
 
 
 @dataclass(frozen=True)
