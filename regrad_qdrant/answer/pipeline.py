@@ -26,7 +26,7 @@ from regrad_qdrant.atoms.merge import length_weight, window_shares
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import relevances
 from regrad_qdrant.bank.embed import Bm25
-from regrad_qdrant.errors import DataError, RecordError, WrongSpaceError
+from regrad_qdrant.errors import DataError, RecordError, RegradError, WrongSpaceError
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType, Style
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ class ReGrad:
                 f"the bank reads space {bank.space}, the initialization is {initialization.fingerprint}"
             )
         policy = FillPolicy(on_stale, on_missing, store_after, codec, on_damaged)  # checked before the model is touched
+        if beams < 1:
+            raise RegradError(f"beams must be at least 1, not {beams}")
         self.adapter = Adapter(model, initialization, check_model=check_model, cache_bytes=cache_bytes)
         self.tokenizer = tokenizer
         self._async_bank = None if isinstance(bank, GradientBank) else bank

@@ -9,6 +9,7 @@ follows it; each word has a chain of nodes for itself alone, which leads into th
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -122,7 +123,8 @@ class Spans:
 
 
 class SpanReader:
-    """Makes the spans of texts with a model's tokenizer; keeps the nodes of the texts that it met last.
+    """Makes the spans of texts with a model's tokenizer; keeps the nodes of the texts that it met last. Any thread may
+    ask it.
 
     Args:
         tokenizer: one that says which characters each token stands for (a "fast" one).
@@ -138,6 +140,7 @@ class SpanReader:
                 "does not: load the model's fast one"
             )
         self.tokenizer = tokenizer
+        self._lock = threading.Lock()
         self._kept: OrderedDict[str, TextNodes] = OrderedDict()
         self._words: dict[str, list[int]] = {}  # the tokens of words that a text has been met to begin a span with
 
@@ -147,7 +150,8 @@ class SpanReader:
         Args:
             score: of sentences, such as the BM25 of a question; it counts relative to the best.
         """
-        nodes = [self._nodes(text) for text in texts]
+        with self._lock:
+            nodes = [self._nodes(text) for text in texts]
         sentences = [sentence for text in nodes for sentence in text.sentences]
         if score is None or not sentences:
             return Spans(nodes)

@@ -1,6 +1,7 @@
 """Grounded answers: which spans there are, that the likeliest is found, and where it stands."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -218,6 +219,23 @@ def test_a_grounded_answer_streams_as_one_piece(regrad):
     with regrad.stream(Query(QUESTIONS[0], grounded=True)) as stream:
         assert list(stream) == [stream.answer.text]
     assert stream.answer.source is not None
+
+
+def test_several_threads_read_at_once(tokenizer):
+    reader = SpanReader(tokenizer)
+    texts = [f"{text} {i}" for i in range(40) for text in TEXTS]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda text: reader.spans([text]), texts * 3))
+    assert [len(spans.options(spans.beginning)[0]) for spans in found] == [
+        len(spans.options(spans.beginning)[0]) for spans in (reader.spans([text]) for text in texts * 3)
+    ]
+
+
+def test_no_beam_is_refused_before_the_model_is_touched(model, tokenizer, regrad):
+    before = type(model.model.layers[1].mlp.down_proj)
+    with pytest.raises(RegradError, match="beams"):
+        ReGrad(model, tokenizer, regrad.bank, regrad.initialization, beams=0)
+    assert type(model.model.layers[1].mlp.down_proj) is before
 
 
 def test_reading_keeps_what_it_has_read(tokenizer):
