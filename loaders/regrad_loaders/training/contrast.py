@@ -9,6 +9,7 @@ s is the score of `regrad_qdrant.answer.grounding`: a span's mean log-probabilit
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,6 @@ import torch
 from torch import Tensor
 
 from regrad_loaders.data.episodes import Episode, Example
-from regrad_loaders.evaluation.scores import f1
 from regrad_qdrant.answer.grounding import Candidate, candidates, log_weight
 from regrad_qdrant.answer.spans import SpanReader, Spans, Walk
 from regrad_qdrant.bank.embed import Bm25
@@ -26,9 +26,10 @@ from regrad_qdrant.model.plugin import base_of, row_updates
 if TYPE_CHECKING:
     from regrad_loaders.training.meta_learner import MetaLearner
 
+_WORD = re.compile(r"\w+")
 NEGATIVES = 4  # spans that the answer is contrasted with, at most
 TEMPERATURE = 0.5  # T
-SAME = 0.8  # F1 with the answer from which a span is no negative
+SAME = 0.8  # share of words in common with the answer from which a span is no negative
 
 
 class SpanContrast:
@@ -104,8 +105,15 @@ class SpanContrast:
             )
 
     def _negatives(self, example: Example, found: Sequence[Candidate], spans: Spans) -> list[Candidate]:
-        unlike = [one for one in found if f1(spans.said(one.span), example.answers) < SAME]
+        unlike = [one for one in found if alike(spans.said(one.span), example.answers) < SAME]
         return list({spans.said(one.span): one for one in reversed(unlike)}.values())[::-1][:NEGATIVES]
+
+
+def alike(span: str, answers: Sequence[str]) -> float:
+    """The words that a span and the answer most like it have in common, as a share of those of both."""
+    words = set(_WORD.findall(span.lower()))
+    others = [set(_WORD.findall(answer.lower())) for answer in answers]
+    return max(2 * len(words & other) / max(1, len(words) + len(other)) for other in others)
 
 
 def _walked(spans: Spans, example: Example) -> tuple[tuple[int, ...], float] | None:

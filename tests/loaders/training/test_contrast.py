@@ -8,9 +8,8 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.data.facts import generate
-from regrad_loaders.evaluation.scores import f1
 from regrad_loaders.training import contrast
-from regrad_loaders.training.contrast import NEGATIVES, SAME, TEMPERATURE, SpanContrast
+from regrad_loaders.training.contrast import NEGATIVES, SAME, TEMPERATURE, SpanContrast, alike
 from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_qdrant.answer.grounding import candidates
 
@@ -45,7 +44,7 @@ def test_it_is_the_softmax_over_the_answer_and_what_a_search_finds(learner, epis
         walk = spans.beginning
         for token in tokens:
             walk = spans.step(walk, token)
-        others = [one for one in of_one if f1(spans.said(one.span), example.answers) < SAME]
+        others = [one for one in of_one if alike(spans.said(one.span), example.answers) < SAME]
         said = [spans.said(one.span) for one in others]
         others = [one for n, one in enumerate(others) if said[n] not in said[:n]][:NEGATIVES]
         weights = [contrast.log_weight(walk.relevance), *(one.log_weight for one in others)]
@@ -80,6 +79,12 @@ def test_steps_lower_it_through_the_atoms(learner, episode, tokenizer):
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+def test_a_span_that_is_nearly_the_answer_is_like_it():
+    assert alike("the Philadelphia Eagles", ["Philadelphia Eagles", "Patriots"]) == 0.8
+    assert alike("February", ["February 14, 2015"]) == 0.5
+    assert alike("—", ["x"]) == 0
 
 
 def test_answers_that_are_no_span_are_left_out(learner, episode, tokenizer):
