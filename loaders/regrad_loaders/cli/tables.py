@@ -29,7 +29,7 @@ def answers_table(result: Evaluation, modes: list[Any]) -> Table:
 
 
 def scores_table(result: Evaluation) -> Table:
-    by_words = result.settings.get("style") == "sentence"
+    by_words = result.of_sentences
     table = Table(
         "mode",
         "type",

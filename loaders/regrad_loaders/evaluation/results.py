@@ -55,6 +55,11 @@ class Evaluation:
         found = sorted((p for part in parts for p in part.predictions), key=lambda p: modes.index(p.mode))
         return cls(settings, found, None)
 
+    @property
+    def of_sentences(self) -> bool:
+        """Whether open questions were answered with sentences: what these have of the answer's words is shown too."""
+        return self.settings.get("style") == "sentence"
+
     def results(self) -> list[dict[str, Any]]:
         """One row a mode and kind of question, `all` first."""
         return self._rows(lambda prediction: ("all", prediction.kind))
@@ -75,11 +80,11 @@ class Evaluation:
                 "n": len(rows),
                 "f1": mean(row.f1 for row in rows),
                 "em": mean(row.em for row in rows),
-                "words_found": mean(row.found for row in rows),
                 "accuracy": mean(row.accuracy for row in rows) if group in ("yesno", "choice") else None,
                 "seconds": sum(row.seconds for row in rows),
                 "prompt_tokens": mean(row.prompt_tokens for row in rows),
             }
+            | ({"words_found": mean(row.found for row in rows)} if self.of_sentences else {})
             for (mode, group), rows in groups.items()
         ]
 
