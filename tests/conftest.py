@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,7 +18,8 @@ from regrad_loaders.bench.atoms import AtomBench, Task
 from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.data.facts import generate
 from regrad_loaders.training.start import fresh
-from regrad_qdrant import MetaInitialization
+from regrad_qdrant import Document, GradientBank, MetaInitialization, ReGrad
+from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.bank.stores.client import ClientStore
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.cli import app as cli
@@ -98,6 +100,18 @@ def tiny_initialization(model: torch.nn.Module, kind: str = "core", **changes) -
     for module in initialization.modules.values():
         module.lora_b.copy_(0.1 * torch.randn(module.lora_b.shape, generator=generator))
     return initialization
+
+
+@contextmanager
+def regrad_over(texts, model, tokenizer, folder, codec="int8"):
+    """A ReGrad with random φ₀ over a bank in this folder, which holds the texts d0, d1, … and their atoms."""
+    initialization = tiny_initialization(model)
+    with GradientBank.open(folder, "docs", initialization.fingerprint) as bank:
+        bank.create()
+        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(texts))
+        with ReGrad(model, tokenizer, bank, initialization) as regrad:
+            attach_atoms(bank, regrad.gradients, codec)
+            yield regrad
 
 
 def state_of(adapter) -> str:

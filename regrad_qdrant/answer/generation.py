@@ -47,11 +47,15 @@ def encoded(
     tokenizer: Any, prompts: Sequence[Prompt], device: Any = None, asking: Asking | None = None
 ) -> tuple[Tensor, Tensor]:
     """Token ids and mask (prompts, longest), padded on the left."""
+    return padded_left(token_ids(tokenizer, prompts, asking or Asking()), tokenizer.pad_token_id or 0, device)
+
+
+def padded_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (rows, longest), so that all rows end together."""
     import torch
 
-    rows = token_ids(tokenizer, prompts, asking or Asking())
-    longest, pad_id = max(map(len, rows)), tokenizer.pad_token_id or 0
-    ids = torch.tensor([[pad_id] * (longest - len(row)) + row for row in rows], device=device)
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad_id] * (longest - len(row)) + list(row) for row in rows], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
     return ids, mask
 
@@ -112,23 +116,16 @@ def choose(
     Every spelling of every prompt's options is a row of one batch, prompt by prompt: a change of each row is given so
     (`Adapter.rows`).
     """
-    import torch
-
     asking = asking or Asking()
     before = token_ids(tokenizer, prompts, asking)
-    targets = [
-        (ids, asking.format.target(tokenizer, said, asking.length(prompt)))
-        for prompt, ids in zip(prompts, before, strict=True)
-        for said, _ in prompt.spellings
-    ]
-    with torch.inference_mode():
-        losses, _ = answer_losses(peft_model, targets, tokenizer.pad_token_id or 0)
-    means = losses.tolist()
+    answered = zip(prompts, before, strict=True)
+    pairs = [(prompt, ids, said) for prompt, ids in answered for said, _ in prompt.spellings]
+    means = _mean_log_probabilities(peft_model, tokenizer, pairs, asking)
     answers = []
     for prompt, asked in zip(prompts, before, strict=True):
         count = len(prompt.spellings)
         own, means = means[:count], means[count:]
-        answers.append(Generated(prompt.spellings[own.index(min(own))][1], len(asked)))
+        answers.append(Generated(prompt.spellings[own.index(max(own))][1], len(asked)))
     return answers
 
 
@@ -136,13 +133,17 @@ def mean_log_probabilities(
     peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], asking: Asking
 ) -> list[float]:
     """Of each answer to its prompt, over its tokens and its end."""
+    pairs = zip(prompts, token_ids(tokenizer, prompts, asking), answers, strict=True)
+    return _mean_log_probabilities(peft_model, tokenizer, list(pairs), asking)
+
+
+def _mean_log_probabilities(
+    peft_model: PeftModel, tokenizer: Any, pairs: Sequence[tuple[Prompt, list[int], str]], asking: Asking
+) -> list[float]:
+    """As above, in one batch of prompts with their token ids and answers."""
     import torch
 
-    ids = token_ids(tokenizer, prompts, asking)
-    targets = [
-        (own, asking.format.target(tokenizer, said, asking.length(prompt)))
-        for prompt, own, said in zip(prompts, ids, answers, strict=True)
-    ]
+    targets = [(ids, asking.format.target(tokenizer, said, asking.length(prompt))) for prompt, ids, said in pairs]
     with torch.inference_mode():
         losses, _ = answer_losses(peft_model, targets, tokenizer.pad_token_id or 0)
     return (-losses).tolist()

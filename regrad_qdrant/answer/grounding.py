@@ -10,7 +10,7 @@ sentences here as it weighs documents there.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -166,11 +166,12 @@ def candidates(
     import torch
 
     device = ids.device
+    known = inspect.signature(base.forward).parameters.keys()
     searches = [_Search(own, length) for own, length in zip(spans, lengths, strict=True)]
     cache = None
     with torch.inference_mode():
         while not all(search.done for search in searches):
-            logits, now = _forward(base, ids, mask, cache)
+            logits, now = _forward(base, known, ids, mask, cache)
             rows = beams if cache else 1  # of each prompt
             came_of = _grow(searches, logits, ends, rows, beams)
             if cache is None:
@@ -223,10 +224,13 @@ def _last_tokens(search: _Search, width: int) -> list[int]:
     return said + [said[0] if said else 0] * (width - len(said))
 
 
-def _forward(base: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The logits (rows, vocabulary) after the rows' last token, and the cache of keys and values."""
+def _forward(base: Any, known: Collection[str], ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The logits (rows, vocabulary) after the rows' last token, and the cache of keys and values.
+
+    Args:
+        known: what the model's forward pass takes.
+    """
     options: dict[str, Any] = {}
-    known = inspect.signature(base.forward).parameters
     if "logits_to_keep" in known:
         options["logits_to_keep"] = 1
     if "position_ids" in known:

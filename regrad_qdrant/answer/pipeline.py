@@ -18,7 +18,7 @@ from regrad_qdrant.answer.decoding import Decoder, parts
 from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
 from regrad_qdrant.answer.generation import Asking, Generated
 from regrad_qdrant.answer.grounding import BEAMS
-from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Grounded, Mode, Query, Source, Span, Timings
+from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Characters, Grounded, Mode, Query, Source, Timings
 from regrad_qdrant.answer.retrieval import Found, Retrieval
 from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
@@ -53,7 +53,7 @@ class _Merged:
     weights: dict[PointId, float]
     notes: list[str]
     skipped: dict[PointId, str]
-    windows: dict[PointId, dict[Span, float]] = field(default_factory=dict)
+    windows: dict[PointId, dict[Characters, float]] = field(default_factory=dict)
 
 
 class ReGrad:
@@ -266,10 +266,7 @@ class ReGrad:
         """
         if not questions:
             return []
-        asked = [
-            question if isinstance(question, Query) else Query(question, mode, grounded=grounded, style=style)
-            for question in questions
-        ]
+        asked = _queries(questions, mode, grounded, style)
         started = time.perf_counter()
         found = self.retrieval.retrieve(asked, top_k, using, seed)
         return self._answered(found, (time.perf_counter() - started) / len(asked))
@@ -318,10 +315,7 @@ class ReGrad:
         """`answer_many` for asyncio: in batches of at most `batch_size`, together with what else is asked meanwhile."""
         import asyncio
 
-        asked = [
-            question if isinstance(question, Query) else Query(question, mode, grounded=grounded, style=style)
-            for question in questions
-        ]
+        asked = _queries(questions, mode, grounded, style)
         found = await self._aretrieve(asked, top_k, using, seed) if asked else []
         return list(await asyncio.gather(*(self._batcher.ask(one) for one in found)))
 
@@ -400,7 +394,7 @@ class ReGrad:
         embedder = self.bank.embedders.get("bm25")
         return embedder if isinstance(embedder, Bm25) else Bm25()
 
-    def _windows(self, hit: Hit, question: str) -> list[tuple[Record, Span, float]]:
+    def _windows(self, hit: Hit, question: str) -> list[tuple[Record, Characters, float]]:
         """The windows of a text that count, with the characters and the share of each."""
         if hit.record is None:
             return []
@@ -436,6 +430,13 @@ class ReGrad:
         except RecordError as error:
             return str(error)
         return None
+
+
+def _queries(questions: Sequence[str | Query], mode: Mode, grounded: Grounded, style: Style) -> list[Query]:
+    return [
+        question if isinstance(question, Query) else Query(question, mode, grounded=grounded, style=style)
+        for question in questions
+    ]
 
 
 def _answer(said: Generated, found: Found, merged: _Merged, timings: Timings) -> Answer:

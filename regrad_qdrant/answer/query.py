@@ -26,7 +26,7 @@ Mode = Literal["direct", "rag", "pe-rag", "regrad", "regrad+icl", "online", "ran
 MODES: tuple[Mode, ...] = get_args(Mode)
 Grounded = bool | Literal["auto"]
 WITHOUT_DOCUMENTS = ("direct", "init")
-Span = tuple[int, int]  # characters of a text: the first, and one past the last
+Characters = tuple[int, int]  # of a text: the first, and one past the last
 BARE = ("direct", "rag", "pe-rag")  # the modes of the base model without its plug-in
 WITHOUT_ATOMS = (*BARE, "init", "init+icl")
 WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
@@ -100,5 +100,7 @@ class Answer:
     weights: dict[PointId, float] = field(default_factory=dict)  # of the atoms that were applied, by point
     notes: tuple[str, ...] = ()  # what was left out, and why, for people to read
     skipped: dict[PointId, str] = field(default_factory=dict)  # of each retrieved point without an atom applied, why
-    windows: dict[PointId, dict[Span, float]] = field(default_factory=dict)  # of each text, the parts applied: shares
+    windows: dict[PointId, dict[Characters, float]] = field(
+        default_factory=dict
+    )  # of each text, the parts applied: shares
     source: Source | None = None  # of a grounded answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ from regrad_qdrant.atoms.record import DEFAULT_KEY
 from regrad_qdrant.cli.console import console
 from regrad_qdrant.cli.options import (
     DEFAULT_INIT,
+    AnswerStyle,
     BankPath,
     Collection,
     Dense,
@@ -32,6 +34,7 @@ from regrad_qdrant.cli.options import (
     existing_store,
     load,
     regrad_of,
+    style_of,
     write_json,
 )
 from regrad_qdrant.errors import DataError
@@ -39,7 +42,8 @@ from regrad_qdrant.errors import DataError
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
-    from regrad_qdrant.answer.query import Answer
+    from regrad_qdrant.answer.query import Source
+    from regrad_qdrant.bank.documents import Hit
 
 
 def ask(
@@ -70,9 +74,7 @@ def ask(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, help="Of the answer; 24 for an open question by default.")
     ] = None,
-    style: Annotated[
-        str, typer.Option("--style", help="Of the answer to an open question: short, or sentence.")
-    ] = "short",
+    style: AnswerStyle = "short",
     grounded: Annotated[
         bool, typer.Option("--grounded", help="Answer an open question with a span of the retrieved texts.")
     ] = False,
@@ -81,7 +83,7 @@ def ask(
 ) -> None:
     """Answer one question from the bank."""
     from regrad_qdrant.answer.query import MODES
-    from regrad_qdrant.model.prompts import QUESTION_TYPES, STYLES, Prompt, PromptFormat
+    from regrad_qdrant.model.prompts import QUESTION_TYPES, Prompt, PromptFormat
 
     chosen = next((known for known in MODES if known == mode), None)
     if chosen is None:
@@ -89,10 +91,9 @@ def ask(
         raise DataError(f"mode {mode!r} is not one of {', '.join(MODES)}{several}")
     if type not in QUESTION_TYPES:
         raise DataError(f"type {type!r} is not one of {', '.join(QUESTION_TYPES)}")
-    if style not in STYLES:
-        raise DataError(f"style {style!r} is not one of {', '.join(STYLES)}")
+    answer_style = style_of(style)
     try:
-        prompt = Prompt(question, type, tuple(choice or ()), style=style)  # type: ignore[arg-type] # checked above
+        prompt = Prompt(question, type, tuple(choice or ()))  # type: ignore[arg-type] # checked above
     except ValueError as error:
         raise DataError(str(error)) from error
     store = existing_store(collection, url, path)
@@ -112,11 +113,11 @@ def ask(
             query_filter=_filter_of(only or []),
             max_new_tokens=max_new_tokens,
             grounded=grounded,
-            style=prompt.style,
+            style=answer_style,
         )
     console.print(answer.text, style="bold", markup=False)
     if answer.source is not None:
-        console.print(f"  {answer.source.document_id}, {_context(answer)}", markup=False, highlight=False)
+        console.print(f"  {_place(answer.source, answer.hits)}", markup=False, highlight=False)
     for hit in answer.hits:
         console.print(f"  {hit.score:8.3f}  {hit.document_id}  {hit.text[:90]!r}", markup=False, highlight=False)
     parts = "  ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in asdict(answer.timings).items())
@@ -142,14 +143,15 @@ def ask(
     )
 
 
-def _context(answer: Answer) -> str:
-    """The characters of a grounded answer, with the text around them."""
-    source = answer.source
-    text = next((hit.text for hit in answer.hits if source and hit.document_id == source.document_id), "")
-    if source is None or not text:
-        return ""
-    before, said, after = text[: source.start][-40:], text[source.start : source.end], text[source.end :][:40]
-    return f"characters {source.start} to {source.end}: …{before}[{said}]{after}…".replace("\n", " ")
+def _place(source: Source, hits: Sequence[Hit]) -> str:
+    """The document and the characters of a grounded answer, with the text around them where it is at hand."""
+    place = f"{source.document_id}, characters {source.start} to {source.end}"
+    for hit in hits:
+        if hit.document_id == source.document_id:
+            text = hit.text
+            before, said, after = text[: source.start][-40:], text[source.start : source.end], text[source.end :][:40]
+            return f"{place}: …{before}[{said}]{after}…".replace("\n", " ")
+    return place
 
 
 def _filter_of(conditions: list[str]) -> Filter | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.ingest import IngestReport
     from regrad_qdrant.bank.stores.base import Store
     from regrad_qdrant.model.initialization import MetaInitialization
+    from regrad_qdrant.model.prompts import Style
 
 DEFAULT_INIT = "smollm2-135m-instruct"
 DEFAULT_ICL_INIT = "smollm2-135m-instruct-icl"  # trained with the passages in the prompt
@@ -46,6 +47,7 @@ Dtype = Annotated[
         "on a processor that multiplies 16 bits no faster, float32.",
     ),
 ]
+AnswerStyle = Annotated[str, typer.Option("--style", help="Of answers to open questions: short, or sentence.")]
 PromptFile = Annotated[
     Path | None,
     typer.Option(
@@ -257,6 +259,20 @@ def check_outputs(*paths: Path | None) -> None:
 def write_json(path: Path | None, value: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def style_of(name: str) -> Style:
+    """The style that --style names.
+
+    Raises:
+        DataError: if it names none.
+    """
+    from regrad_qdrant.model.prompts import STYLES
+
+    found = next((known for known in STYLES if known == name), None)
+    if found is None:
+        raise DataError(f"style {name!r} is not one of {', '.join(STYLES)}")
+    return found
 
 
 def whole_numbers(text: str, option: str) -> list[int]:

@@ -6,11 +6,10 @@ import math
 
 import pytest
 import torch
-from conftest import state_of, tiny_initialization, tiny_model
+from conftest import regrad_over, state_of, tiny_model
 
-from regrad_qdrant import Document, GradientBank, Prompt, Query, ReGrad
+from regrad_qdrant import Prompt, Query, ReGrad
 from regrad_qdrant.answer.generation import Asking, choose, generate
-from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.errors import DataError, RegradError
 from regrad_qdrant.model.prompts import PromptFormat
 
@@ -19,13 +18,8 @@ TEXTS = ["Ida Corvand works as a baker in Aalborg.", "Noor Vasky is a diver.", "
 
 @pytest.fixture
 def regrad(model, tokenizer, tmp_path):
-    initialization = tiny_initialization(model)
-    with GradientBank.open(tmp_path, "docs", initialization.fingerprint) as bank:
-        bank.create()
-        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
-        with ReGrad(model, tokenizer, bank, initialization) as regrad:
-            attach_atoms(bank, regrad.gradients, "int8")
-            yield regrad
+    with regrad_over(TEXTS, model, tokenizer, tmp_path) as regrad:
+        yield regrad
 
 
 def ids_of(model, tokenizer, prompt, format=None):

@@ -5,17 +5,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from conftest import state_of, tiny_initialization
+from conftest import regrad_over, state_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from regrad_qdrant import Document, GradientBank, Query, ReGrad
+from regrad_qdrant import Query, ReGrad
 from regrad_qdrant.answer import decoding
 from regrad_qdrant.answer.generation import Asking, token_ids
 from regrad_qdrant.answer.grounding import ground
 from regrad_qdrant.answer.retrieval import NO_TEXT
 from regrad_qdrant.answer.spans import SpanReader
-from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.errors import RegradError
 from regrad_qdrant.model.gradients import answer_losses
 from regrad_qdrant.model.prompts import Prompt
@@ -145,13 +144,8 @@ def test_together_and_alone_they_are_the_same(model, tokenizer):
 
 @pytest.fixture
 def regrad(model, tokenizer, tmp_path):
-    initialization = tiny_initialization(model)
-    with GradientBank.open(tmp_path, "docs", initialization.fingerprint) as bank:
-        bank.create()
-        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
-        with ReGrad(model, tokenizer, bank, initialization) as regrad:
-            attach_atoms(bank, regrad.gradients, "int8")
-            yield regrad
+    with regrad_over(TEXTS, model, tokenizer, tmp_path) as regrad:
+        yield regrad
 
 
 QUESTIONS = ["Who works as a baker?", "Who is a diver?", "Who plays the harp?"]

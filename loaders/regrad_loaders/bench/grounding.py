@@ -5,6 +5,7 @@ Answers differ in length: a free one goes on until the model ends it, a span is 
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,32 +36,38 @@ def bench_grounding(
     figures: dict[str, Figure] = {}
     details: dict[str, Any] = {}
     for size in sizes:
-        shares: list[float] = []
-
-        def asked(turn: int, size: int = size) -> list[str]:
-            return [questions[(turn * size + i) % len(questions)] for i in range(size)]
-
-        def free(turn: int, asked: Callable[[int], list[str]] = asked) -> None:
-            regrad.answer_many(asked(turn))
-
-        def grounded(
-            turn: int, beams: int, asked: Callable[[int], list[str]] = asked, shares: list[float] = shares
-        ) -> None:
-            with _beams(regrad, beams), _own_work() as own:
-                started = time.perf_counter()
-                regrad.answer_many([Query(question, grounded=True) for question in asked(turn)])
-                if beams == grounding.BEAMS:
-                    shares.append(sum(own) / (time.perf_counter() - started))
-
-        work: dict[str, Callable[[int], Any]] = {"free": free}
-        work |= {f"{beams} beams": lambda turn, beams=beams, of=grounded: of(turn, beams) for beams in BEAMS}
-        seconds = in_turns(work, rounds, on_round)
+        seconds, shares = _of_size(regrad, questions, rounds, size, on_round)
         for beams in BEAMS:
             name = f"grounded, {beams} beam{'s' if beams > 1 else ''} ÷ free, batch of {size}"
             figures[name] = Figure.ratio(seconds[f"{beams} beams"], seconds["free"])
         figures[f"own work in a grounded answer, batch of {size}"] = Figure.of(shares, "share")
         details[f"milliseconds of a batch of {size}"] = milliseconds(seconds)
     return figures, details
+
+
+def _of_size(
+    regrad: ReGrad, questions: Sequence[str], rounds: int, size: int, on_round: Callable[[int], None]
+) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of every party in each round, and the share of our own work in those with several beams."""
+    shares: list[float] = []
+
+    def asked(turn: int, grounded: bool) -> list[Query]:
+        chosen = (questions[(turn * size + i) % len(questions)] for i in range(size))
+        return [Query(question, grounded=grounded) for question in chosen]
+
+    def free(turn: int) -> None:
+        regrad.answer_many(asked(turn, False))
+
+    def grounded(beams: int, turn: int) -> None:
+        with _beams(regrad, beams), _own_work() as own:
+            started = time.perf_counter()
+            regrad.answer_many(asked(turn, True))
+            if beams == grounding.BEAMS:
+                shares.append(sum(own) / (time.perf_counter() - started))
+
+    work: dict[str, Callable[[int], Any]] = {"free": free}
+    work |= {f"{beams} beams": functools.partial(grounded, beams) for beams in BEAMS}
+    return in_turns(work, rounds, on_round), shares
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from regrad_qdrant.cli.console import console, print_report, progress
 from regrad_qdrant.cli.options import (
     DEFAULT_ICL_INIT,
     DEFAULT_INIT,
+    AnswerStyle,
     BankPath,
     Batch,
     CodecName,
@@ -45,6 +46,7 @@ from regrad_qdrant.cli.options import (
     load,
     regrad_of,
     store_of,
+    style_of,
     vector_names,
     whole_numbers,
     write_json,
@@ -94,9 +96,7 @@ def evaluation(
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Answer from the gold passages instead of what is retrieved.")
     ] = False,
-    style: Annotated[
-        str, typer.Option("--style", help="Of the answers to open questions: short, or sentence.")
-    ] = "short",
+    style: AnswerStyle = "short",
     distractors: Annotated[
         int, typer.Option("--distractors", min=0, help="Random documents added to those of every question.")
     ] = 0,
@@ -173,11 +173,9 @@ def evaluation(
     from regrad_loaders.evaluation.plots import plot
     from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
-    from regrad_qdrant.model.prompts import STYLES, PromptFormat
+    from regrad_qdrant.model.prompts import PromptFormat
 
-    answers_style = next((known for known in STYLES if known == style), None)
-    if answers_style is None:
-        raise DataError(f"--style {style}: it is one of {', '.join(STYLES)}")
+    answer_style = style_of(style)
     chosen = parse_modes(modes, EVALUATION_MODES)
     further = whole_numbers(sweep, "--sweep")
     if further and oracle:
@@ -242,7 +240,7 @@ def evaluation(
                     _check_filter(bank, questions[0], filter_field)
                     ask = functools.partial(
                         evaluate, regrad, questions, using=using, filter_field=filter_field, oracle=oracle,
-                        distractors=distractors, batch=batch, style=answers_style, on_progress=lambda _: advance(1),
+                        distractors=distractors, batch=batch, style=answer_style, on_progress=lambda _: advance(1),
                     )  # fmt: skip
                     found.append(ask(list(party.modes), top_k=top_k).named(party.modes))
                     for k in further:

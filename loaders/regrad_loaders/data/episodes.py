@@ -140,7 +140,7 @@ class EpisodeSource:
             for key in wanted:
                 if key not in chosen:
                     local = entry if key in entry.question.gold_ids else rng.choice(self.by_gold.get(key) or [entry])
-                    chosen[key] = self._window(key, local.question.answers, rng)
+                    chosen[key] = self._window(key, _in_text(local.question), rng)
         for key in chosen:
             entries = self.by_gold.get(key, ())
             usable = [e for e in entries if self._answerable(e, chosen) and e.question.id not in seen]
@@ -186,7 +186,7 @@ class EpisodeSource:
             return False
         for gold in entry.question.gold_ids:
             full = self.texts[gold]
-            answers = [answer for answer in entry.question.answers if answer in full]
+            answers = [answer for answer in _in_text(entry.question) if answer in full]
             if answers and len(chosen[gold]) == self.passage_tokens:
                 window = self.tokenizer.decode(chosen[gold])
                 if not any(answer in window for answer in answers):
@@ -205,6 +205,12 @@ class EpisodeSource:
         last = len(ids) - self.passage_tokens
         start = max(0, min(last, token - rng.randrange(self.passage_tokens * 3 // 4)))
         return ids[start : start + self.passage_tokens]
+
+
+def _in_text(question: Question) -> tuple[str, ...]:
+    """The answers as a passage has them: of one that is answered with a sentence, what that was made of."""
+    found: tuple[str, ...] = question.fields.get("in_text", question.answers)
+    return found
 
 
 def bm25_hits(texts: dict[str, str], queries: Sequence[str], depth: int = RETRIEVAL_DEPTH) -> list[dict[str, float]]:

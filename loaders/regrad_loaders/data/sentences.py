@@ -39,7 +39,7 @@ def sentence_of(question: str, answer: str) -> str | None:
 
 def with_sentences(questions: Iterable[Question]) -> list[Question]:
     """The open questions that can be answered with a sentence, with that for their answer: their own (facts know it),
-    an answer that is long already, or one made by rule."""
+    an answer that is long already, or one made by rule. The field `in_text` keeps what may stand in a passage."""
     found = []
     for question in questions:
         if question.kind != "open":
@@ -47,7 +47,8 @@ def with_sentences(questions: Iterable[Question]) -> list[Question]:
         own = question.fields.get("sentence")
         said = [own] if own else [_said(question.question, answer) for answer in question.answers]
         if answers := tuple(sentence for sentence in said if sentence):
-            found.append(replace(question, answers=answers))
+            fields = question.fields | {"in_text": question.answers}
+            found.append(replace(question, answers=answers, fields=fields))
     return found
 
 

@@ -43,8 +43,8 @@ def evaluate(
     """Ask every question in every mode.
 
     Args:
-        modes: the pipeline's, each also as `MODE/grounded`; of `random/grounded` the texts are those of the search, the
-            atoms alone are others'.
+        modes: the pipeline's, each also as `MODE/grounded` and `MODE/auto`; of a grounded `random` the texts are those
+            of the search, the atoms alone are others'.
         filter_field: restricts each question's search to passages with the question's own value of this field.
         oracle: answer from the gold passages instead of what is retrieved, with equal scores.
         distractors: random documents added to those of every question, under the lowest of their scores (the paper's

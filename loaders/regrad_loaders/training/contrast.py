@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from regrad_loaders.data.episodes import Episode, Example
+from regrad_qdrant.answer.generation import padded_left
 from regrad_qdrant.answer.grounding import Candidate, candidates, log_weight
 from regrad_qdrant.answer.spans import SpanReader, Spans, Walk
 from regrad_qdrant.bank.embed import Bm25
 from regrad_qdrant.model.plugin import base_of, row_updates
+from regrad_qdrant.model.prompts import MAX_NEW_TOKENS
 
 if TYPE_CHECKING:
     from regrad_loaders.training.meta_learner import MetaLearner
@@ -53,19 +55,25 @@ class SpanContrast:
         Args:
             rows: the update of every question of the episode, as `MetaLearner.episode_updates` makes it.
         """
-        own = {i: self._spans(episode, example) for i, example in enumerate(episode.examples)}
-        golds = {i: gold for i, spans in own.items() if (gold := _walked(spans, episode.examples[i])) is not None}
-        drawn = rng.sample(sorted(golds), min(self._count, len(golds)))
-        if not drawn:
+        own: dict[int, Spans] = {}
+        golds: dict[int, tuple[tuple[int, ...], float]] = {}
+        for i in rng.sample(range(len(episode.examples)), len(episode.examples)):
+            if len(golds) == self._count:
+                break
+            spans = self._spans(episode, episode.examples[i])
+            if (gold := _walked(spans, episode.examples[i])) is not None:
+                own[i], golds[i] = spans, gold
+        if not golds:
             return torch.zeros(0, device=learner.device)
+        drawn = list(golds)
         chosen = [episode.examples[i] for i in drawn]
         there = None if rows is None else {name: tensor[drawn] for name, tensor in rows.items()}
         found = self._candidates(learner, chosen, [own[i] for i in drawn], there)
         expanded: list[Example] = []
         weights: list[list[float]] = []
         of_question: list[int] = []
-        for place, (i, example, spans) in enumerate(zip(drawn, chosen, found, strict=True)):
-            others = self._negatives(example, spans, own[i])
+        for place, (i, example, met) in enumerate(zip(drawn, chosen, found, strict=True)):
+            others = self._negatives(example, met, own[i])
             if not others:
                 continue
             answers = [golds[i], *((one.tokens, one.log_weight) for one in others)]
@@ -92,17 +100,13 @@ class SpanContrast:
         spans: Sequence[Spans],
         rows: Mapping[str, Tensor] | None,
     ) -> list[list[Candidate]]:
-        longest = max(len(example.prompt_ids) for example in examples)
-        pads = [longest - len(example.prompt_ids) for example in examples]
-        ids = torch.tensor([[learner.pad_id] * n + e.prompt_ids for n, e in zip(pads, examples, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in pads])
+        ids, mask = padded_left([example.prompt_ids for example in examples], learner.pad_id, learner.device)
+        lengths = [MAX_NEW_TOKENS["open"]] * len(examples)
         ends = sorted({example.answer_ids[-1] for example in examples})
         model = learner.model[0]
         own = {} if rows is None else {name: tensor.detach() for name, tensor in rows.items()}
         with torch.no_grad(), row_updates(model, learner.space, own or learner.no_change(len(examples))):
-            return candidates(
-                base_of(model), ids.to(learner.device), mask.to(learner.device), spans, [24] * len(spans), ends
-            )
+            return candidates(base_of(model), ids, mask, spans, lengths, ends)
 
     def _negatives(self, example: Example, found: Sequence[Candidate], spans: Spans) -> list[Candidate]:
         unlike = [one for one in found if alike(spans.said(one.span), example.answers) < SAME]

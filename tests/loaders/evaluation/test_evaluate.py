@@ -1,13 +1,11 @@
 """Modes of an evaluation: who answers which, and what grounds an answer."""
 
 import pytest
-from conftest import tiny_initialization
+from conftest import regrad_over
 
 from regrad_loaders.data.facts import generate
 from regrad_loaders.evaluation.evaluate import evaluate
 from regrad_loaders.evaluation.plan import EVALUATION_MODES, parse_modes, parties, retrieves
-from regrad_qdrant import Document, GradientBank, ReGrad
-from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.errors import DataError
 
 
@@ -33,14 +31,10 @@ def test_a_baseline_answers_its_grounded_twin():
 
 def test_grounded_answers_are_of_the_texts_that_were_retrieved_whatever_atoms_are_applied(model, tokenizer, tmp_path):
     world = generate("train", 8, 1)
-    initialization = tiny_initialization(model)
-    with GradientBank.open(tmp_path, "docs", initialization.fingerprint) as bank:
-        bank.create()
-        bank.add(Document(p.id, {"id": p.id, "text": p.text}) for p in world.passages)
-        with ReGrad(model, tokenizer, bank, initialization) as regrad:
-            attach_atoms(bank, regrad.gradients, "int8")
-            modes = ["regrad", "regrad/grounded", "random/grounded", "direct/grounded"]
-            result = evaluate(regrad, world.questions[:6], modes, top_k=2, batch=4)
+    modes = ["regrad", "regrad/grounded", "random/grounded", "direct/grounded"]
+    with regrad_over([passage.text for passage in world.passages], model, tokenizer, tmp_path) as regrad:
+        bank = regrad.bank
+        result = evaluate(regrad, world.questions[:6], modes, top_k=2, batch=4)
         for question in world.questions[:6]:
             own = {prediction.mode: prediction for prediction in result.predictions if prediction.id == question.id}
             texts = [hit.text for hit in bank.search(question.question, 2)]

@@ -10,6 +10,9 @@ import torch
 from conftest import TINY
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from regrad_loaders.data.episodes import EpisodeSource
+from regrad_loaders.data.facts import generate
+from regrad_loaders.data.sentences import with_sentences
 from regrad_loaders.training.mixture import load_sources
 from regrad_loaders.training.recipe import Recipe, Source
 from regrad_loaders.training.trainer import run
@@ -39,6 +42,16 @@ def test_a_recipe_may_set_answers_against_other_spans(tokenizer, tmp_path):
     assert len(steps) == 2 and all(line["contrast"] > 0 for line in steps)
     with pytest.raises(DataError, match="contrast"):
         replace(recipe, contrast=-1)
+
+
+def test_a_window_holds_what_its_sentence_says(tokenizer):
+    world = generate("train", 12, 5)
+    source = EpisodeSource(world, with_sentences(world.questions), tokenizer, 24, style="sentence")
+    short = {f"{world.name}/{question.id}": question.answers[0] for question in world.questions}
+    for seed in range(5):
+        episode = source.episode(random.Random(seed), 3, 2, [1])
+        for example in episode.examples:
+            assert short[example.question_id] in tokenizer.decode(episode.passages[example.rows[0]])
 
 
 def test_a_source_may_teach_sentences(tokenizer):
