@@ -37,6 +37,16 @@ if TYPE_CHECKING:
     from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.model.initialization import MetaInitialization
 
+
+class _Turns:
+    """Whose turn it is on one model."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.owner: int | None = None  # the thread
+        self.at_rest: Adapter | None = None  # which the owner is inside a block of φ₀ of
+
+
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()  # of a base model
 
 
@@ -53,6 +63,7 @@ class Adapter:
         check_model: compare the model's weights with those that the initialization was trained for.
         cache_bytes: of decoded atoms to keep for the next query (`AtomCache`); by default none, and a query's atoms are
             summed packed.
+        beside: an adapter of the same model that goes on being used: the two take turns.
 
     Raises:
         WrongModelError: if they differ.
@@ -60,32 +71,37 @@ class Adapter:
     """
 
     def __init__(
-        self, model: nn.Module, initialization: MetaInitialization, *, check_model: bool = True, cache_bytes: int = 0
+        self,
+        model: nn.Module,
+        initialization: MetaInitialization,
+        *,
+        check_model: bool = True,
+        cache_bytes: int = 0,
+        beside: Adapter | None = None,
     ) -> None:
 
         if check_model:
             initialization.check_model(model)
         self._released = False
-        self._lock = threading.Lock()
-        self._owner: int | None = None
-        self._at_rest = False  # whether the owner is inside a block of φ₀
-        if (other := _HOLDERS.get(model)) is not None and (before := other()) is not None:
+        self._turns: _Turns = _Turns() if beside is None else beside._turns
+        other = _HOLDERS.get(model)
+        if beside is None and other is not None and (before := other()) is not None:
             before.release()  # a notebook's cell that is run again, or another bank
         self.initialization = initialization
-        self.model = plug_in(model, initialization)
-        _HOLDERS[model] = weakref.ref(self)
-        self.space = live_space(self.model, initialization)
-        layers = lora_layers(self.model)
-        self._parameters = {
-            f"{name}.{part}": lora_weight(layer, part)
-            for name, layer in layers.items()
-            for part in ("lora_A", "lora_B")
-        }
+        with self._turns.lock:
+            self.model = plug_in(model, initialization)
+            _HOLDERS[model] = weakref.ref(self)
+            self.space = live_space(self.model, initialization)
+            self._parameters = {
+                f"{name}.{part}": lora_weight(layer, part)
+                for name, layer in lora_layers(self.model).items()
+                for part in ("lora_A", "lora_B")
+            }
+            self._seats = Seats(self.model)
+            self._seats.take_out()
         self._buffers: dict[str, Tensor] = {}
         self.cache = AtomCache(cache_bytes)
         self.step_sizes = initialization.flat_step_sizes()
-        self._seats = Seats(self.model)
-        self._seats.take_out()
 
     def gradients(self, tokenizer: Any) -> GradientComputer:
         """What computes atoms with this model, each batch in a turn of its own."""
@@ -204,15 +220,15 @@ class Adapter:
     @contextlib.contextmanager
     def initial(self) -> Iterator[None]:
         """Inside the block the model runs with φ₀ and no atoms. One inside another in the same thread is no more."""
-        if self._owner == threading.get_ident() and self._at_rest:
+        if self._turns.owner == threading.get_ident() and self._turns.at_rest is self:
             yield
             return
         with self._turn():
-            self._at_rest = True
+            self._turns.at_rest = self
             try:
                 yield
             finally:
-                self._at_rest = False
+                self._turns.at_rest = None
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -247,19 +263,19 @@ class Adapter:
 
     @contextlib.contextmanager
     def _turn(self, *, plugged: bool = True) -> Iterator[None]:
-        me = threading.get_ident()
-        if self._owner == me:
+        me, turns = threading.get_ident(), self._turns
+        if turns.owner == me:
             raise AdapterInUseError("an update is applied already in this thread: leave its block before the next one")
-        with self._lock:
+        with turns.lock:
             if self._released:
                 raise AdapterError(
                     "the model was taken over by another ReGrad, or given back by close(): make a new one"
                 )
-            self._owner = me
+            turns.owner = me
             try:
                 if plugged:
                     self._seats.put_in()
                 yield
             finally:
                 self._seats.take_out()
-                self._owner = None
+                turns.owner = None

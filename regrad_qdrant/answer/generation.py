@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +40,14 @@ class Asking:
 
     def render(self, prompt: Prompt, tokenizer: Any) -> str:
         return self.format.render(prompt, tokenizer) if self.function is None else self.function(prompt)
+
+    def said(self, prompt: Prompt, text: str) -> str:
+        """The answer in what the model said. Its own system message may want more than a line."""
+        return self.format.said(text, first_line=self.first_line(prompt))
+
+    def first_line(self, prompt: Prompt) -> bool:
+        """Whether an answer to this prompt ends with its line."""
+        return self.format.first_line and prompt.system is None
 
     def length(self, prompt: Prompt) -> int:
         return prompt.max_new_tokens or self.format.max_new_tokens[prompt.instruction]
@@ -100,12 +110,35 @@ def generate(
     with torch.inference_mode(), _greedy(base, max(lengths), ends, tokenizer.pad_token_id or 0):
         output = base.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator] # transformers
     answers = []
-    for length, tokens, found in zip(lengths, mask.sum(dim=1).tolist(), output, strict=True):
+    for prompt, length, tokens, found in zip(prompts, lengths, mask.sum(dim=1).tolist(), output, strict=True):
         said = found[longest : longest + length].tolist()
         at = next((i for i, token in enumerate(said) if token in ends), len(said))  # what follows is padding
-        text = asking.format.said(tokenizer.decode(said[:at], skip_special_tokens=True))
+        text = asking.said(prompt, tokenizer.decode(said[:at], skip_special_tokens=True))
         answers.append(Generated(text, tokens))
     return answers
+
+
+def next_logits(base: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """The logits (rows, vocabulary) after the rows' last token, and the cache of keys and values with what was read.
+
+    Args:
+        ids: (rows, tokens) that the cache, None at first, does not have yet.
+        mask: (rows, all tokens), padded on the left.
+    """
+    known = _taken(base.forward.__func__)
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = 1
+    if "position_ids" in known:
+        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    output = base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+    return output.logits[:, -1].float(), output.past_key_values
+
+
+@functools.cache
+def _taken(forward: Callable[..., Any]) -> frozenset[str]:
+    """What a class of models' forward pass takes."""
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def choose(

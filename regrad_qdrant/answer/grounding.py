@@ -9,14 +9,13 @@ sentences here as it weighs documents there.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regrad_qdrant.answer.generation import Asking, Generated, encoded, ends_of
+from regrad_qdrant.answer.generation import Asking, Generated, encoded, ends_of, next_logits
 from regrad_qdrant.answer.spans import Floats, Ints, Span, Spans, Walk
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.plugin import base_of
@@ -166,12 +165,11 @@ def candidates(
     import torch
 
     device = ids.device
-    known = inspect.signature(base.forward).parameters.keys()
     searches = [_Search(own, length) for own, length in zip(spans, lengths, strict=True)]
     cache = None
     with torch.inference_mode():
         while not all(search.done for search in searches):
-            logits, now = _forward(base, known, ids, mask, cache)
+            logits, now = next_logits(base, ids, mask, cache)
             rows = beams if cache else 1  # of each prompt
             came_of = _grow(searches, logits, ends, rows, beams)
             if cache is None:
@@ -222,18 +220,3 @@ def _last_tokens(search: _Search, width: int) -> list[int]:
     """What each of a search's rows said last; rows that no beam has repeat something."""
     said = [beam.tokens[-1] for beam in search.beams]
     return said + [said[0] if said else 0] * (width - len(said))
-
-
-def _forward(base: Any, known: Collection[str], ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """The logits (rows, vocabulary) after the rows' last token, and the cache of keys and values.
-
-    Args:
-        known: what the model's forward pass takes.
-    """
-    options: dict[str, Any] = {}
-    if "logits_to_keep" in known:
-        options["logits_to_keep"] = 1
-    if "position_ids" in known:
-        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
-    return output.logits[:, -1].float(), output.past_key_values

@@ -46,7 +46,7 @@ SEARCHERS = 8  # threads that search for `aanswer` over a bank that has no async
 
 
 @dataclass(frozen=True)
-class _Merged:
+class Merged:
     """The weighted sum of one question's atoms, (numel,); None in the modes without atoms."""
 
     total: Tensor | None
@@ -82,8 +82,10 @@ class ReGrad:
         prompt: another prompt than the initialization was trained with: a format, or a function that returns a prompt's
             whole text. Its answers are worth less the more the prompt differs; compare with `regrad-qdrant eval`.
         beams: of the search for a grounded answer; one is fastest.
+        beside: another one that goes on using the model, with an initialization of its own: the two take turns.
 
-    A model that another `ReGrad` uses is taken over from it. `close`, or leaving a `with` block, gives the model back.
+    A model that another `ReGrad` uses is taken over from it but for that. `close`, or leaving a `with` block, gives the
+    model back.
 
     Raises:
         WrongModelError: if the initialization was trained for another model.
@@ -109,6 +111,7 @@ class ReGrad:
         batch_wait: float = 0.008,
         prompt: PromptFormat | Callable[[Prompt], str] | None = None,
         beams: int = BEAMS,
+        beside: ReGrad | None = None,
     ) -> None:
         if bank.space != initialization.fingerprint:
             raise WrongSpaceError(
@@ -117,7 +120,10 @@ class ReGrad:
         policy = FillPolicy(on_stale, on_missing, store_after, codec, on_damaged)  # checked before the model is touched
         if beams < 1:
             raise RegradError(f"beams must be at least 1, not {beams}")
-        self.adapter = Adapter(model, initialization, check_model=check_model, cache_bytes=cache_bytes)
+        other = None if beside is None else beside.adapter
+        self.adapter: Adapter = Adapter(
+            model, initialization, check_model=check_model, cache_bytes=cache_bytes, beside=other
+        )
         self.tokenizer = tokenizer
         self._async_bank = None if isinstance(bank, GradientBank) else bank
         self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
@@ -191,14 +197,14 @@ class ReGrad:
         )
         started = time.perf_counter()
         [found] = self.retrieval.retrieve([asked], top_k, using, seed)
-        return self._one(found, started)
+        return _warned([self._one(found, started)])[0]
 
     def _one(self, found: Found, started: float, streamer: Any = None, stopping: Any = None) -> Answer:
         """The answer to one question whose search is done; the update is written into the weights."""
         searched = time.perf_counter()
         task, mode = self.decoder.task(found), found.asked.mode
         with contextlib.ExitStack() as stack:
-            [merged] = self._merged([found])
+            [merged] = self.merged([found])
             decoded_at = searched if merged.total is None else time.perf_counter()
             if mode in BARE:
                 stack.enter_context(self.adapter.disabled())
@@ -217,7 +223,7 @@ class ReGrad:
             generate=generated_at - applied_at,
             restore=restored_at - generated_at,
         )
-        return _answer(said, found, merged, timings)
+        return answer_of(said, found, merged, timings)
 
     def stream(
         self, question: str | Query, *, top_k: int = 3, using: str | Sequence[str] | None = None, seed: int = 0
@@ -238,7 +244,7 @@ class ReGrad:
         [found] = self.retrieval.retrieve([asked], top_k, using, seed)
 
         def work(streamer: Any, stopping: Any) -> Answer:
-            return self._one(found, started, streamer, stopping)
+            return _warned([self._one(found, started, streamer, stopping)])[0]
 
         return AnswerStream(work, self.tokenizer, self.asking.format)
 
@@ -269,7 +275,7 @@ class ReGrad:
         asked = _queries(questions, mode, grounded, style)
         started = time.perf_counter()
         found = self.retrieval.retrieve(asked, top_k, using, seed)
-        return self._answered(found, (time.perf_counter() - started) / len(asked))
+        return _warned(self.answered(found, (time.perf_counter() - started) / len(asked)))
 
     async def aanswer(
         self,
@@ -298,7 +304,7 @@ class ReGrad:
         asked = Query(
             question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded, style=style
         )
-        [found] = await self._aretrieve([asked], top_k, using, seed)
+        [found] = await self.aretrieve([asked], top_k, using, seed)
         return await self._batcher.ask(found)
 
     async def aanswer_many(
@@ -316,12 +322,13 @@ class ReGrad:
         import asyncio
 
         asked = _queries(questions, mode, grounded, style)
-        found = await self._aretrieve(asked, top_k, using, seed) if asked else []
+        found = await self.aretrieve(asked, top_k, using, seed) if asked else []
         return list(await asyncio.gather(*(self._batcher.ask(one) for one in found)))
 
-    async def _aretrieve(
+    async def aretrieve(
         self, asked: list[Query], top_k: int, using: str | Sequence[str] | None, seed: int
     ) -> list[Found]:
+        """The documents that each question is answered from; `answer_many` says how the search is made."""
         import asyncio
 
         if self._async_bank is not None:
@@ -330,13 +337,13 @@ class ReGrad:
         return await loop.run_in_executor(self._searchers, self.retrieval.retrieve, asked, top_k, using, seed)
 
     def _answered_together(self, found: list[Found]) -> list[Answer]:
-        return self._answered(found, 0.0)
+        return _warned(self.answered(found, 0.0))
 
-    def _answered(self, found: Sequence[Found], search: float) -> list[Answer]:
+    def answered(self, found: Sequence[Found], search: float) -> list[Answer]:
         """One batch; `search` is the seconds that each question's search took."""
         asked = [one.asked for one in found]
         times = [time.perf_counter()]
-        merged = self._merged(found)
+        merged = self.merged(found)
         times.append(time.perf_counter())
         tasks = [self.decoder.task(one) for one in found]
         said: dict[int, Generated] = {}
@@ -351,9 +358,9 @@ class ReGrad:
         decode, *rest = ((end - start) / len(found) for start, end in itertools.pairwise(times))
         *between, restore = rest  # of each part what precedes it, and the model
         timings = Timings(search, decode, sum(between[0::2]), sum(between[1::2]), restore)
-        return [_answer(said[i], one, merged[i], timings) for i, one in enumerate(found)]
+        return [answer_of(said[i], one, merged[i], timings) for i, one in enumerate(found)]
 
-    def _merged(self, found: Sequence[Found]) -> list[_Merged]:
+    def merged(self, found: Sequence[Found]) -> list[Merged]:
         """Σ wᵢ·g(dᵢ) over the usable hits of each question."""
         applied = [one for one in found if one.asked.mode not in WITHOUT_ATOMS]
         online = [one.asked.mode == "online" for one in applied]
@@ -361,15 +368,13 @@ class ReGrad:
         merged = []
         for one in found:
             if one.asked.mode in WITHOUT_ATOMS:
-                merged.append(_Merged(None, {}, one.notes, {}))
+                merged.append(Merged(None, {}, one.notes, {}))
                 continue
             documents = next(usable)
             total = self._sum(replace(documents, notes=[*one.notes, *documents.notes]), one.asked.question)
             if one.hits and not total.weights:
                 total.notes.append("none of the retrieved documents has a usable atom: answering with φ₀ alone")
             merged.append(total)
-        for notes in filter(None, (one.notes for one in merged)):
-            warnings.warn("; ".join(notes), stacklevel=4)  # one a question
         return merged
 
     def weights(self, hits: Sequence[Hit]) -> list[float]:
@@ -405,7 +410,7 @@ class ReGrad:
         windows = zip(hit.record.windows(), spans, shares, strict=True)
         return [(window, span, share) for window, span, share in windows if share > NEGLIGIBLE * max(shares)]
 
-    def _sum(self, usable: Usable, question: str) -> _Merged:
+    def _sum(self, usable: Usable, question: str) -> Merged:
         """The sum of these hits' atoms; those that turn out to be damaged are left out, recomputed or refused."""
         hits, weights = usable.hits, self.weights(usable.hits)
         parts = [self._windows(hit, question) for hit in hits]
@@ -415,7 +420,7 @@ class ReGrad:
             total = self.adapter.decode(atoms, shares)
             applied = {hit.id: weight for hit, weight in zip(hits, weights, strict=True)}
             windows = {hit.id: {span: share for _, span, share in part} for hit, part in zip(hits, parts, strict=True)}
-            return _Merged(total, applied, usable.notes, usable.skipped, windows)
+            return Merged(total, applied, usable.notes, usable.skipped, windows)
         except RecordError:
             if self.filling.policy.on_damaged == "refuse":
                 raise
@@ -439,7 +444,15 @@ def _queries(questions: Sequence[str | Query], mode: Mode, grounded: Grounded, s
     ]
 
 
-def _answer(said: Generated, found: Found, merged: _Merged, timings: Timings) -> Answer:
+def _warned(answers: list[Answer]) -> list[Answer]:
+    """The same answers; what they lack is warned of, once for each."""
+    for notes in filter(None, (answer.notes for answer in answers)):
+        warnings.warn("; ".join(notes), stacklevel=3)
+    return answers
+
+
+def answer_of(said: Generated, found: Found, merged: Merged, timings: Timings) -> Answer:
+    """What the model said, with all that it came from."""
     return Answer(
         said.text,
         found.asked.mode,

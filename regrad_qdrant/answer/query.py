@@ -36,7 +36,8 @@ WITH_PASSAGES = ("rag", "pe-rag", "regrad+icl", "init+icl")  # in the prompt
 class Query:
     """One question, with what of `ReGrad.answer` belongs to it alone.
 
-    `sources` are the documents that a grounded answer is a span of, where these are others than the hits.
+    `sources` are the documents that a grounded answer is a span of, where these are others than the hits; `system`
+    stands in place of the prompt format's instruction, and `turns`, (role, text) each, are the conversation before.
     """
 
     question: str
@@ -50,6 +51,8 @@ class Query:
     grounded: Grounded = False
     sources: Sequence[Hit] | None = None
     style: Style = "short"
+    system: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -61,7 +64,10 @@ class Query:
         """What the model is asked, with the passages in the modes that show them."""
         passages = tuple(hit.text for hit in hits) if self.mode in WITH_PASSAGES else ()
         engineered = self.mode == "pe-rag"
-        return Prompt(self.question, self.type, self.choices, passages, engineered, self.max_new_tokens, self.style)
+        return Prompt(
+            self.question, self.type, self.choices, passages, engineered, self.max_new_tokens, self.style, self.system,
+            self.turns,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,5 @@ class Answer:
     weights: dict[PointId, float] = field(default_factory=dict)  # of the atoms that were applied, by point
     notes: tuple[str, ...] = ()  # what was left out, and why, for people to read
     skipped: dict[PointId, str] = field(default_factory=dict)  # of each retrieved point without an atom applied, why
-    windows: dict[PointId, dict[Characters, float]] = field(
-        default_factory=dict
-    )  # of each text, the parts applied: shares
+    windows: dict[PointId, dict[Characters, float]] = field(default_factory=dict)  # shares of a text's applied parts
     source: Source | None = None  # of a grounded answer

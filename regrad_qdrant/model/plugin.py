@@ -51,6 +51,7 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
         bias="none",
         target_modules=list(initialization.modules),
     )
+    model.__dict__.pop("peft_config", None)  # of another plug-in, whose layers are out of the model now
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type] # any causal LM
     with torch.no_grad():
         for name, layer in lora_layers(peft_model).items():

@@ -60,7 +60,8 @@ class Prompt:
 
     `type` chooses the instruction; `choices` belong to "choice" alone; `passages` are set in the prompt by
     the modes that show them and empty in the others; `engineered` sets the stronger RAG prompt; `max_new_tokens` bounds
-    the answer, instead of the format's own length; `style` is how long the answer to an open question is.
+    the answer, instead of the format's own length; `style` is how long the answer to an open question is; `system`
+    stands in place of the format's instruction; `turns` are the conversation before, (role, text) each.
     """
 
     question: str
@@ -70,6 +71,8 @@ class Prompt:
     engineered: bool = False
     max_new_tokens: int | None = None
     style: Style = "short"
+    system: str | None = None
+    turns: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.question.strip():
@@ -82,6 +85,8 @@ class Prompt:
             raise ValueError(f"type {self.type!r} with {len(self.choices)} choices: choices go with type 'choice'")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        if strange := [role for role, _ in self.turns if role not in ("user", "assistant")]:
+            raise ValueError(f"a turn is the user's or the assistant's, found {strange[0]!r}")
 
     @property
     def instruction(self) -> str:
@@ -185,6 +190,8 @@ class PromptFormat:
             shown = [
                 {"role": "user", "content": f"{EXAMPLE_PASSAGE}\n{asked}"}, {"role": "assistant", "content": said}
             ]  # fmt: skip
+        system = system if prompt.system is None else prompt.system
+        shown += [{"role": role, "content": text} for role, text in prompt.turns]
         choices = [self.choice.format(letter=chr(ord("A") + i), text=choice) for i, choice in enumerate(prompt.choices)]
         parts = {"question": prompt.question, "choices": "".join(choices)}
         if prompt.passages:
@@ -229,12 +236,13 @@ class PromptFormat:
         ids: list[int] = tokenizer(self.end, add_special_tokens=False).input_ids
         return ids
 
-    def said(self, text: str) -> str:
-        """The answer in what the model said: without its thoughts, up to its end."""
+    def said(self, text: str, *, first_line: bool | None = None) -> str:
+        """The answer in what the model said: without its thoughts, up to its end; `first_line` instead of its own."""
         text = _THOUGHTS.sub("", text).strip()
         if self.end:
             text = text.split(self.end)[0].strip()
-        return text.split("\n")[0].strip() if self.first_line else text
+        line = self.first_line if first_line is None else first_line
+        return text.split("\n")[0].strip() if line else text
 
 
 PromptFunction = Callable[[Prompt], str]  # a prompt's text of one's own

@@ -212,3 +212,26 @@ def test_an_exported_update_runs_in_plain_peft(model, kind, tmp_path):
     assert state_of(adapter) == before
     plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "update")
     torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_two_initializations_of_one_model_take_turns(model):
+    first = tiny_initialization(model)
+    second = tiny_initialization(tiny_model(), rank=3)
+    ids = torch.arange(5, 15)[None]
+
+    def logits(adapter):
+        with adapter.initial():
+            return adapter.model(input_ids=ids).logits
+
+    bare, alone = model(ids).logits, [logits(Adapter(tiny_model(), one, check_model=False)) for one in (first, second)]
+    one = Adapter(model, first, check_model=False)
+    other = Adapter(model, second, check_model=False, beside=one)
+    for _ in range(2):
+        assert torch.equal(logits(one), alone[0]) and torch.equal(logits(other), alone[1])
+        assert torch.equal(model(ids).logits, bare)
+    with one.initial(), pytest.raises(AdapterInUseError), other.initial():
+        pass
+    one.release()
+    assert torch.equal(logits(other), alone[1])
+    other.release()
+    assert torch.equal(model(ids).logits, bare)

@@ -1,4 +1,4 @@
-"""`regrad-qdrant bench gradients | query | batch | grounding | growth | training | speed`: ratios of turns."""
+"""`regrad-qdrant bench gradients | query | batch | grounding | serving | …`: what is measured in turns."""
 
 from __future__ import annotations
 
@@ -114,6 +114,22 @@ def grounding(
     _run(lambda: _grounding(data, rounds, tokens, Subject(init, device, dtype), codec), json_out, plot_out)
 
 
+def serving(
+    data: Set = None,
+    clients: Annotated[str, typer.Option("--clients", help="At once, comma-separated.")] = "1,8,32,100",
+    seconds: Annotated[float, typer.Option("--seconds", min=1, help="Of each number of clients.")] = 60,
+    init: Init = DEFAULT_INIT,
+    codec: CodecName = DEFAULT_CODEC,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json_out: JsonOut = None,
+    plot_out: PlotOut = None,
+) -> None:
+    """A server under load: requests a second and waiting, beside `answer_many` and the bare model."""
+    counts = whole_numbers(clients, "--clients")
+    _run(lambda: _serving(data, counts, seconds, Subject(init, device, dtype), codec), json_out, plot_out)
+
+
 def growth(
     sizes: Annotated[str, typer.Option("--sizes", help="Points of the banks, comma-separated.")] = "1000,10000,100000",
     init: Init = DEFAULT_INIT,
@@ -171,7 +187,7 @@ def speed(
     _report(result, json_out, plot_out, shown=True)
 
 
-COMMANDS = (gradients, query, batch, grounding, growth, training, speed)
+COMMANDS = (gradients, query, batch, grounding, serving, growth, training, speed)
 
 
 def _gradients(data: Path | None, limit: int, subject: Subject) -> dict[str, Any]:
@@ -205,6 +221,14 @@ def _grounding(data: Path | None, rounds: int, tokens: str, subject: Subject, co
         questions = [question.question for question in bench.questions]
         found = bench_grounding(bench.regrad, questions, rounds, on_round=advance)
         return _result("grounding", found, subject, data)
+
+
+def _serving(data: Path | None, counts: Sequence[int], seconds: float, subject: Subject, codec: str) -> dict[str, Any]:
+    from regrad_loaders.bench.serving import BATCH, bench_serving
+
+    with _bench(data, "", subject, codec) as bench, progress("Loads", len(counts) + (BATCH in counts)) as advance:
+        questions = list(dict.fromkeys(question.question for question in bench.questions))
+        return _result("serving", bench_serving(bench.regrad, questions, counts, seconds, advance), subject, data)
 
 
 def _growth(sizes: Sequence[int], subject: Subject, codec: str) -> dict[str, Any]:

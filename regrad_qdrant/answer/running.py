@@ -1,0 +1,222 @@
+"""A running batch: rows join it at the next token, each with its own update, and leave it when they are done.
+
+The cache of keys and values is kept by row. A row that joins is read by itself; then the shorter cache of the two is
+padded on the left, where the mask hides it, so that all rows end together. No weight is written: every forward pass
+gives each row its own change (`plugin.row_updates`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from regrad_qdrant.answer.generation import Asking, ends_of, next_logits, padded_left
+from regrad_qdrant.errors import RegradError
+from regrad_qdrant.model.base_model import input_device
+from regrad_qdrant.model.plugin import base_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from regrad_qdrant.answer.adapter import Adapter
+    from regrad_qdrant.model.prompts import Prompt
+
+Finish = Literal["stop", "length"]
+UNFINISHED = "�"  # what a text ends with whose last letter has tokens to come
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a row's tokens are chosen.
+
+    Args:
+        temperature: 0 is greedy.
+        top_p: only the likeliest tokens that have this share together.
+        seed: of the draws; None: another one every time.
+        stop: texts that end an answer, which is without them.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise RegradError(
+                f"temperature is 0 or more and top_p above 0 up to 1, found {self.temperature} and {self.top_p}"
+            )
+
+
+class Row:
+    """One answer in the making.
+
+    Args:
+        atom_sum: (numel,) of its documents; None: φ₀ alone, or the bare model.
+        bare: whether it runs without the plug-in.
+        sampling: of its tokens.
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        tokenizer: Any,
+        asking: Asking,
+        atom_sum: Tensor | None,
+        bare: bool,
+        sampling: Sampling | None = None,
+    ) -> None:
+        self.prompt_ids: list[int] = tokenizer(
+            asking.render(prompt, tokenizer), add_special_tokens=False, verbose=False
+        ).input_ids
+        self.atom_sum, self.bare = atom_sum, bare
+        self.tokens: list[int] = []
+        self.text = ""  # the answer so far
+        self.finish: Finish | None = None
+        self._sampling = sampling or Sampling()
+        self._tokenizer = tokenizer
+        self._prompt, self._asking = prompt, asking
+        self._length = asking.length(prompt)
+        self._generator: Any = None
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the prompt and the longest answer together."""
+        return len(self.prompt_ids) + self._length
+
+    def choose(self, logits: Tensor, likeliest: int) -> int:
+        """The next token, from its logits (vocabulary,), of which one is the likeliest."""
+        import torch
+
+        sampling = self._sampling
+        if sampling.temperature == 0:
+            return likeliest
+        if self._generator is None:
+            self._generator = torch.Generator()
+            self._generator.manual_seed(torch.seed() if sampling.seed is None else sampling.seed)
+        shares, tokens = (logits.cpu().double() / sampling.temperature).softmax(dim=0).sort(descending=True)
+        before = shares.cumsum(dim=0) - shares
+        kept = shares * (before < sampling.top_p)
+        return int(tokens[torch.multinomial(kept, 1, generator=self._generator)])
+
+    def add(self, token: int, ends: Sequence[int]) -> None:
+        """Take the next token, and see whether the answer is done."""
+        if token in ends:
+            self.finish = "stop"
+            self.text = self.text.rstrip(UNFINISHED)
+            return
+        self.tokens.append(token)
+        said = self._tokenizer.decode(self.tokens, skip_special_tokens=True)
+        self.text = self._asking.said(self._prompt, said)
+        at = min((place for stop in self._sampling.stop if (place := self.text.find(stop)) >= 0), default=None)
+        if at is not None:
+            self.text, self.finish = self.text[:at], "stop"
+        elif self._ended(said):
+            self.finish = "stop"
+        elif len(self.tokens) >= self._length:
+            self.finish = "length"
+
+    def _ended(self, said: str) -> bool:
+        """Whether nothing that comes can change the answer."""
+        end = self._asking.format.end
+        line = self._asking.first_line(self._prompt) and "\n" in said.strip()
+        return bool(self.text) and (line or (end is not None and end in said))
+
+    @property
+    def shown(self) -> str:
+        """What of the answer so far will stand in it, whatever comes."""
+        text = self.text if self.finish is not None else self.text.rstrip(UNFINISHED)
+        longest = max((len(stop) for stop in self._sampling.stop), default=1) - 1
+        return text if self.finish is not None or not longest else text[:-longest]
+
+
+class RunningBatch:
+    """Rows that one model answers together, token by token; one thread uses it.
+
+    Args:
+        adapter: of the rows' initialization. Between the calls the model is the bare one, and others may use it.
+    """
+
+    def __init__(self, adapter: Adapter, tokenizer: Any) -> None:
+        self.rows: list[Row] = []
+        self._adapter = adapter
+        self._base = base_of(adapter.model)
+        self._ends = ends_of(self._base, tokenizer)
+        self._pad = tokenizer.pad_token_id or 0
+        self._cache: Any = None
+        self._mask: Tensor | None = None  # (rows, tokens that the cache has)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a row can join: where a layer keeps other keys and values than of all tokens, only an empty batch."""
+        from transformers.cache_utils import DynamicLayer
+
+        return not self.rows or all(type(layer) is DynamicLayer for layer in self._cache.layers)
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Read the prompts of these rows, and let each say its first token."""
+        import torch
+
+        ids, mask = padded_left([row.prompt_ids for row in rows], self._pad, input_device(self._base))
+        with torch.inference_mode(), self._applied(rows):
+            logits, cache = next_logits(self._base, ids, mask, None)
+        self._said(rows, logits)
+        if self._mask is None:
+            self._cache, self._mask = cache, mask
+        else:
+            for own, other in zip(self._cache.layers, cache.layers, strict=True):
+                own.keys, own.values = _beside(own.keys, other.keys, 2), _beside(own.values, other.values, 2)
+            self._mask = _beside(self._mask, mask, 1)
+        self.rows += rows
+
+    def step(self) -> None:
+        """Let every row say a token."""
+        import torch
+
+        assert self._mask is not None
+        ids = torch.tensor([row.tokens[-1:] or [self._pad] for row in self.rows], device=self._mask.device)
+        self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
+        with torch.inference_mode(), self._applied(self.rows):
+            logits, self._cache = next_logits(self._base, ids, self._mask, self._cache)
+        self._said(self.rows, logits)
+
+    def leave(self, rows: Sequence[Row]) -> None:
+        """Take rows out, done or not."""
+        import torch
+
+        gone = set(map(id, rows))
+        left = [i for i, row in enumerate(self.rows) if id(row) not in gone]
+        self.rows = [self.rows[i] for i in left]
+        if not left or self._mask is None:
+            self._cache, self._mask = None, None
+            return
+        self._mask = self._mask[left]
+        first = int(self._mask.any(dim=0).nonzero()[0])  # columns that only rows that are gone had
+        self._cache.batch_select_indices(torch.tensor(left, device=self._mask.device))
+        if first and self.is_open:
+            self._mask = self._mask[:, first:]
+            for layer in self._cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+    def _said(self, rows: Sequence[Row], logits: Tensor) -> None:
+        for row, own, likeliest in zip(rows, logits, logits.argmax(dim=1).tolist(), strict=True):
+            row.add(row.choose(own, likeliest), self._ends)
+
+    def _applied(self, rows: Sequence[Row]) -> contextlib.AbstractContextManager[None]:
+        return self._adapter.rows([row.atom_sum for row in rows], [row.bare for row in rows])
+
+
+def _beside(ours: Tensor, theirs: Tensor, dim: int) -> Tensor:
+    """Both one below the other, the shorter of the two padded on the left of this dimension."""
+    import torch
+
+    longest = max(ours.shape[dim], theirs.shape[dim])
+
+    def padded(tensor: Tensor) -> Tensor:
+        shape = list(tensor.shape)
+        shape[dim] = longest - tensor.shape[dim]
+        return torch.cat([tensor.new_zeros(shape), tensor], dim=dim) if shape[dim] else tensor
+
+    return torch.cat([padded(ours), padded(theirs)])

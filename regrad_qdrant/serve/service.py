@@ -1,0 +1,211 @@
+"""What a server offers: the models that clients may name, who may ask, and the way of one request."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from qdrant_client import models
+
+from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Grounded, Mode, Query
+from regrad_qdrant.answer.running import Sampling
+from regrad_qdrant.bank.stores.base import TEXT_INDEX
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.serve.engine import Engine, Job, Outcome
+from regrad_qdrant.serve.protocol import ChatRequest, CompletionRequest, Retrieval
+
+if TYPE_CHECKING:
+    from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.bank.documents import Hit
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What a model's id stands for."""
+
+    mode: Mode
+    grounded: Grounded = False
+
+
+OFFERS: dict[str, Offer] = {
+    "regrad": Offer("regrad"),
+    "regrad/grounded": Offer("regrad", True),
+    "regrad/auto": Offer("regrad", "auto"),
+    "regrad+icl": Offer("regrad+icl"),
+    "rag": Offer("rag"),
+    "direct": Offer("direct"),
+}
+WITH_PASSAGES: dict[Mode, Mode] = {"regrad": "regrad+icl", "direct": "rag"}
+WITHOUT_PASSAGES: dict[Mode, Mode] = {there: here for here, there in WITH_PASSAGES.items()}
+
+
+class UnknownModelError(DataError):
+    """A request names a model that is not offered."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Who asks: nobody may ask beyond its filter."""
+
+    filter: models.Filter | None = None
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The API keys that are let in; none: everybody is.
+
+    Args:
+        tenants: a filter for each key that its searches must pass.
+    """
+
+    api_key: str | None = None
+    tenants: Mapping[str, models.Filter] = field(default_factory=dict)
+
+    def client(self, key: str | None) -> Client | None:
+        """Whose key this is; None where it is nobody's."""
+        if self.api_key is None and not self.tenants:
+            return Client()
+        given = (key or "").encode()
+        found = None
+        for known, client in self._clients():  # all of them are compared, so that the time tells nothing
+            if hmac.compare_digest(given, known.encode()):
+                found = client
+        return found
+
+    def _clients(self) -> list[tuple[str, Client]]:
+        own = [] if self.api_key is None else [(self.api_key, Client())]
+        return own + [(key, Client(only)) for key, only in self.tenants.items()]
+
+
+def read_tenants(path: Path) -> dict[str, models.Filter]:
+    """A JSON object: for each API key the Qdrant filter that its searches must pass.
+
+    Raises:
+        DataError: for a file that can't be read, or a filter that is none or lets everything pass.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"can't read the tenants {path}: {error}") from error
+    if not isinstance(values, dict) or not values or not all(values):
+        raise DataError(f"{path}: tenants are an object with a filter for each API key")
+    found = {}
+    for i, (key, value) in enumerate(values.items(), 1):
+        found[key] = filter_of(value, f"{path}: the filter of tenant {i}")
+        if not (found[key].must or found[key].should or found[key].min_should or found[key].must_not):
+            raise DataError(f"{path}: the filter of tenant {i} lets everything pass")
+    return found
+
+
+def filter_of(value: Any, name: str) -> models.Filter:
+    """Qdrant's filter of its JSON.
+
+    Raises:
+        DataError: if it is none.
+    """
+    try:
+        return models.Filter.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][:2])
+        raise DataError(f"{name} is no filter of Qdrant's: {where}: {first['msg']}") from error
+
+
+class Service:
+    """Answers requests of clients.
+
+    Args:
+        regrad: of all modes but `regrad+icl`.
+        icl: of that one, or None where it is not offered.
+        deadline: seconds that a request may take.
+    """
+
+    def __init__(self, regrad: ReGrad, icl: ReGrad | None, engine: Engine, keys: Keys, *, deadline: float) -> None:
+        self.regrad, self.icl, self.engine, self.keys = regrad, icl, engine, keys
+        self.deadline = deadline
+        self.offers = {name: offer for name, offer in OFFERS.items() if icl or offer.mode != "regrad+icl"}
+
+    async def hits(self, client: Client, query: str, options: Retrieval) -> list[Hit]:
+        """What a search finds, without an answer."""
+        asked = Query(query, "rag", query_filter=self._filter(client, options))
+        [found] = await self.regrad.aretrieve([asked], options.top_k, self._using(options), 0)
+        return found.hits
+
+    async def job(self, client: Client, request: ChatRequest | CompletionRequest) -> Job:
+        """What a request is answered from: its search is done.
+
+        Raises:
+            UnknownModelError, DataError, ValueError: for a request that makes no sense.
+            BankError: as the search raises it.
+        """
+        started = time.perf_counter()
+        query = self._query(client, request)
+        regrad = self.icl if query.mode == "regrad+icl" and self.icl is not None else self.regrad
+        sampling = Sampling(request.temperature, request.top_p, request.seed, request.stops)
+        deadline = time.monotonic() + self.deadline
+        query.prompt([])  # raises what is wrong with it before anything is searched
+        [found] = await regrad.aretrieve([query], request.regrad.top_k, self._using(request.regrad), 0)
+        return Job(regrad, found, sampling, time.perf_counter() - started, deadline)
+
+    def pieces(self, job: Job) -> AsyncIterator[str | Outcome]:
+        """As `Engine.answer`."""
+        return self.engine.answer(job)
+
+    def _query(self, client: Client, request: ChatRequest | CompletionRequest) -> Query:
+        offer, options = self.offers.get(request.model), request.regrad
+        if offer is None:
+            raise UnknownModelError(f"there is no model {request.model!r}; there are {', '.join(self.offers)}")
+        mode, grounded = offer.mode, offer.grounded
+        if options.passages is not None:
+            mode = (WITH_PASSAGES if options.passages else WITHOUT_PASSAGES).get(mode, mode)
+        if mode == "regrad+icl" and self.icl is None:
+            raise DataError("passages beside the gradients need an initialization for that (serve --icl-init)")
+        if options.grounded is not None:
+            grounded = options.grounded
+        system, turns, question = _read(request)
+        return Query(
+            question,
+            mode,
+            options.type,
+            tuple(options.choices),
+            self._filter(client, options) if mode not in WITHOUT_DOCUMENTS or grounded else None,
+            max_new_tokens=request.length,
+            grounded=grounded,
+            style=options.style,
+            system=system,
+            turns=turns,
+        )
+
+    def _filter(self, client: Client, options: Retrieval) -> models.Filter | None:
+        """The client's own filter and the request's: both must pass."""
+        own = None if options.filter is None else filter_of(options.filter, "regrad.filter")
+        given = [one for one in (client.filter, own) if one is not None]
+        return given[0] if len(given) == 1 else models.Filter(must=list(given)) if given else None
+
+    def _using(self, options: Retrieval) -> str | list[str] | None:
+        if not options.using:
+            return None
+        names = [options.using] if isinstance(options.using, str) else options.using
+        present = self.regrad.bank.store.vectors()
+        for name in names:
+            if name not in present and not name.startswith(TEXT_INDEX):
+                known = ", ".join([*present.dense, *present.sparse])
+                raise DataError(f"regrad.using: the collection has no vector {name!r}; it has {known}")
+        return options.using
+
+
+def _read(request: ChatRequest | CompletionRequest) -> tuple[str | None, tuple[tuple[str, str], ...], str]:
+    """The system's message, the turns before, and the last message, which is the question."""
+    if isinstance(request, CompletionRequest):
+        return None, (), request.prompt
+    system = [message.text for message in request.messages if message.role in ("system", "developer")]
+    turns = [(message.role, message.text) for message in request.messages if message.role in ("user", "assistant")]
+    if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():
+        raise DataError("the last message must be the user's, with a text: it is the question")
+    return "\n".join(system) or None, tuple(turns[:-1]), turns[-1][1]
