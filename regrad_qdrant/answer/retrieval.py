@@ -29,10 +29,16 @@ class Found:
 
 
 class Retrieval:
-    """Searches a bank for the questions that need it, as their modes say."""
+    """Searches a bank for the questions that need it, as their modes say.
 
-    def __init__(self, bank: GradientBank) -> None:
+    Args:
+        explains: whether a filter that finds nothing is looked into: its fields are sought in the whole collection, and
+            the note says which no point has.
+    """
+
+    def __init__(self, bank: GradientBank, *, explains: bool = True) -> None:
         self.bank = bank
+        self.explains = explains
         self._all_ids: list[PointId] | None = None
 
     def retrieve(self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Found]:
@@ -68,7 +74,7 @@ class Retrieval:
     def _nothing_found(self, asked: Query) -> str:
         """What to say where a question has found no document; names the filter's fields that no point has."""
         said = "nothing was retrieved: the answer comes from the model alone"
-        if asked.query_filter is None:
+        if asked.query_filter is None or not self.explains:
             return said
         absent = self.bank.absent_fields(asked.query_filter)
         why = f"no point has the filter's field {', '.join(absent)}" if absent else "no document passes the filter"

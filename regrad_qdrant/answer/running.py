@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from regrad_qdrant.model.prompts import Prompt
 
 Finish = Literal["stop", "length"]
+GREEDY = 1e-3  # a temperature below which the likeliest token is chosen
+THOUGHT = "<think>"
 UNFINISHED = "�"  # what a text ends with whose last letter has tokens to come
 
 
@@ -91,7 +93,7 @@ class Row:
         import torch
 
         sampling = self._sampling
-        if sampling.temperature == 0:
+        if sampling.temperature < GREEDY:
             return likeliest
         if self._generator is None:
             self._generator = torch.Generator()
@@ -127,9 +129,12 @@ class Row:
     @property
     def shown(self) -> str:
         """What of the answer so far will stand in it, whatever comes."""
-        text = self.text if self.finish is not None else self.text.rstrip(UNFINISHED)
-        longest = max((len(stop) for stop in self._sampling.stop), default=1) - 1
-        return text if self.finish is not None or not longest else text[:-longest]
+        if self.finish is not None:
+            return self.text
+        text = self.text.rstrip(UNFINISHED)
+        ends = (*self._sampling.stop, THOUGHT, self._asking.format.end or "")
+        begun = max((size for end in ends for size in range(1, len(end)) if text.endswith(end[:size])), default=0)
+        return text[: len(text) - begun]
 
 
 class RunningBatch:
@@ -156,20 +161,30 @@ class RunningBatch:
         return not self.rows or all(type(layer) is DynamicLayer for layer in self._cache.layers)
 
     def join(self, rows: Sequence[Row]) -> None:
-        """Read the prompts of these rows, and let each say its first token."""
+        """Read the prompts of these rows, and let each say its first token.
+
+        Where that fails, no row has joined; those that were there have left if they can't go on.
+        """
         import torch
 
+        if not self.is_open:
+            raise RegradError("this model's running batch takes no row before it is empty")
         ids, mask = padded_left([row.prompt_ids for row in rows], self._pad, input_device(self._base))
         with torch.inference_mode(), self._applied(rows):
             logits, cache = next_logits(self._base, ids, mask, None)
-        self._said(rows, logits)
+        said = _chosen(rows, logits)
         if self._mask is None:
             self._cache, self._mask = cache, mask
         else:
-            for own, other in zip(self._cache.layers, cache.layers, strict=True):
-                own.keys, own.values = _beside(own.keys, other.keys, 2), _beside(own.values, other.values, 2)
-            self._mask = _beside(self._mask, mask, 1)
+            try:
+                for own, other in zip(self._cache.layers, cache.layers, strict=True):
+                    own.keys, own.values = _beside(own.keys, other.keys, 2), _beside(own.values, other.values, 2)
+                self._mask = _beside(self._mask, mask, 1)
+            except BaseException:  # some layers have the new rows and some have not
+                self.leave(self.rows)
+                raise
         self.rows += rows
+        self._add(rows, said)
 
     def step(self) -> None:
         """Let every row say a token."""
@@ -180,7 +195,7 @@ class RunningBatch:
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
         with torch.inference_mode(), self._applied(self.rows):
             logits, self._cache = next_logits(self._base, ids, self._mask, self._cache)
-        self._said(self.rows, logits)
+        self._add(self.rows, _chosen(self.rows, logits))
 
     def leave(self, rows: Sequence[Row]) -> None:
         """Take rows out, done or not."""
@@ -200,12 +215,18 @@ class RunningBatch:
             for layer in self._cache.layers:
                 layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
 
-    def _said(self, rows: Sequence[Row], logits: Tensor) -> None:
-        for row, own, likeliest in zip(rows, logits, logits.argmax(dim=1).tolist(), strict=True):
-            row.add(row.choose(own, likeliest), self._ends)
+    def _add(self, rows: Sequence[Row], said: Sequence[int]) -> None:
+        for row, token in zip(rows, said, strict=True):
+            row.add(token, self._ends)
 
     def _applied(self, rows: Sequence[Row]) -> contextlib.AbstractContextManager[None]:
         return self._adapter.rows([row.atom_sum for row in rows], [row.bare for row in rows])
+
+
+def _chosen(rows: Sequence[Row], logits: Tensor) -> list[int]:
+    """The next token of each row."""
+    likeliest = logits.argmax(dim=1).tolist()
+    return [row.choose(own, token) for row, own, token in zip(rows, logits, likeliest, strict=True)]
 
 
 def _beside(ours: Tensor, theirs: Tensor, dim: int) -> Tensor:

@@ -104,17 +104,21 @@ def serve(
         raise MissingExtraError(f"serve needs more packages: pip install 'regrad-qdrant[serve]' ({error})") from error
     if workers != 1:
         raise DataError(f"--workers {workers}: {WORKERS}")
-    keys = Keys(api_key or None, read_tenants(tenants) if tenants else {})
+    if api_key == "":
+        raise DataError("the API key is empty: leave --api-key and REGRAD_API_KEY out, or give one")
+    keys = Keys(api_key, read_tenants(tenants) if tenants else {})
     if icl_init is not None and icl_payload_key is None:
         raise DataError(
             "--icl-init needs --icl-payload-key: its atoms stand beside those of --init, under their own key"
         )
-    check_vector(existing_store(collection, url, path), using)
+    checked = existing_store(collection, url, path)
+    check_vector(checked, using)
+    checked.close()
     initialization, base, tokenizer = load(init, model, device, dtype)
     with ExitStack() as stack:
+        store = existing_store(collection, url, path)
 
         def answering(which: MetaInitialization, key: str, beside: ReGrad | None) -> ReGrad:
-            store = existing_store(collection, url, path)
             bank = stack.enter_context(bank_of(store, which, key, dense, text_path, using, sidecar))
             return stack.enter_context(regrad_of(base, tokenizer, bank, which, merge, beside=beside))
 
@@ -126,7 +130,9 @@ def serve(
         metrics = Metrics()
         engine = Engine(batch=batch, queue=queue, on_batch=metrics.batch)
         metrics.watch(engine)
-        app = make_app(Service(regrad, icl, engine, keys, deadline=deadline), metrics, log_questions=log_questions)
+        app = make_app(
+            Service(regrad, icl, engine, keys, deadline=deadline, using=using), metrics, log_questions=log_questions
+        )
         logging.getLogger("regrad_qdrant").addHandler(log_handler(as_json=log_json))
         logging.getLogger("regrad_qdrant").setLevel(logging.INFO)
         shown = f"http://{host if host != '0.0.0.0' else 'localhost'}:{port}"

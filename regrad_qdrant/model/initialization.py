@@ -12,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.atoms.merge import MergeRule
-from regrad_qdrant.errors import DataError, InitializationError, WrongModelError
+from regrad_qdrant.atoms.record import decode_sum
+from regrad_qdrant.errors import DataError, InitializationError, WrongModelError, WrongShapeError
 from regrad_qdrant.model.identity import PEFT_PREFIX, BaseModel, is_coarse
 from regrad_qdrant.model.prompts import PromptFormat
 from regrad_qdrant.model.space import AtomSpace, LoraModule
@@ -28,8 +29,11 @@ from regrad_qdrant.model.spaces.registry import SPACES
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from regrad_qdrant.atoms.record import Record
+
 FORMAT = 1
 SHIPPED = Path(__file__).parents[1] / "initializations"
+OF_CLONE = Path(__file__).parents[2] / "initializations"  # further ones, which a clone has and the package has not
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,53 @@ class MetaInitialization:
     ) -> MetaInitialization:
         """The same initialization with other step sizes; its fingerprint, so every stored atom, stays valid."""
         return replace(self, step_sizes=dict(step_sizes), merge=merge or self.merge)
+
+    def adapter_tensors(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+        """φ' = φ₀ − α ⊙ Σ wᵢ·g(dᵢ) as the tensors of an ordinary LoRA adapter, by the names that PEFT's files have.
+
+        No model is needed. The tensors are the caller's own, float32 on the processor; wᵢ = 1 by default.
+
+        Raises:
+            RecordError: if a record can't be used.
+        """
+        weights = [1.0] * len(records) if weights is None else weights
+        if len(weights) != len(records):
+            raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
+        total = decode_sum(records, weights, self.fingerprint, self.space.layout)
+        updates = self.space.to_update(self.space.unflatten(-self.flat_step_sizes() * total))
+        found = {}
+        for name, module in self.modules.items():
+            for part, tensor in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
+                update = updates.get(f"{name}.{part}")
+                merged = tensor.detach().clone() if update is None else tensor.detach() + update
+                found[f"{PEFT_PREFIX}{name}.{part}.weight"] = merged.contiguous()
+        return found
+
+    def export(
+        self,
+        folder: Path | str,
+        records: Sequence[Record],
+        weights: Sequence[float] | None = None,
+        base_model: str | None = None,
+    ) -> None:
+        """Write the merged update as an ordinary PEFT LoRA adapter, for a server that loads adapters at run time.
+
+        `PeftModel.from_pretrained(base, folder)` then runs as the model does inside `Adapter.applied`, without this
+        library.
+
+        Args:
+            base_model: the base model's name where the adapter is served, if it has another one there.
+
+        Raises:
+            RecordError: if a record can't be used; nothing is written then.
+        """
+        from safetensors.torch import save_file
+
+        tensors, folder = self.adapter_tensors(records, weights), Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = self.peft_config() | ({} if base_model is None else {"base_model_name_or_path": base_model})
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
     # -- on disk -------------------------------------------------------------------------------------
 
@@ -279,11 +330,11 @@ def _compact(tensor: Tensor) -> Tensor:
 
 
 def _find(name_or_folder: str | Path) -> Path:
-    for folder in (Path(name_or_folder), SHIPPED / str(name_or_folder)):
+    for folder in (Path(name_or_folder), SHIPPED / str(name_or_folder), OF_CLONE / str(name_or_folder)):
         if (folder / "regrad.json").is_file():
             return folder
-    shipped = sorted(folder.name for folder in SHIPPED.iterdir()) if SHIPPED.is_dir() else []
+    known = [sorted(folder.name for folder in place.iterdir()) for place in (SHIPPED, OF_CLONE) if place.is_dir()]
     raise InitializationError(
-        f"no meta-initialization at {name_or_folder!s}: neither a folder with regrad.json nor a shipped name "
-        f"({', '.join(shipped) or 'none shipped'})"
+        f"no meta-initialization at {name_or_folder!s}: neither a folder with regrad.json nor a known name "
+        f"({', '.join(name for names in known for name in names) or 'none shipped'})"
     )

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -40,6 +41,7 @@ from regrad_qdrant.serve.service import Client, Service, UnknownModelError
 Result = TypeVar("Result")
 log = logging.getLogger("regrad_qdrant.serve")
 MOST_BYTES = 1 << 20  # of a request's body
+PROBE = 5.0  # seconds that the bank has to say that it is there
 RETRY_AFTER = "1"  # seconds
 PAGE = Path(__file__).with_name("page.html")
 GONE = 499  # what is logged of a client that did not wait for its answer
@@ -78,12 +80,13 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, StoppedError):
         return Refusal(503, said, "stopping", retry=True)
     if isinstance(error, StoreUnavailableError):
-        return Refusal(503, f"the documents can't be searched now: {said}", "store_unavailable", retry=True)
+        log.warning("the bank can't be reached: %s", said)
+        return Refusal(503, "the documents can't be searched now", "store_unavailable", retry=True)
     if isinstance(error, DataError | UnindexedFilterError | ValueError):
         return Refusal(400, said)
     if isinstance(error, RegradError):
         log.error("%s", said)
-        return Refusal(500, said, type(error).__name__)
+        return Refusal(500, "the answer could not be given; the server's log says why", type(error).__name__)
     log.error("a fault of the server's own", exc_info=error)
     return Refusal(500, "a fault of the server's own; its log says more", "internal_error")
 
@@ -96,6 +99,7 @@ def make_app(service: Service, metrics: Metrics, *, log_questions: bool = False)
         yield
         await asyncio.to_thread(service.engine.close)
 
+    probe = _Probe(service)
     app = FastAPI(title="regrad-qdrant", version=__version__, lifespan=lifespan)
     app.add_middleware(_Outermost, metrics=metrics)
     bearer = HTTPBearer(auto_error=False)
@@ -127,7 +131,7 @@ def make_app(service: Service, metrics: Metrics, *, log_questions: bool = False)
     async def answered(request: Request, asked: ChatRequest | CompletionRequest, client: Client) -> Response:
         request.state.model = asked.model if asked.model in service.offers else "unknown"
         if log_questions:
-            request.state.question = asked.prompt if isinstance(asked, CompletionRequest) else asked.messages[-1].text
+            request.state.question = asked.question if isinstance(asked, CompletionRequest) else asked.messages[-1].text
         shape = Shape(request.state.id, asked.model, chat=isinstance(asked, ChatRequest))
         try:
             job = await _while_there(request, service.job(client, asked))
@@ -157,8 +161,14 @@ def make_app(service: Service, metrics: Metrics, *, log_questions: bool = False)
     @app.get("/v1/models", responses=ERRORS)
     async def models(client: Asking) -> dict[str, Any]:
         """One model for each mode."""
-        found = [{"id": name, "object": "model", "created": 0, "owned_by": "regrad-qdrant"} for name in service.offers]
-        return {"object": "list", "data": found}
+        return {"object": "list", "data": [_model(name) for name in service.offers]}
+
+    @app.get("/v1/models/{name:path}", responses=ERRORS)
+    async def model(name: str, client: Asking) -> dict[str, Any]:
+        """One of them."""
+        if name not in service.offers:
+            raise refusal_of(UnknownModelError(f"there is no model {name!r}; there are {', '.join(service.offers)}"))
+        return _model(name)
 
     @app.post("/v1/search", responses=ERRORS)
     async def search(request: Request, asked: SearchRequest, client: Asking) -> Any:
@@ -177,10 +187,12 @@ def make_app(service: Service, metrics: Metrics, *, log_questions: bool = False)
     @app.get("/ready", responses={503: {"description": "The bank can't be reached."}})
     async def ready() -> dict[str, Any]:
         """Whether questions can be answered now."""
+        if not service.engine.alive:
+            raise Refusal(503, "the engine has ended", "stopping")
         try:
-            count = await asyncio.wait_for(asyncio.to_thread(service.regrad.bank.store.count), 5)
+            count = await probe.count()
         except Exception as error:
-            raise Refusal(503, f"the bank can't be reached: {error}", "store_unavailable", retry=True) from error
+            raise refusal_of(StoreUnavailableError(str(error))) from error
         return {"status": "ready", "documents": count, "models": list(service.offers)}
 
     @app.get("/metrics", response_class=PlainTextResponse)
@@ -236,6 +248,29 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 ERRORS[422] = ERRORS[400]  # what FastAPI would document; a bad request is 400 here, as OpenAI's is
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "regrad-qdrant"}
+
+
+class _Probe:
+    """Asks the bank whether it is there, on a thread of its own: one request at a time, however long it takes."""
+
+    def __init__(self, service: Service) -> None:
+        self._store = service.regrad.bank.store
+        self._thread = ThreadPoolExecutor(1, "regrad-probe")
+        self._asked: Future[int] | None = None
+
+    async def count(self) -> int:
+        """The points of the collection.
+
+        Raises:
+            TimeoutError: where the bank does not say so in time.
+        """
+        if self._asked is None or self._asked.done():
+            self._asked = self._thread.submit(self._store.count)
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._asked)), PROBE)
 
 
 async def _whole(service: Service, job: Job) -> Outcome:

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from regrad_qdrant.answer.generation import Generated
+from regrad_qdrant.answer.generation import Generated, token_ids
 from regrad_qdrant.answer.pipeline import answer_of
 from regrad_qdrant.answer.query import BARE, Answer, Timings
 from regrad_qdrant.answer.running import Finish, Row, RunningBatch, Sampling
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 READ_TOKENS = 4096  # of prompts that are read at once: a long one alone
+GRACE = 5.0  # seconds after a request's deadline in which the engine itself may say so
 STEPS = 8  # tokens that one running batch says before another's turn
 
 
@@ -61,10 +62,13 @@ class Job:
     Args:
         search: the seconds that its search took.
         deadline: of `time.monotonic`.
+        streams: whether its client reads the answer piece by piece.
     """
 
-    def __init__(self, regrad: ReGrad, found: Found, sampling: Sampling, search: float, deadline: float) -> None:
-        self.regrad, self.found, self.sampling = regrad, found, sampling
+    def __init__(
+        self, regrad: ReGrad, found: Found, sampling: Sampling, search: float, deadline: float, *, streams: bool
+    ) -> None:
+        self.regrad, self.found, self.sampling, self.streams = regrad, found, sampling, streams
         self.search, self.deadline = search, deadline
         self.cancelled = False
         self.loop = asyncio.get_running_loop()
@@ -122,6 +126,24 @@ class Engine:
     def running(self) -> int:
         return sum(len(lane.jobs) for lane in list(self._running.values()))
 
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def check_room(self, coming: int = 0) -> None:
+        """Refuse a request that would have to wait behind too many.
+
+        Args:
+            coming: requests that will wait soon.
+
+        Raises:
+            QueueFullError, StoppedError: if it is refused.
+        """
+        if self._stopping:
+            raise StoppedError("the server is stopping")
+        if self.waiting + coming >= self.limit:
+            raise QueueFullError(f"{self.limit} requests are waiting already")
+
     async def answer(self, job: Job) -> AsyncIterator[str | Outcome]:
         """The pieces of a request's answer, and the whole of it at the end. Whoever leaves early frees its row.
 
@@ -131,15 +153,16 @@ class Engine:
             RegradError: as `ReGrad.answer`.
         """
         with self._wake:
-            if self._stopping:
-                raise StoppedError("the server is stopping")
-            if self.waiting >= self.limit:
-                raise QueueFullError(f"{self.limit} requests are waiting already")
+            self.check_room()
             self._arrived.append(job)
             self._wake.notify()
         try:
             while True:
-                event = await job.events.get()
+                try:
+                    left = job.deadline - time.monotonic() + GRACE
+                    event = await asyncio.wait_for(job.events.get(), max(left, 0))
+                except TimeoutError as error:  # the engine has not even said so
+                    raise DeadlineError("the answer was not done in time") from error
                 if isinstance(event, Exception):
                     raise event
                 yield event
@@ -161,9 +184,9 @@ class Engine:
                 self._answer_at_once()
                 self._join()
                 self._step()
-            except Exception as error:  # one of ours: nobody may wait for ever
+            except BaseException as error:  # a fault of ours, or a panic below us: nobody may wait for ever
                 log.exception("the engine begins anew")
-                self._fail(error)
+                self._fail(RegradError(f"the engine had to begin anew: {error!r}"))
 
     def _take(self) -> bool:
         """Wait for something to do; False where nothing is left and nothing will come."""
@@ -186,7 +209,8 @@ class Engine:
         for group in groups.values():
             part = group[: self.batch]
             self._waiting = [job for job in self._waiting if job not in part]
-            self._answered(part)
+            if fitting := [job for job in part if _fits(job)]:
+                self._answered(fitting)
 
     def _answered(self, jobs: Sequence[Job]) -> None:
         started = time.perf_counter()
@@ -203,11 +227,15 @@ class Engine:
             return
         self._on_batch(len(jobs))
         for job, answer in zip(jobs, answers, strict=True):
+            if job.over:
+                continue
             job.first_at = time.perf_counter()
             timed = replace(answer, timings=replace(answer.timings, search=job.search))
             tokens = len(job.regrad.tokenizer(answer.text, add_special_tokens=False).input_ids)
             job.put(answer.text)
-            job.put(job.outcome(timed, "stop", tokens))
+            most = job.regrad.asking.length(job.found.asked.prompt([]))
+            cut = answer.source is None and job.found.asked.type == "open" and tokens >= most
+            job.put(job.outcome(timed, "length" if cut else "stop", tokens))
 
     def _join(self) -> None:
         """Give rows to those that wait, as far as there is room."""
@@ -215,8 +243,9 @@ class Engine:
         left = []
         for job in self._waiting:
             key = (id(job.regrad), job.found.asked.mode in BARE)
-            lane = self._running.setdefault(key, _Lane(job.regrad))
-            part = ready.setdefault(key, [])
+            if key not in self._running:
+                self._running[key] = _Lane(job.regrad)
+            lane, part = self._running[key], ready.setdefault(key, [])
             if len(lane.jobs) + len(part) >= self.batch or not lane.batch.is_open:
                 left.append(job)
             elif self._prepared(job):
@@ -224,7 +253,10 @@ class Engine:
         self._waiting = left
         for key, jobs in ready.items():
             for part in _short_enough(jobs):
-                self._running[key].join(part)
+                if self._running[key].batch.is_open:
+                    self._running[key].join(part)
+                else:
+                    self._waiting += part
 
     def _prepared(self, job: Job) -> bool:
         """Sum a request's atoms and read its prompt's tokens; False where that fails, for this one alone."""
@@ -236,7 +268,7 @@ class Engine:
             bare = asked.mode in BARE
             prompt = asked.prompt(job.found.hits)
             job.row = Row(prompt, regrad.tokenizer, regrad.asking, job.merged.total, bare, job.sampling)
-            _check_length(job.row, getattr(regrad.adapter.model.config, "max_position_embeddings", None))
+            _check_length(regrad, len(job.row.prompt_ids), job.row.most_tokens)
         except Exception as error:  # whatever it is, its caller gets it
             job.put(error)
             return False
@@ -272,6 +304,8 @@ class _Lane:
         try:
             self.batch.join([job.row for job in jobs if job.row is not None])
         except Exception as error:  # memory that is short, say: of several, each is tried by itself
+            if not self.batch.rows:
+                self._lost(error)
             if len(jobs) == 1:
                 jobs[0].put(error)
             else:
@@ -288,10 +322,16 @@ class _Lane:
         try:
             self.batch.step()
         except Exception as error:  # whatever it is, its callers get it
-            for job in self.jobs:
-                job.put(error)
-                job.cancelled = True
+            self._lost(error)
+            return True
         return self._hand_on()
+
+    def _lost(self, error: Exception) -> None:
+        """Tell those that have rows that they have none any more."""
+        for job in self.jobs:
+            job.put(error)
+        self.batch.leave(self.batch.rows)
+        self.jobs = []
 
     def _hand_on(self) -> bool:
         """Give what was said to whoever waits for it, and let those leave that are done or gone."""
@@ -312,6 +352,9 @@ def _handed_on(job: Job) -> bool:
         job.shown = shown
     if row.finish is None:
         return False
+    if job.streams and row.text != job.shown:
+        job.put(RegradError("the answer turned out otherwise than it had begun"))
+        return True
     generate = time.perf_counter() - job.started_at - job.decode
     answer = answer_of(
         Generated(row.text, len(row.prompt_ids)), job.found, merged, Timings(job.search, job.decode, generate=generate)
@@ -336,11 +379,24 @@ def _tokens(job: Job) -> int:
     return len(job.row.prompt_ids) if job.row is not None else 0
 
 
-def _check_length(row: Row, most: int | None) -> None:
+def _fits(job: Job) -> bool:
+    """Whether a request that is answered at once is short enough for the model; one that is not is told."""
+    asked, regrad = job.found.asked, job.regrad
+    try:
+        prompt = asked.prompt(job.found.hits)
+        [ids] = token_ids(regrad.tokenizer, [prompt], regrad.asking)
+        _check_length(regrad, len(ids), len(ids) + regrad.asking.length(prompt))
+    except Exception as error:  # whatever it is, its caller gets it
+        job.put(error)
+        return False
+    return True
+
+
+def _check_length(regrad: ReGrad, prompt: int, most: int) -> None:
     """Refuse what is longer than the model's context."""
-    if most is not None and row.most_tokens > most:
-        prompt = len(row.prompt_ids)
+    context = getattr(regrad.adapter.model.config, "max_position_embeddings", None)
+    if context is not None and most > context:
         raise DataError(
-            f"the prompt has {prompt} tokens and the answer may have {row.most_tokens - prompt}: more than the {most} "
-            "of the model's context"
+            f"the prompt has {prompt} tokens and the answer may have {most - prompt}: more than the {context} of the "
+            "model's context"
         )

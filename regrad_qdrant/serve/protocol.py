@@ -6,9 +6,11 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from regrad_qdrant.answer.running import Sampling
 
 if TYPE_CHECKING:
     from regrad_qdrant.bank.documents import Hit
@@ -63,20 +65,26 @@ class Generation(BaseModel):
     """What chat and plain completions have in common. Other fields of OpenAI's are read over."""
 
     model: str = "regrad"
-    stream: bool = False
+    stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=100_000)
-    temperature: float = Field(default=0.0, ge=0, le=2, description="0, the default, is greedy.")
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=2, description="0, the default, is greedy.")
+    top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    n: Literal[1] = 1
+    n: Literal[1] | None = 1
     regrad: Retrieval = Retrieval()
 
     @property
-    def stops(self) -> tuple[str, ...]:
-        given = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return tuple(stop for stop in given if stop)
+    def sampling(self) -> Sampling:
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        top_p = 1.0 if self.top_p is None else self.top_p
+        return Sampling(self.temperature or 0.0, top_p, self.seed, tuple(stop for stop in stops if stop))
+
+    @property
+    def length(self) -> int | None:
+        """Tokens of the answer, at most."""
+        return self.max_tokens
 
     @property
     def with_usage(self) -> bool:
@@ -93,11 +101,11 @@ class ChatRequest(Generation):
 
 
 class CompletionRequest(Generation):
-    prompt: str
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
     @property
-    def length(self) -> int | None:
-        return self.max_tokens
+    def question(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
 class SearchRequest(BaseModel):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,14 @@ from pydantic import ValidationError
 from qdrant_client import models
 
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Grounded, Mode, Query
-from regrad_qdrant.answer.running import Sampling
 from regrad_qdrant.bank.stores.base import TEXT_INDEX
-from regrad_qdrant.errors import DataError
-from regrad_qdrant.serve.engine import Engine, Job, Outcome
+from regrad_qdrant.errors import BankError, DataError, StoreUnavailableError
+from regrad_qdrant.serve.engine import DeadlineError, Engine, Job, Outcome
 from regrad_qdrant.serve.protocol import ChatRequest, CompletionRequest, Retrieval
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
+    from regrad_qdrant.answer.retrieval import Found
     from regrad_qdrant.bank.documents import Hit
 
 
@@ -41,6 +42,8 @@ OFFERS: dict[str, Offer] = {
     "rag": Offer("rag"),
     "direct": Offer("direct"),
 }
+SYSTEM_TOKENS = 256  # of an answer to a system message of the client's own, where the request does not say
+SPAN_TOKENS = 64  # of a grounded answer, at most
 WITH_PASSAGES: dict[Mode, Mode] = {"regrad": "regrad+icl", "direct": "rag"}
 WITHOUT_PASSAGES: dict[Mode, Mode] = {there: here for here, there in WITH_PASSAGES.items()}
 
@@ -98,9 +101,17 @@ def read_tenants(path: Path) -> dict[str, models.Filter]:
     found = {}
     for i, (key, value) in enumerate(values.items(), 1):
         found[key] = filter_of(value, f"{path}: the filter of tenant {i}")
-        if not (found[key].must or found[key].should or found[key].min_should or found[key].must_not):
-            raise DataError(f"{path}: the filter of tenant {i} lets everything pass")
+        if not _restricts(found[key]):
+            raise DataError(f"{path}: the filter of tenant {i}, or one inside it, is empty: it lets everything pass")
     return found
+
+
+def _restricts(only: models.Filter) -> bool:
+    """Whether a filter has conditions, and every filter inside it too."""
+    conditions: list[Any] = []
+    for part in (only.must, only.should, only.must_not, only.min_should and only.min_should.conditions):
+        conditions += part if isinstance(part, list) else [] if part is None else [part]
+    return bool(conditions) and all(_restricts(one) for one in conditions if isinstance(one, models.Filter))
 
 
 def filter_of(value: Any, name: str) -> models.Filter:
@@ -124,38 +135,73 @@ class Service:
         regrad: of all modes but `regrad+icl`.
         icl: of that one, or None where it is not offered.
         deadline: seconds that a request may take.
+        using: the vectors that are searched where a request names none.
     """
 
-    def __init__(self, regrad: ReGrad, icl: ReGrad | None, engine: Engine, keys: Keys, *, deadline: float) -> None:
+    def __init__(
+        self,
+        regrad: ReGrad,
+        icl: ReGrad | None,
+        engine: Engine,
+        keys: Keys,
+        *,
+        deadline: float,
+        using: str | Sequence[str] | None = None,
+    ) -> None:
         self.regrad, self.icl, self.engine, self.keys = regrad, icl, engine, keys
         self.deadline = deadline
         self.offers = {name: offer for name, offer in OFFERS.items() if icl or offer.mode != "regrad+icl"}
+        self._default_using = using
+        self._vectors = regrad.bank.store.vectors()
+        self._searching = 0
+        for one in (regrad, icl):
+            if one is not None:
+                one.retrieval.explains = False  # it would tell a tenant which fields others have
 
     async def hits(self, client: Client, query: str, options: Retrieval) -> list[Hit]:
         """What a search finds, without an answer."""
-        asked = Query(query, "rag", query_filter=self._filter(client, options))
-        [found] = await self.regrad.aretrieve([asked], options.top_k, self._using(options), 0)
-        return found.hits
+        asked = Query(_valid(query), "rag", query_filter=self._filter(client, options))
+        return (await self._found(self.regrad, asked, options, time.monotonic() + self.deadline)).hits
 
     async def job(self, client: Client, request: ChatRequest | CompletionRequest) -> Job:
         """What a request is answered from: its search is done.
 
         Raises:
             UnknownModelError, DataError, ValueError: for a request that makes no sense.
+            QueueFullError, DeadlineError: as `Engine.answer`.
             BankError: as the search raises it.
         """
-        started = time.perf_counter()
+        started, deadline = time.perf_counter(), time.monotonic() + self.deadline
         query = self._query(client, request)
         regrad = self.icl if query.mode == "regrad+icl" and self.icl is not None else self.regrad
-        sampling = Sampling(request.temperature, request.top_p, request.seed, request.stops)
-        deadline = time.monotonic() + self.deadline
         query.prompt([])  # raises what is wrong with it before anything is searched
-        [found] = await regrad.aretrieve([query], request.regrad.top_k, self._using(request.regrad), 0)
-        return Job(regrad, found, sampling, time.perf_counter() - started, deadline)
+        found = await self._found(regrad, query, request.regrad, deadline)
+        search = time.perf_counter() - started
+        return Job(regrad, found, request.sampling, search, deadline, streams=bool(request.stream))
 
     def pieces(self, job: Job) -> AsyncIterator[str | Outcome]:
         """As `Engine.answer`."""
         return self.engine.answer(job)
+
+    async def _found(self, regrad: ReGrad, asked: Query, options: Retrieval, deadline: float) -> Found:
+        """The documents of one request, in time. What the search refuses of the request's own is the client's fault."""
+        using = self._using(options)
+        self.engine.check_room(self._searching)
+        self._searching += 1
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                [found] = await regrad.aretrieve([asked], options.top_k, using, 0)
+            return found
+        except TimeoutError as error:
+            raise DeadlineError("the search was not done in time") from error
+        except StoreUnavailableError:
+            raise
+        except (BankError, TypeError, OverflowError) as error:
+            if options.filter is None and options.using is None:
+                raise
+            raise DataError(f"the search refuses the filter or the vectors: {error}") from error
+        finally:
+            self._searching -= 1
 
     def _query(self, client: Client, request: ChatRequest | CompletionRequest) -> Query:
         offer, options = self.offers.get(request.model), request.regrad
@@ -169,13 +215,14 @@ class Service:
         if options.grounded is not None:
             grounded = options.grounded
         system, turns, question = _read(request)
+        length = request.length or (SYSTEM_TOKENS if system is not None else None)
         return Query(
             question,
             mode,
             options.type,
             tuple(options.choices),
             self._filter(client, options) if mode not in WITHOUT_DOCUMENTS or grounded else None,
-            max_new_tokens=request.length,
+            max_new_tokens=min(length, SPAN_TOKENS) if length and grounded else length,
             grounded=grounded,
             style=options.style,
             system=system,
@@ -188,22 +235,35 @@ class Service:
         given = [one for one in (client.filter, own) if one is not None]
         return given[0] if len(given) == 1 else models.Filter(must=list(given)) if given else None
 
-    def _using(self, options: Retrieval) -> str | list[str] | None:
-        if not options.using:
-            return None
-        names = [options.using] if isinstance(options.using, str) else options.using
-        present = self.regrad.bank.store.vectors()
-        for name in names:
-            if name not in present and not name.startswith(TEXT_INDEX):
-                known = ", ".join([*present.dense, *present.sparse])
+    def _using(self, options: Retrieval) -> str | Sequence[str] | None:
+        if options.using is None or options.using == []:
+            return self._default_using
+        for name in [options.using] if isinstance(options.using, str) else options.using:
+            if name not in self._vectors and not name.startswith(TEXT_INDEX):
+                known = ", ".join([*self._vectors.dense, *self._vectors.sparse])
                 raise DataError(f"regrad.using: the collection has no vector {name!r}; it has {known}")
         return options.using
+
+
+def _valid(text: str) -> str:
+    """The text, if it is one that can be written.
+
+    Raises:
+        DataError: for half of a surrogate pair.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"a text is no valid Unicode: {error}") from error
+    return text
 
 
 def _read(request: ChatRequest | CompletionRequest) -> tuple[str | None, tuple[tuple[str, str], ...], str]:
     """The system's message, the turns before, and the last message, which is the question."""
     if isinstance(request, CompletionRequest):
-        return None, (), request.prompt
+        return None, (), _valid(request.question)
+    for message in request.messages:
+        _valid(message.text)
     system = [message.text for message in request.messages if message.role in ("system", "developer")]
     turns = [(message.role, message.text) for message in request.messages if message.role in ("user", "assistant")]
     if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():

@@ -1,4 +1,5 @@
 import copy
+import json
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from conftest import state_of, tiny_initialization, tiny_model
 from regrad_qdrant import Adapter
 from regrad_qdrant.answer.atom_cache import AtomCache
 from regrad_qdrant.atoms.record import Record, make_records
-from regrad_qdrant.errors import AdapterInUseError, CorruptRecordError, WrongShapeError, WrongSpaceError
+from regrad_qdrant.errors import AdapterError, AdapterInUseError, CorruptRecordError, WrongShapeError, WrongSpaceError
 from regrad_qdrant.model.plugin import lora_layers
 
 IDS = torch.arange(3, 30).unsqueeze(0)
@@ -208,10 +209,25 @@ def test_an_exported_update_runs_in_plain_peft(model, kind, tmp_path):
     before, (_, stored) = state_of(adapter), records(adapter)
     with adapter.applied(stored, [1.0, 0.5]):
         expected = adapter.model(input_ids=IDS).logits
-    adapter.export(tmp_path / "update", stored, [1.0, 0.5])
+    adapter.export(tmp_path / "update", stored, [1.0, 0.5], base_model="served-as")
     assert state_of(adapter) == before
+    config = json.loads((tmp_path / "update" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "served-as"
     plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "update")
     torch.testing.assert_close(plain(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_update_is_merged_without_a_model(model, kind):
+    adapter = Adapter(model, tiny_initialization(model, kind))
+    _, stored = records(adapter)
+    tensors = adapter.initialization.adapter_tensors(stored, [1.0, 0.5])
+    with adapter.applied(stored, [1.0, 0.5]):
+        for name, parameter in adapter._parameters.items():
+            torch.testing.assert_close(tensors[f"base_model.model.{name}.weight"], parameter.detach())
+    again = adapter.initialization.adapter_tensors(stored, [1.0, 0.5])
+    assert all(tensor.data_ptr() != again[name].data_ptr() for name, tensor in tensors.items())
+    with pytest.raises(WrongShapeError, match="1 weights for 2 records"):
+        adapter.initialization.adapter_tensors(stored, [1.0])
 
 
 def test_two_initializations_of_one_model_take_turns(model):
@@ -235,3 +251,12 @@ def test_two_initializations_of_one_model_take_turns(model):
     assert torch.equal(logits(other), alone[1])
     other.release()
     assert torch.equal(model(ids).logits, bare)
+
+
+def test_a_new_adapter_takes_the_model_over_from_all_that_had_it(model, initialization):
+    one = Adapter(model, initialization)
+    other = Adapter(model, tiny_initialization(tiny_model(), rank=3), check_model=False, beside=one)
+    Adapter(model, initialization)
+    for before in (one, other):
+        with pytest.raises(AdapterError, match="taken over"), before.initial():
+            pass

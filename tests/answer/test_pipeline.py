@@ -99,7 +99,7 @@ def test_a_callers_inference_mode_leaves_nothing_behind(regrad):
 
 
 def summed(regrad, query, hits):
-    [merged] = regrad._merged([Found(query, hits, [])])
+    [merged] = regrad.merged([Found(query, hits, [])])
     return merged.total
 
 

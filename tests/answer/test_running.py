@@ -65,9 +65,11 @@ def test_a_row_that_leaves_before_its_end_changes_nothing_for_the_others(regrad)
     batch.step()
     batch.leave([rows[1]])
     assert batch.rows == [rows[0], rows[2]]
-    while any(row.finish is None for row in batch.rows):
-        batch.step()
-    assert rows[0].text.startswith(regrad.answer(QUESTIONS[0], top_k=2).text)
+    while batch.rows:
+        batch.leave([row for row in batch.rows if row.finish])
+        if batch.rows:
+            batch.step()
+    assert [rows[i].text for i in (0, 2)] == [regrad.answer(QUESTIONS[i], top_k=2).text for i in (0, 2)] != ["", ""]
 
 
 def test_the_cache_forgets_what_only_gone_rows_had(regrad):
@@ -88,6 +90,8 @@ def test_a_batch_of_sliding_windows_is_closed_until_it_is_empty(regrad):
     assert batch.is_open
     batch._cache.layers[1] = DynamicSlidingWindowLayer(8)
     assert not batch.is_open
+    with pytest.raises(RegradError, match="before it is empty"):
+        batch.join([row_of(regrad, "Who is Ida?")])
 
 
 def test_the_same_seed_draws_the_same_tokens_and_another_one_others(regrad):
@@ -126,6 +130,15 @@ def test_an_answer_ends_before_a_stop_text_and_none_of_it_is_shown(regrad):
     assert all(row.text.startswith(text) for text in shown)
 
 
+def test_what_may_be_the_beginning_of_thoughts_or_of_a_stop_is_not_shown_yet(regrad):
+    row = row_of(regrad, "Who is Ida?", sampling=Sampling(stop=("END",)))
+    for text, shown in (("a <th", "a "), ("a <b", "a <b"), ("a EN", "a "), ("a ENX", "a ENX"), ("ab", "ab")):
+        row.text = text
+        assert row.shown == shown
+    row.text, row.finish = "a EN", "stop"
+    assert row.shown == "a EN"
+
+
 def test_an_answer_that_is_cut_says_so(regrad):
     row = row_of(regrad, "Who is Ida?", max_new_tokens=2)
     finished(RunningBatch(regrad.adapter, regrad.tokenizer), row)
@@ -147,3 +160,25 @@ def test_a_conversation_and_a_system_message_stand_in_the_prompt(model, tokenize
     assert generate(model, tokenizer, [Prompt("Where?", turns=turns)])[0].prompt_tokens > 20
     with pytest.raises(ValueError, match="a turn is the user's"):
         Prompt("Where?", turns=(("tool", "x"),))
+
+
+def test_where_a_row_cant_join_the_others_do_not_go_on_with_half_a_cache(regrad, monkeypatch):
+    from regrad_qdrant.answer import running
+
+    batch, calls = RunningBatch(regrad.adapter, regrad.tokenizer), []
+    batch.join([row_of(regrad, "Who is Ida?")])
+
+    def failing(ours, theirs, dim):
+        calls.append(dim)
+        if len(calls) > 2:
+            raise RuntimeError("out of memory")
+        return beside(ours, theirs, dim)
+
+    beside = running._beside
+    monkeypatch.setattr(running, "_beside", failing)
+    late = row_of(regrad, "Who is Noor?")
+    with pytest.raises(RuntimeError, match="memory"):
+        batch.join([late])
+    assert batch.rows == [] and late.tokens == []
+    monkeypatch.undo()
+    assert finished(batch, late) == [regrad.answer("Who is Noor?", top_k=2).text]

@@ -132,3 +132,13 @@ def test_layers_that_the_model_lacks_are_named_with_those_it_has(model):
         tiny_initialization(model, targets=["fc1"])
     with pytest.raises(InitializationError, match="rank 99"):
         tiny_initialization(model, rank=99)
+
+
+def test_a_clone_has_further_ones_by_their_names(initialization, tmp_path, monkeypatch):
+    from regrad_qdrant.model import initialization as module
+
+    initialization.save(tmp_path / "of-a-clone")
+    monkeypatch.setattr(module, "OF_CLONE", tmp_path)
+    assert MetaInitialization.load("of-a-clone").fingerprint == initialization.fingerprint
+    with pytest.raises(InitializationError, match="smollm2-135m-instruct.*of-a-clone"):
+        MetaInitialization.load("nowhere")

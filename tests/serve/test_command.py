@@ -79,6 +79,7 @@ def test_it_answers_until_it_is_ended(folder):
     [
         (["--workers", "2"], "one process serves all clients"),
         (["--icl-init", "init"], "--icl-payload-key"),
+        (["--api-key", ""], "the API key is empty"),
         (["--tenants", "nowhere.json"], "can't read the tenants"),
     ],
 )
@@ -88,7 +89,10 @@ def test_what_it_does_not_do_it_says(folder, options, said):
     assert process.returncode == 2 and said in errors
 
 
-@pytest.mark.parametrize("value", ["[]", "{}", '{"": {"must": []}}', '{"key": {"must": "x"}}', '{"key": {}}', "nope"])
+@pytest.mark.parametrize(
+    "value",
+    ["[]", "{}", '{"": {"must": []}}', '{"key": {"must": "x"}}', '{"key": {}}', '{"key": {"must": [{}]}}', "nope"],
+)
 def test_tenants_that_let_everybody_see_everything_are_refused(tmp_path, value):
     (tmp_path / "tenants.json").write_text(value)
     with pytest.raises(DataError, match="tenant"):

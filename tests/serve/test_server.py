@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import NotFoundError, OpenAI
 from qdrant_client import models
 from servers import running_server, served, server, start  # noqa: F401 # fixtures
 
@@ -32,9 +32,9 @@ def own_answer(server, model, question=QUESTION, **asked):
 
 
 def chat(url, question=QUESTION, *, key=None, timeout=60, **body):
-    headers = {"authorization": f"Bearer {key}"} if key else {}
-    body = {"messages": [{"role": "user", "content": question}]} | body
-    return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=timeout)
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    body = json.dumps({"messages": [{"role": "user", "content": question}]} | body)  # as ASCII, halves of letters too
+    return httpx.post(f"{url}/v1/chat/completions", content=body, headers=headers, timeout=timeout)
 
 
 @pytest.mark.parametrize("model", OFFERS)
@@ -104,6 +104,23 @@ def test_llama_indexs_client_gets_it_too(server):
 
 def test_the_models_are_the_modes(server, client):
     assert [model.id for model in client.models.list()] == OFFERS
+    assert client.models.retrieve("regrad/grounded").id == "regrad/grounded"
+    with pytest.raises(NotFoundError, match="there is no model"):
+        client.models.retrieve("gpt-5")
+
+
+def test_what_openai_lets_be_null_is_what_was_not_given(server):
+    nothing = dict.fromkeys(("temperature", "top_p", "n", "stream", "seed", "stop", "max_tokens"))
+    assert chat(server.url, **nothing).json()["choices"] == chat(server.url).json()["choices"]
+
+
+def test_a_list_of_one_prompt_is_a_prompt(server, client):
+    own = own_answer(server, "regrad").text
+    assert client.completions.create(model="regrad", prompt=[QUESTION]).choices[0].text == own
+
+
+def test_a_temperature_next_to_nothing_is_greedy(server):
+    assert chat(server.url, temperature=1e-300).json()["choices"] == chat(server.url).json()["choices"]
 
 
 def test_an_answer_says_what_it_came_from(server):
@@ -139,7 +156,10 @@ def test_a_search_alone(server):
 def test_a_filter_of_qdrants(server):
     only = {"must": [{"key": "team", "match": {"value": "b"}}]}
     body = chat(server.url, regrad={"filter": only, "top_k": 4}).json()
-    assert {one["id"] for one in body["regrad"]["documents"]} <= {"d1", "d3"}
+    assert body["regrad"]["documents"] == []  # Ida is of the other team
+    assert body["regrad"]["notes"] == ["nothing was retrieved: the answer comes from the model alone"]
+    body = chat(server.url, "Who works as a diver?", regrad={"filter": only, "top_k": 4}).json()
+    assert [one["id"] for one in body["regrad"]["documents"]] == ["d1"]
 
 
 def test_passages_beside_the_gradients(server):
@@ -155,7 +175,7 @@ def test_turns_and_a_system_message_reach_the_prompt(server):
         {"role": "assistant", "content": "A baker."},
         {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
     ]
-    said = chat(server.url, messages=messages, model="direct").json()
+    said = chat(server.url, messages=messages, model="direct", max_tokens=24).json()
     turns = (("user", "Who is Ida?"), ("assistant", "A baker."))
     own = own_answer(server, "direct", system="Be kind.", turns=turns)
     assert said["choices"][0]["message"]["content"] == own.text
@@ -171,14 +191,12 @@ def test_questions_with_options(server):
 def test_many_clients_at_once_get_each_their_own(server):
     names = ["Ida Corvand", "Noor Selowan", "Orla Thornaby", "Galen Zimuken"]
     asked = [(f"Who is {name}, {i}?", f"d{n}") for i in range(8) for n, name in enumerate(names)]
-    own = {question: own_answer(server, "regrad", question).text for question, _ in asked}
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda one: chat(server.url, one[0], regrad={"top_k": 1}).json(), asked))
     for (question, document), answer in zip(asked, answers, strict=True):
         assert [one["id"] for one in answer["regrad"]["documents"]] == [document]
         single = server.regrad.answer(question, top_k=1).text
         assert answer["choices"][0]["message"]["content"] == single
-    assert own
 
 
 def test_metrics_count_and_tell_nothing_of_what_was_asked(server):
@@ -209,6 +227,22 @@ REFUSED = {
     "a choice of none": ({"regrad": {"type": "choice"}}, 400, "choices go with type"),
     "several answers": ({"n": 2}, 400, "n:"),
     "a prompt beyond the context": ({"max_tokens": 5000}, 400, "of the model's context"),
+    "a long question, grounded": (
+        {"model": "regrad/grounded", "messages": [{"role": "user", "content": "Ida " * 900}]},
+        400,
+        "model's context",
+    ),
+    "half a letter": ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "no valid Unicode"),
+    "half a letter before": (
+        {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "user", "content": "x"}]},
+        400,
+        "no valid Unicode",
+    ),
+    "a filter that the engine refuses": (
+        {"regrad": {"filter": {"must": [{"has_id": [-1]}]}}},
+        400,
+        "the search refuses the filter",
+    ),
 }
 
 
@@ -270,13 +304,15 @@ TRIES = [
 @pytest.mark.parametrize("model", ["regrad", "regrad+icl", "rag", "regrad/grounded", "direct"])
 def test_a_tenant_never_sees_beyond_its_own(start, tenants_server, only, model):
     options = {"top_k": 10} | ({"filter": only} if only else {}) | ({"grounded": True} if model == "direct" else {})
-    answer = chat(tenants_server.url, QUESTION, key="key-b", model=model, regrad=options).json()
-    assert {one["id"] for one in answer["regrad"]["documents"]} <= {"d1", "d3"}
+    question = "Who works as a baker or a diver, likes plum cake or plays the harp?"
+    answer = chat(tenants_server.url, question, key="key-b", model=model, regrad=options).json()
+    may = {"d1", "d3"} if only is None or "should" in only or "min_should" in only else set()
+    assert {one["id"] for one in answer["regrad"]["documents"]} == may
     found = httpx.post(
-        f"{tenants_server.url}/v1/search", json={"query": QUESTION, "regrad": options},
+        f"{tenants_server.url}/v1/search", json={"query": question, "regrad": options},
         headers={"authorization": "Bearer key-b"},
     ).json()  # fmt: skip
-    assert {one["id"] for one in found["data"]} <= {"d1", "d3"}
+    assert {one["id"] for one in found["data"]} == may
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +371,33 @@ def test_an_answer_that_is_late_is_a_504_and_frees_its_row(start, slow):
         until(lambda: running.engine.running == 0)
 
 
+def test_a_search_that_hangs_is_late_too_and_counts_as_waiting(start, served, monkeypatch):
+    search, released = type(served[0].bank).search_many, threading.Event()
+
+    def hanging(*given, **options):
+        released.wait(20)
+        return search(*given, **options)
+
+    monkeypatch.setattr(type(served[0].bank), "search_many", hanging)
+    with start(deadline=1.0, queue=1) as running:
+        late = in_threads(1, lambda: chat(running.url))
+        time.sleep(0.3)
+        assert chat(running.url).status_code == 429
+        assert late[0].result().status_code == 504
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        released.set()
+
+
+def test_nobody_waits_for_ever_for_an_engine_that_says_nothing(start, monkeypatch):
+    from regrad_qdrant.serve import engine
+
+    monkeypatch.setattr(engine, "GRACE", 0.2)
+    monkeypatch.setattr(engine.Engine, "_take", lambda _: time.sleep(0.05) or True)
+    with start(deadline=0.3) as running:
+        assert chat(running.url).status_code == 504
+        monkeypatch.undo()
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_row(start, slow, stream):
     with start() as running:
@@ -382,7 +445,7 @@ def test_a_bank_that_is_away_is_a_503_and_comes_back(server, served, monkeypatch
         patched.setattr(type(store), "count", away)
         patched.setattr(type(served[0].bank), "search_many", away)
         response = chat(server.url)
-        assert response.status_code == 503 and response.headers["retry-after"]
+        assert response.status_code == 503 and response.headers["retry-after"] and "no route" not in response.text
         assert httpx.get(f"{server.url}/ready").status_code == 503
         assert httpx.get(f"{server.url}/health").status_code == 200
         assert chat(server.url, model="direct").status_code == 200

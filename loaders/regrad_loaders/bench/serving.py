@@ -8,6 +8,7 @@ that one lost, or answered with another's documents, shows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 
 from regrad_loaders.bench.figures import Figure, percentile
 from regrad_qdrant.answer.pipeline import ReGrad
+from regrad_qdrant.errors import RegradError
 
 BATCH = 32  # questions of `answer_many` that the server is measured against
 
@@ -39,6 +41,8 @@ class Load:
     @classmethod
     def of(cls, model: str, clients: int, met: Sequence[dict[str, Any]], own: dict[str, str] | None) -> Load:
         done = [one for one in met if one["text"] is not None]
+        if not done:
+            raise RegradError(f"the server answered none of {len(met)} requests of {clients} clients")
         seconds = max(one["at"] for one in met)
         first, whole = [one["first"] for one in done], [one["end"] for one in done]
         return cls(
@@ -80,6 +84,7 @@ def bench_serving(
         own |= {question: answer.text for question, answer in zip(part, answers, strict=True)}
     library = len(questions) / (time.perf_counter() - started)
     tokens = sum(len(regrad.tokenizer(text, add_special_tokens=False).input_ids) for text in own.values())
+    length = max(1, round(tokens / len(questions)))  # of the bare model's answers too, which would be longer
     figures: dict[str, Figure] = {}
     loads: list[Load] = []
     engine = Engine(batch=BATCH, queue=1000)
@@ -87,7 +92,7 @@ def bench_serving(
     with served(app) as url:
         for count in counts:
             for model in ("regrad", "direct") if count == BATCH else ("regrad",):
-                met = _clients(url, model, questions, count, seconds)
+                met = _clients(url, model, questions, count, seconds, length if model == "direct" else None)
                 loads.append(Load.of(model, count, met, own if model == "regrad" else None))
                 on_load(1)
     for load in loads:
@@ -97,8 +102,9 @@ def bench_serving(
             figures[f"requests a second, {name} ÷ answer_many of {BATCH}"] = Figure(ratio, ratio, ratio, "times")
     at_batch = {load.model: load for load in loads if load.clients == BATCH}
     if len(at_batch) == 2:
-        ratio = at_batch["regrad"].tokens_per_second / at_batch["direct"].tokens_per_second
-        figures[f"tokens a second, regrad ÷ the bare model, {BATCH} clients"] = Figure(ratio, ratio, ratio, "times")
+        ratio = at_batch["regrad"].requests_per_second / at_batch["direct"].requests_per_second
+        name = f"requests a second, regrad ÷ the bare model with answers as long, {BATCH} clients"
+        figures[name] = Figure(ratio, ratio, ratio, "times")
     details = {
         "answer_many": {"questions_per_second": library, "tokens_per_second": tokens * library / len(questions)},
         "loads": [asdict(load) for load in loads],
@@ -106,8 +112,15 @@ def bench_serving(
     return figures, details
 
 
-def _clients(url: str, model: str, questions: Sequence[str], count: int, seconds: float) -> list[dict[str, Any]]:
-    given = json.dumps({"url": url, "model": model, "questions": list(questions), "count": count, "seconds": seconds})
+def _clients(
+    url: str, model: str, questions: Sequence[str], count: int, seconds: float, length: int | None
+) -> list[dict[str, Any]]:
+    given = json.dumps(
+        {
+            "url": url, "model": model, "questions": list(questions), "count": count, "seconds": seconds,
+            "length": length,
+        }
+    )  # fmt: skip
     command = [sys.executable, "-m", "regrad_loaders.bench.serving"]
     done = subprocess.run(command, input=given, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -116,7 +129,9 @@ def _clients(url: str, model: str, questions: Sequence[str], count: int, seconds
     return met
 
 
-async def _load(url: str, model: str, questions: list[str], count: int, seconds: float) -> list[dict[str, Any]]:
+async def _load(
+    url: str, model: str, questions: list[str], count: int, seconds: float, length: int | None
+) -> list[dict[str, Any]]:
     """What every request of so many clients met; each asks again as soon as it has an answer."""
     import httpx
 
@@ -129,22 +144,24 @@ async def _load(url: str, model: str, questions: list[str], count: int, seconds:
             "messages": [{"role": "user", "content": question}],
             "stream": True,
             "stream_options": {"include_usage": True},
+            "max_tokens": length,
         }
         started, first, text, tokens, ended = time.perf_counter(), None, "", 0, False
-        async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-            async for line in response.aiter_lines():
-                ended = ended or line == "data: [DONE]"
-                if not line.startswith("data: {"):
-                    continue
-                event = json.loads(line.removeprefix("data: "))
-                for choice in event.get("choices", ()):
-                    piece = choice["delta"].get("content") or ""
-                    if piece and first is None:
-                        first = time.perf_counter() - started
-                    text += piece
-                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+        with contextlib.suppress(httpx.HTTPError):  # a connection that was dropped is an answer that is lost
+            async with client.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    for choice in event.get("choices", ()):
+                        piece = choice["delta"].get("content") or ""
+                        if piece and first is None:
+                            first = time.perf_counter() - started
+                        text += piece
+                    ended = ended or "regrad" in event  # the last of an answer
+                    tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
         now = time.perf_counter()
-        whole = text if ended and response.status_code == 200 else None
+        whole = text if ended else None
         met.append(
             {
                 "question": question,
