@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from regrad_qdrant.answer.generation import Asking, ends_of, next_logits, padded_left
+from regrad_qdrant.answer.generation import Asking, ends_of, next_logits, padded_left, token_ids
 from regrad_qdrant.errors import RegradError
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.plugin import base_of
@@ -70,9 +70,7 @@ class Row:
         bare: bool,
         sampling: Sampling | None = None,
     ) -> None:
-        self.prompt_ids: list[int] = tokenizer(
-            asking.render(prompt, tokenizer), add_special_tokens=False, verbose=False
-        ).input_ids
+        [self.prompt_ids] = token_ids(tokenizer, [prompt], asking)
         self.atom_sum, self.bare = atom_sum, bare
         self.tokens: list[int] = []
         self.text = ""  # the answer so far

@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from regrad_qdrant import __version__
 from regrad_qdrant.errors import DataError, RegradError, StoreUnavailableError, UnindexedFilterError
-from regrad_qdrant.serve.engine import DeadlineError, Job, Outcome, QueueFullError, StoppedError
+from regrad_qdrant.serve.engine import DeadlineError, Outcome, QueueFullError, StoppedError
 from regrad_qdrant.serve.metrics import Metrics
 from regrad_qdrant.serve.protocol import (
     ChatRequest,
@@ -136,11 +136,11 @@ def make_app(service: Service, metrics: Metrics, *, log_questions: bool = False)
         try:
             job = await _while_there(request, service.job(client, asked))
             if asked.stream:
-                pieces = service.pieces(job)
+                pieces = service.engine.answer(job)
                 first = await _while_there(request, anext(pieces))
                 stream = _streamed(first, pieces, shape, asked, metrics)
                 return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
-            outcome = await _while_there(request, _whole(service, job))
+            outcome = await _while_there(request, _whole(service.engine.answer(job)))
         except Exception as error:
             raise refusal_of(error) from error
         metrics.answered(outcome)
@@ -273,8 +273,8 @@ class _Probe:
         return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(self._asked)), PROBE)
 
 
-async def _whole(service: Service, job: Job) -> Outcome:
-    async for piece in service.pieces(job):
+async def _whole(pieces: AsyncIterator[str | Outcome]) -> Outcome:
+    async for piece in pieces:
         if isinstance(piece, Outcome):
             return piece
     raise RegradError("the answer has no end")

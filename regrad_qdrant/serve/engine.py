@@ -55,6 +55,18 @@ class Outcome:
     queued: float  # seconds that it waited
     first_token: float  # seconds from there to its first token
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each part."""
+        timings = self.answer.timings
+        return {
+            "search": timings.search,
+            "queue": self.queued,
+            "decode": timings.decode,
+            "first_token": self.first_token,
+            "generate": timings.generate,
+        }
+
 
 class Job:
     """One request: what it is answered from, and whoever waits for it.

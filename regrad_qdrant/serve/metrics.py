@@ -47,15 +47,7 @@ class Metrics:
         self._seconds.labels(route).observe(seconds)
 
     def answered(self, outcome: Outcome) -> None:
-        timings = outcome.answer.timings
-        parts = {
-            "search": timings.search,
-            "queue": outcome.queued,
-            "decode": timings.decode,
-            "first_token": outcome.first_token,
-            "generate": timings.generate,
-        }
-        for part, seconds in parts.items():
+        for part, seconds in outcome.seconds.items():
             self._parts.labels(part).observe(seconds)
         self._tokens.labels("prompt").inc(outcome.answer.prompt_tokens)
         self._tokens.labels("completion").inc(outcome.completion_tokens)

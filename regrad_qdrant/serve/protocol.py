@@ -168,19 +168,12 @@ def usage(outcome: Outcome) -> dict[str, int]:
 def told(outcome: Outcome) -> dict[str, Any]:
     """The field `regrad` of an answer: what it came from, and the seconds of each part."""
     answer = outcome.answer
-    times = asdict(answer.timings)
     return {
         "mode": answer.mode,
         "documents": [document(hit) | {"weight": answer.weights.get(hit.id)} for hit in answer.hits],
         "source": asdict(answer.source) if answer.source else None,
         "notes": list(answer.notes),
-        "seconds": {
-            "search": times["search"],
-            "queue": outcome.queued,
-            "decode": times["decode"],
-            "first_token": outcome.first_token,
-            "generate": times["generate"],
-        },
+        "seconds": outcome.seconds,
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from qdrant_client import models
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Grounded, Mode, Query
 from regrad_qdrant.bank.stores.base import TEXT_INDEX
 from regrad_qdrant.errors import BankError, DataError, StoreUnavailableError
-from regrad_qdrant.serve.engine import DeadlineError, Engine, Job, Outcome
+from regrad_qdrant.serve.engine import DeadlineError, Engine, Job
 from regrad_qdrant.serve.protocol import ChatRequest, CompletionRequest, Retrieval
 
 if TYPE_CHECKING:
@@ -178,10 +178,6 @@ class Service:
         found = await self._found(regrad, query, request.regrad, deadline)
         search = time.perf_counter() - started
         return Job(regrad, found, request.sampling, search, deadline, streams=bool(request.stream))
-
-    def pieces(self, job: Job) -> AsyncIterator[str | Outcome]:
-        """As `Engine.answer`."""
-        return self.engine.answer(job)
 
     async def _found(self, regrad: ReGrad, asked: Query, options: Retrieval, deadline: float) -> Found:
         """The documents of one request, in time. What the search refuses of the request's own is the client's fault."""
