@@ -96,8 +96,9 @@ def serve(
     try:
         import uvicorn
 
-        from regrad_qdrant.serve.app import log_handler, make_app
+        from regrad_qdrant.serve.app import make_app
         from regrad_qdrant.serve.engine import Engine
+        from regrad_qdrant.serve.lines import log_handler
         from regrad_qdrant.serve.metrics import Metrics
         from regrad_qdrant.serve.service import Keys, Service, read_tenants
     except ImportError as error:
