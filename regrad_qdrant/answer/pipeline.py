@@ -7,9 +7,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.answer.adapter import Adapter
@@ -21,12 +19,10 @@ from regrad_qdrant.answer.grounding import BEAMS
 from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Characters, Grounded, Mode, Query, Source, Timings
 from regrad_qdrant.answer.retrieval import Found, Retrieval
 from regrad_qdrant.answer.streaming import AnswerStream
+from regrad_qdrant.answer.weighing import Weighing, bm25_of
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
-from regrad_qdrant.atoms.merge import length_weight, window_shares
 from regrad_qdrant.bank.bank import GradientBank
-from regrad_qdrant.bank.documents import relevances
-from regrad_qdrant.bank.embed import Bm25
-from regrad_qdrant.errors import DataError, RecordError, RegradError, WrongSpaceError
+from regrad_qdrant.errors import RecordError, RegradError, WrongSpaceError
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType, Style
 
 if TYPE_CHECKING:
@@ -34,15 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from regrad_qdrant.atoms.merge import MergeRule
-    from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.bank.async_bank import AsyncGradientBank
     from regrad_qdrant.bank.documents import Hit
     from regrad_qdrant.bank.stores.base import PointId, Vector
     from regrad_qdrant.model.initialization import MetaInitialization
-
-LONG = 1000  # characters of a text that surely has more tokens than a short one
-NEGLIGIBLE = 1e-3  # share of a window, beside the largest, that is left out
-SEARCHERS = 8  # threads that search for `aanswer` over a bank that has no asyncio of its own
 
 
 @dataclass(frozen=True)
@@ -125,10 +116,10 @@ class ReGrad:
             model, initialization, check_model=check_model, cache_bytes=cache_bytes, beside=other
         )
         self.tokenizer = tokenizer
-        self._async_bank = None if isinstance(bank, GradientBank) else bank
-        self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
+        self.retrieval = Retrieval(bank)
+        self.bank = self.retrieval.bank
         self.initialization = initialization
-        self.merge = merge or initialization.merge
+        self.weighing = Weighing(merge or initialization.merge, tokenizer, bm25_of(self.bank))
         self.asking = Asking(initialization.prompt)
         if isinstance(prompt, PromptFormat):
             self.asking = Asking(prompt)
@@ -136,10 +127,8 @@ class ReGrad:
             self.asking = replace(self.asking, function=prompt)
         self.gradients = self.adapter.gradients(tokenizer)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
-        self.retrieval = Retrieval(self.bank)
-        self.decoder = Decoder(self.adapter.model, tokenizer, self.asking, self._bm25, beams)
+        self.decoder = Decoder(self.adapter.model, tokenizer, self.asking, self.weighing.bm25, beams)
         self._batcher: Batcher[Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
-        self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
 
     def __enter__(self) -> Self:
         return self
@@ -150,7 +139,7 @@ class ReGrad:
     def close(self) -> None:
         """Give the model back as the plain base model, and end the threads. The bank stays open: it is the caller's."""
         self._batcher.close()
-        self._searchers.shutdown(wait=False)
+        self.retrieval.close()
         self.adapter.release()
 
     def answer(
@@ -296,15 +285,13 @@ class ReGrad:
     ) -> Answer:
         """`answer` for asyncio, with the same arguments.
 
-        The search is awaited on the event loop with an `AsyncGradientBank`, and made by a thread of this object's own
-        with any other bank; never by the loop's executor, whose threads a client may need to resolve a host's name.
-        Questions that wait at the same time share forward passes, on one thread of their own (`batch_size`,
-        `batch_wait`). The answers are those of `answer`.
+        The search never blocks the event loop (`Retrieval.aretrieve`). Questions that wait at the same time share
+        forward passes, on one thread of their own (`batch_size`, `batch_wait`). The answers are those of `answer`.
         """
         asked = Query(
             question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded, style=style
         )
-        [found] = await self.aretrieve([asked], top_k, using, seed)
+        [found] = await self.retrieval.aretrieve([asked], top_k, using, seed)
         return await self._batcher.ask(found)
 
     async def aanswer_many(
@@ -322,19 +309,8 @@ class ReGrad:
         import asyncio
 
         asked = _queries(questions, mode, grounded, style)
-        found = await self.aretrieve(asked, top_k, using, seed) if asked else []
+        found = await self.retrieval.aretrieve(asked, top_k, using, seed) if asked else []
         return list(await asyncio.gather(*(self._batcher.ask(one) for one in found)))
-
-    async def aretrieve(
-        self, asked: list[Query], top_k: int, using: str | Sequence[str] | None, seed: int
-    ) -> list[Found]:
-        """The documents that each question is answered from; `answer_many` says how the search is made."""
-        import asyncio
-
-        if self._async_bank is not None:
-            return await self._async_bank.run(self.retrieval.retrieve, asked, top_k, using, seed)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._searchers, self.retrieval.retrieve, asked, top_k, using, seed)
 
     def _answered_together(self, found: list[Found]) -> list[Answer]:
         return _warned(self.answered(found, 0.0))
@@ -377,54 +353,16 @@ class ReGrad:
             merged.append(total)
         return merged
 
-    def weights(self, hits: Sequence[Hit]) -> list[float]:
-        """wᵢ of these documents' atoms, best first: the merge rule's, less for short texts (`merge.length_weight`)."""
-        weights = self.merge.weights(relevances(hits))
-        return [weight * self._length_weight(hit.text) for hit, weight in zip(hits, weights, strict=True)]
-
-    def _length_weight(self, text: str) -> float:
-        if len(text) > LONG:
-            return 1.0
-        try:
-            return length_weight(len(self.gradients.encode(text).ids))
-        except DataError:
-            return 1.0
-
-    def window_weights(self, question: str, windows: Sequence[str]) -> list[float]:
-        """The shares of a long text's windows (`merge.window_shares`), by the BM25 of the bank's language."""
-        return window_shares(self.merge, self._bm25.scores(question, windows))
-
-    @cached_property
-    def _bm25(self) -> Bm25:
-        embedder = self.bank.embedders.get("bm25")
-        return embedder if isinstance(embedder, Bm25) else Bm25()
-
-    def _windows(self, hit: Hit, question: str) -> list[tuple[Record, Characters, float]]:
-        """The windows of a text that count, with the characters and the share of each."""
-        if hit.record is None:
-            return []
-        if not hit.record.rest:
-            return [(hit.record, (0, len(hit.text)), 1.0)]
-        spans = hit.record.spans
-        shares = self.window_weights(question, [hit.text[start:end] for start, end in spans])
-        windows = zip(hit.record.windows(), spans, shares, strict=True)
-        return [(window, span, share) for window, span, share in windows if share > NEGLIGIBLE * max(shares)]
-
     def _sum(self, usable: Usable, question: str) -> Merged:
         """The sum of these hits' atoms; those that turn out to be damaged are left out, recomputed or refused."""
-        hits, weights = usable.hits, self.weights(usable.hits)
-        parts = [self._windows(hit, question) for hit in hits]
-        atoms = [atom for windows in parts for atom, _, _ in windows]
-        shares = [weight * share for weight, windows in zip(weights, parts, strict=True) for _, _, share in windows]
+        weighed = self.weighing.weighed(usable.hits, question)
         try:
-            total = self.adapter.decode(atoms, shares)
-            applied = {hit.id: weight for hit, weight in zip(hits, weights, strict=True)}
-            windows = {hit.id: {span: share for _, span, share in part} for hit, part in zip(hits, parts, strict=True)}
-            return Merged(total, applied, usable.notes, usable.skipped, windows)
+            total = self.adapter.decode(weighed.records, weighed.shares)
+            return Merged(total, weighed.weights, usable.notes, usable.skipped, weighed.windows)
         except RecordError:
             if self.filling.policy.on_damaged == "refuse":
                 raise
-        examined = [replace(hit, damaged=self._damage(hit)) for hit in hits]
+        examined = [replace(hit, damaged=self._damage(hit)) for hit in usable.hits]
         [left] = self.filling.usable([examined], [False])
         return self._sum(Usable(left.hits, [*usable.notes, *left.notes], usable.skipped | left.skipped), question)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +14,11 @@ from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.errors import BankError
 
 if TYPE_CHECKING:
+    from regrad_qdrant.bank.async_bank import AsyncGradientBank
     from regrad_qdrant.bank.documents import Hit
     from regrad_qdrant.bank.stores.base import PointId
 
+SEARCHERS = 8  # threads that search for asyncio, over a bank that has no asyncio of its own
 NO_TEXT = "there is no text to take the answer from: it is the model's own"
 
 
@@ -36,10 +40,27 @@ class Retrieval:
             the note says which no point has.
     """
 
-    def __init__(self, bank: GradientBank, *, explains: bool = True) -> None:
-        self.bank = bank
+    def __init__(self, bank: GradientBank | AsyncGradientBank, *, explains: bool = True) -> None:
+        self._async_bank = None if isinstance(bank, GradientBank) else bank
+        self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
         self.explains = explains
         self._all_ids: list[PointId] | None = None
+        self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
+
+    def close(self) -> None:
+        """End the threads. The bank stays open."""
+        self._searchers.shutdown(wait=False)
+
+    async def aretrieve(
+        self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int
+    ) -> list[Found]:
+        """`retrieve` for asyncio: the search is awaited on the event loop with an `AsyncGradientBank`, and made by a
+        thread of this object's own with any other bank; never by the loop's executor, whose threads a client may need
+        to resolve a host's name."""
+        if self._async_bank is not None:
+            return await self._async_bank.run(self.retrieve, asked, top_k, using, seed)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._searchers, self.retrieve, asked, top_k, using, seed)
 
     def retrieve(self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Found]:
         """The documents that each question is answered from: all searches in as few requests as they take."""

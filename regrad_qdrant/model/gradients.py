@@ -87,6 +87,21 @@ def pad(rows: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> tuple
     return ids.to(device), mask.to(device)
 
 
+def document_ids(tokenizer: Any, text: str) -> list[int]:
+    """A document's tokens by the model's own rule (its BOS, no chat template).
+
+    Raises:
+        DataError: for a text of fewer than two tokens: there is no next token to predict.
+    """
+    try:
+        ids: list[int] = tokenizer(text, verbose=False).input_ids
+    except (TypeError, UnicodeError) as error:  # a lone surrogate
+        raise DataError(f"the text {text[:40]!r} is no valid Unicode: {error}") from error
+    if len(ids) < 2:
+        raise DataError(f"the text {text[:40]!r} has {len(ids)} token(s); a gradient needs at least 2")
+    return ids
+
+
 @dataclass(frozen=True)
 class EncodedDocument:
     """A document as its gradient sees it."""
@@ -122,12 +137,12 @@ class GradientComputer:
         self._turn = turn
 
     def encode(self, text: str) -> EncodedDocument:
-        """Tokenize by the model's own rule (its BOS, no chat template).
+        """The text as its gradient sees it: cut to `max_length`.
 
         Raises:
-            DataError: for a text of fewer than two tokens: there is no next token to predict.
+            DataError: as `document_ids`.
         """
-        ids = self._ids(text)
+        ids = document_ids(self.tokenizer, text)
         return EncodedDocument(ids[: self.max_length], len(ids) > self.max_length)
 
     def windows(self, text: str, most: int | None = None) -> list[EncodedDocument]:
@@ -141,7 +156,7 @@ class GradientComputer:
         Raises:
             DataError: as `encode`.
         """
-        ids = self._ids(text)
+        ids = document_ids(self.tokenizer, text)
         if len(ids) <= (most or self.max_length):
             return [EncodedDocument(ids, False, (0, len(text)))]
         most = most or max(3, self.max_length // 2)
@@ -161,17 +176,8 @@ class GradientComputer:
         if self.tokenizer.is_fast:
             offsets = self.tokenizer(text, return_offsets_mapping=True, verbose=False).offset_mapping
             return [int(offsets[token][0]) for token in tokens]
-        ids = self._ids(text)  # no offsets: what the tokens before them say is about as long
+        ids = document_ids(self.tokenizer, text)  # no offsets: what the tokens before them say is about as long
         return [min(len(text), len(self.tokenizer.decode(ids[:token], skip_special_tokens=True))) for token in tokens]
-
-    def _ids(self, text: str) -> list[int]:
-        try:
-            ids: list[int] = self.tokenizer(text, verbose=False).input_ids
-        except (TypeError, UnicodeError) as error:  # a lone surrogate
-            raise DataError(f"the text {text[:40]!r} is no valid Unicode: {error}") from error
-        if len(ids) < 2:
-            raise DataError(f"the text {text[:40]!r} has {len(ids)} token(s); a gradient needs at least 2")
-        return ids
 
     def atoms(self, documents: Sequence[EncodedDocument]) -> Tensor:
         """g(d) = ∇_φ L(d; θ, φ₀) of every document of one padded batch (paper, section 3): (batch, numel) float32.

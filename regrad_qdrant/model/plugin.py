@@ -42,6 +42,7 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
     missing = [name for name in initialization.modules if name not in present]
     if missing:
         raise AdapterError(f"the model lacks {len(missing)} adapted layers, {missing[0]} among them")
+    _keep_differentiable(model)
     check_layers(cast("PreTrainedModel", model), list(initialization.modules))
     config = LoraConfig(
         r=initialization.rank,
@@ -64,6 +65,15 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
             layer.forward = lean_forward(layer)
     peft_model.eval().requires_grad_(False)
     return peft_model
+
+
+def _keep_differentiable(model: nn.Module) -> None:
+    """Keep 4-bit layers on a processor with AVX512_BF16 from a kernel of bitsandbytes' that is for inference alone:
+    gradients would stop at it."""
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment] # of Linear4bit
+            layer.state_dict()  # brings weights that were packed for it back
 
 
 def check_layers(model: PreTrainedModel, names: Sequence[str]) -> None:

@@ -186,7 +186,7 @@ class Service:
         self._searching += 1
         try:
             async with asyncio.timeout(deadline - time.monotonic()):
-                [found] = await regrad.aretrieve([asked], options.top_k, using, 0)
+                [found] = await regrad.retrieval.aretrieve([asked], options.top_k, using, 0)
             return found
         except TimeoutError as error:
             raise DeadlineError("the search was not done in time") from error

@@ -119,7 +119,7 @@ def test_a_stale_atom_is_skipped_recomputed_or_refused(regrad):
     expected = regrad.gradients.atoms([regrad.gradients.encode("Ida Corvand works as a judge.")])[0]
     regrad.filling.policy = replace(regrad.filling.policy, codec="fp32")
     found = summed(regrad, Query(question), [hit])
-    [weight] = regrad.weights([hit])
+    [weight] = regrad.weighing.weights([hit])
     torch.testing.assert_close(found, weight * expected)
 
 
@@ -135,7 +135,7 @@ def test_documents_without_atoms_are_reported(regrad):
 
 
 def test_another_merge_rule_can_be_given(model, tokenizer, initialization, regrad):
-    regrad.merge = MergeRule("top1")
+    regrad.weighing.merge = MergeRule("top1")
     query = Query("Ida Corvand works as a diver")
     alone = summed(regrad, query, regrad.bank.search(query.question, 2))
     assert (alone == summed(regrad, query, regrad.bank.search(query.question, 1))).all()
@@ -370,5 +370,5 @@ def test_a_model_is_taken_over_and_given_back_bit_for_bit(model, tokenizer, init
 def test_a_short_text_weighs_less_and_a_long_one_in_full(regrad):
     hit = replace(regrad.bank.search(BROAD, 1)[0], text="Ida is a diver.")
     tokens = len(regrad.gradients.encode(hit.text).ids)
-    assert regrad.weights([hit]) == [tokens / SHORT] and tokens < SHORT
-    assert regrad.weights([replace(hit, text="Ida is a diver. " * 20)]) == [1]
+    assert regrad.weighing.weights([hit]) == [tokens / SHORT] and tokens < SHORT
+    assert regrad.weighing.weights([replace(hit, text="Ida is a diver. " * 20)]) == [1]

@@ -36,7 +36,7 @@ def test_the_window_that_the_question_is_about_is_applied(regrad, monkeypatch):
     windows = regrad.gradients.windows(LONG)
     for i, (start, end) in enumerate(hit.record.spans):
         question = LONG[start:end][20:90]  # its own words
-        shares = regrad.window_weights(question, [LONG[s:e] for s, e in hit.record.spans])
+        shares = regrad.weighing.window_weights(question, [LONG[s:e] for s, e in hit.record.spans])
         assert shares[i] == max(shares) == 1.0
     summed = []
     monkeypatch.setattr(
@@ -58,16 +58,16 @@ def zeros(regrad):
 
 def test_the_plain_sum_takes_one_window_and_words_that_no_window_has_take_all(regrad):
     windows = ["Ida bakes bread.", "Noor dives deep.", "Orla plays the harp."]
-    regrad.merge = MergeRule("sum")
-    assert regrad.window_weights("Who dives?", windows) == [0, 1, 0]
-    assert regrad.window_weights("Zzz?", windows) == [1 / 3] * 3
+    regrad.weighing.merge = MergeRule("sum")
+    assert regrad.weighing.window_weights("Who dives?", windows) == [0, 1, 0]
+    assert regrad.weighing.window_weights("Zzz?", windows) == [1 / 3] * 3
 
 
 def test_of_very_many_windows_that_no_word_tells_apart_all_count(regrad):
     count = 1200
     record = Record(regrad.bank.space, "t", "fp32", "x", ("y",) * (count - 1), ((0, 1),) * count)
     hit = Hit(1, 1.0, "a", {}, record)
-    assert len(regrad._windows(hit, "Zzz?")) == count
+    assert len(regrad.weighing._windows(hit, "Zzz?")) == count
 
 
 def test_computed_at_query_time_they_are_the_same(regrad):

@@ -87,7 +87,7 @@ class Bench:
         documents = [self.regrad.gradients.encode(hit.text) for hit in hits]
         with self.regrad.adapter.initial():
             atoms = self.regrad.gradients.atoms(documents)
-        weights = torch.tensor(self.regrad.merge.weights(relevances(hits)))
+        weights = torch.tensor(self.regrad.weighing.merge.weights(relevances(hits)))
         with self.regrad.adapter.applied_sum(weights @ atoms):
             self.speak(self.regrad.adapter.model, [self.prompt(question)], tokens)
 
@@ -100,7 +100,7 @@ class Bench:
 
     def sum(self, hits: Sequence[Hit]) -> Tensor:
         """Σ wᵢ·g(dᵢ) of retrieved documents."""
-        weights = self.regrad.merge.weights(relevances(hits))
+        weights = self.regrad.weighing.merge.weights(relevances(hits))
         return self.regrad.adapter.decode([hit.record for hit in hits if hit.record], weights)
 
 

@@ -73,7 +73,7 @@ def demo(
             "top_k": top_k,
             "batch": batch,
             "codec": status.codec,
-            "merge": asdict(regrad.merge),
+            "merge": asdict(regrad.weighing.merge),
             "people": DEMO_PEOPLE,
             "seed": DEMO_SEED,
         }

@@ -248,7 +248,7 @@ def evaluation(
                             swept[k].append(ask(retrieving_here, top_k=k).named(party.modes))
                     settings |= {"layout": str(bank.layout)}
                     if party.fills:
-                        settings |= {"codec": bank.status().codec, "merge": asdict(regrad.merge)}
+                        settings |= {"codec": bank.status().codec, "merge": asdict(regrad.weighing.merge)}
                     regrad.close()
     others = tuple((k, Evaluation.joined(settings, parts, chosen)) for k, parts in swept.items() if parts)
     result = replace(
