@@ -98,16 +98,12 @@ class Filling:
         usable = []
         for hits, is_online in pairs:
             ours = anew if is_online else lacking
-            kept, left_out = [], dict[str, list[Hit]]()
+            judged = []
             for hit in hits:
                 whole = replace(hit, record=fresh.get(hit.id), damaged=None) if hit.id in ours else hit
                 lack = refused.get(hit.id) if whole.record is None and hit.id in ours else _lack(whole)
-                if lack is None:
-                    kept.append(whole)
-                else:
-                    left_out.setdefault(lack, []).append(hit)
-            skipped = {hit.id: lack for lack, of in left_out.items() for hit in of}
-            usable.append(Usable(kept, [_note(lack, of) for lack, of in left_out.items()], skipped))
+                judged.append((whole, lack))
+            usable.append(_sorted_out(judged))
         return usable
 
     def _to_compute(self, hit: Hit) -> bool:
@@ -167,6 +163,22 @@ class Filling:
 
 MISSING = "has no atom of this initialization: run regrad-qdrant ingest"
 STALE = "has changed since its atom was computed: skipped; run regrad-qdrant ingest"
+
+
+def as_stored(hits: Sequence[Hit]) -> Usable:
+    """The hits whose stored atoms can be applied, where no model is at hand that could compute others."""
+    return _sorted_out([(hit, _lack(hit)) for hit in hits])
+
+
+def _sorted_out(judged: Sequence[tuple[Hit, str | None]]) -> Usable:
+    """Hits, each with what it lacks."""
+    left_out = dict[str, list[Hit]]()
+    for hit, lack in judged:
+        if lack is not None:
+            left_out.setdefault(lack, []).append(hit)
+    skipped = {hit.id: lack for lack, of in left_out.items() for hit in of}
+    kept = [hit for hit, lack in judged if lack is None]
+    return Usable(kept, [_note(lack, of) for lack, of in left_out.items()], skipped)
 
 
 def _lack(hit: Hit) -> str | None:

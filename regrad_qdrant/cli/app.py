@@ -17,6 +17,7 @@ import typer
 from regrad_qdrant.cli.ask import ask
 from regrad_qdrant.cli.bank import drop, ingest, migrate, recode, status
 from regrad_qdrant.cli.console import errors
+from regrad_qdrant.cli.models import models
 from regrad_qdrant.cli.serve import serve
 from regrad_qdrant.errors import MissingExtraError, RegradError
 
@@ -53,7 +54,7 @@ def _refusing(error: MissingExtraError) -> Callable[[], Any]:
     return command
 
 
-for _command in (ingest, status, ask, serve, recode, migrate, drop):
+for _command in (ingest, status, ask, serve, recode, migrate, drop, models):
     app.command()(_command)
 for _point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
     _add(_point)

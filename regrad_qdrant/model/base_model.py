@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import InitializationError, MissingExtraError
+from regrad_qdrant.model.cache import cache_folder
+from regrad_qdrant.model.packaged import PACKAGED, packaged_file
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +43,8 @@ def load_base_model(
     calls load that in a second.
 
     Args:
-        name: a Hugging Face id, a local folder, a `.gguf` file, or `package:<import name>/<file>` for a model
-            that an installed Python package carries.
+        name: a Hugging Face id, a local folder, a `.gguf` file, `package:<import name>/<file>` for a model that an
+            installed Python package carries, or the name of one that `regrad-qdrant models` has fetched.
         device: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes an accelerator where there is one. A `device_map` among the
             options goes before it.
         dtype: of the weights: one of `DTYPES`, or PyTorch's own. `auto` is the checkpoint's own on an accelerator, and
@@ -64,7 +66,7 @@ def load_base_model(
     of_both = {key: value for key, value in hub.items() if value is not None}
     with _quiet():
         try:
-            source = _dequantized(Path(path)) if (path := resolve_package(name)).endswith(".gguf") else path
+            source = _dequantized(Path(path)) if (path := _resolved(name)).endswith(".gguf") else path
             model, tokenizer = _load(source, of_both, **options)
         except (OSError, ValueError, ImportError) as error:
             raise InitializationError(f"can't load the base model {name!r}: {error}") from error
@@ -134,17 +136,21 @@ def multiplies_16_bits_faster() -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def cache_folder() -> Path:
-    """Where dequantized base models are kept: below XDG_CACHE_HOME, or else ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "regrad-qdrant"
-
-
 def _load(source: str, of_both: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     return AutoModelForCausalLM.from_pretrained(source, **of_both, **options), AutoTokenizer.from_pretrained(
         source, **of_both
     )
+
+
+def _resolved(name: str) -> str:
+    """The file or folder of a model that a package carries, or that was fetched; any other name as it is."""
+    if name not in PACKAGED:
+        return resolve_package(name)
+    if not packaged_file(name).is_file():
+        raise InitializationError(f"the model {name} was not fetched yet: regrad-qdrant models {name}")
+    return str(packaged_file(name))
 
 
 def resolve_package(name: str) -> str:

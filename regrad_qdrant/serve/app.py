@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from regrad_qdrant import __version__
 from regrad_qdrant.errors import DataError, RegradError, StoreUnavailableError, UnindexedFilterError
-from regrad_qdrant.serve.engine import DeadlineError, Outcome, QueueFullError, StoppedError
+from regrad_qdrant.serve.job import DeadlineError, Outcome, QueueFullError, StoppedError
 from regrad_qdrant.serve.metrics import Metrics
 from regrad_qdrant.serve.protocol import (
     ChatRequest,
@@ -90,7 +90,7 @@ def refusal_of(error: Exception) -> Refusal:
     return Refusal(500, "a fault of the server's own; its log says more", "internal_error")
 
 
-def make_app(service: Service, metrics: Metrics, *, log_questions: bool = False) -> FastAPI:
+def make_app(service: Service[Any], metrics: Metrics, *, log_questions: bool = False) -> FastAPI:
     """The application; it owns the service's engine, and ends it when it is shut down."""
 
     @asynccontextmanager
@@ -256,7 +256,7 @@ def _model(name: str) -> dict[str, Any]:
 class _Probe:
     """Asks the bank whether it is there, on a thread of its own: one request at a time, however long it takes."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service[Any]) -> None:
         self._store = service.regrad.bank.store
         self._thread = ThreadPoolExecutor(1, "regrad-probe")
         self._asked: Future[int] | None = None

@@ -14,18 +14,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from regrad_qdrant.answer.generation import Generated, token_ids
 from regrad_qdrant.answer.pipeline import answer_of
 from regrad_qdrant.answer.query import BARE, Answer, Timings
-from regrad_qdrant.answer.running import Finish, Row, RunningBatch, Sampling
+from regrad_qdrant.answer.running import Row, RunningBatch
 from regrad_qdrant.errors import DataError, RegradError
+from regrad_qdrant.serve.job import DeadlineError, Job, Outcome, QueueFullError, StoppedError
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import Merged, ReGrad
-    from regrad_qdrant.answer.retrieval import Found
+    from regrad_qdrant.answer.running import Finish
 
 log = logging.getLogger(__name__)
 READ_TOKENS = 4096  # of prompts that are read at once: a long one alone
@@ -33,55 +34,12 @@ GRACE = 5.0  # seconds after a request's deadline in which the engine itself may
 STEPS = 8  # tokens that one running batch says before another's turn
 
 
-class QueueFullError(RegradError):
-    """As many requests wait as may."""
+class Place:
+    """A request's place: in the queue, and then in a batch."""
 
-
-class DeadlineError(RegradError):
-    """A request was not done in time."""
-
-
-class StoppedError(RegradError):
-    """The engine takes no more requests."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A whole answer, and how it came about."""
-
-    answer: Answer
-    finish: Finish
-    completion_tokens: int
-    queued: float  # seconds that it waited
-    first_token: float  # seconds from there to its first token
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Of each part."""
-        timings = self.answer.timings
-        return {
-            "search": timings.search,
-            "queue": self.queued,
-            "decode": timings.decode,
-            "first_token": self.first_token,
-            "generate": timings.generate,
-        }
-
-
-class Job:
-    """One request: what it is answered from, and whoever waits for it.
-
-    Args:
-        search: the seconds that its search took.
-        deadline: of `time.monotonic`.
-        streams: whether its client reads the answer piece by piece.
-    """
-
-    def __init__(
-        self, regrad: ReGrad, found: Found, sampling: Sampling, search: float, deadline: float, *, streams: bool
-    ) -> None:
-        self.regrad, self.found, self.sampling, self.streams = regrad, found, sampling, streams
-        self.search, self.deadline = search, deadline
+    def __init__(self, job: Job[ReGrad]) -> None:
+        self.regrad, self.found, self.sampling, self.streams = job.regrad, job.found, job.sampling, job.streams
+        self.search, self.deadline = job.search, job.deadline
         self.cancelled = False
         self.loop = asyncio.get_running_loop()
         self.events: asyncio.Queue[str | Outcome | Exception] = asyncio.Queue()
@@ -121,8 +79,8 @@ class Engine:
     def __init__(self, *, batch: int = 16, queue: int = 256, on_batch: Callable[[int], None] = lambda _: None) -> None:
         self.batch, self.limit = batch, queue
         self._on_batch = on_batch
-        self._arrived: deque[Job] = deque()
-        self._waiting: list[Job] = []
+        self._arrived: deque[Place] = deque()
+        self._waiting: list[Place] = []
         self._running: dict[tuple[int, bool], _Lane] = {}  # by the ReGrad, and whether without its plug-in
         self._wake = threading.Condition()
         self._stopping = False
@@ -136,7 +94,7 @@ class Engine:
 
     @property
     def running(self) -> int:
-        return sum(len(lane.jobs) for lane in list(self._running.values()))
+        return sum(len(lane.places) for lane in list(self._running.values()))
 
     @property
     def alive(self) -> bool:
@@ -156,7 +114,7 @@ class Engine:
         if self.waiting + coming >= self.limit:
             raise QueueFullError(f"{self.limit} requests are waiting already")
 
-    async def answer(self, job: Job) -> AsyncIterator[str | Outcome]:
+    async def answer(self, job: Job[ReGrad]) -> AsyncIterator[str | Outcome]:
         """The pieces of a request's answer, and the whole of it at the end. Whoever leaves early frees its row.
 
         Raises:
@@ -164,15 +122,16 @@ class Engine:
             DeadlineError: if it is not done in time.
             RegradError: as `ReGrad.answer`.
         """
+        place = Place(job)
         with self._wake:
             self.check_room()
-            self._arrived.append(job)
+            self._arrived.append(place)
             self._wake.notify()
         try:
             while True:
                 try:
-                    left = job.deadline - time.monotonic() + GRACE
-                    event = await asyncio.wait_for(job.events.get(), max(left, 0))
+                    left = place.deadline - time.monotonic() + GRACE
+                    event = await asyncio.wait_for(place.events.get(), max(left, 0))
                 except TimeoutError as error:  # the engine has not even said so
                     raise DeadlineError("the answer was not done in time") from error
                 if isinstance(event, Exception):
@@ -181,7 +140,7 @@ class Engine:
                 if isinstance(event, Outcome):
                     return
         finally:
-            job.cancelled = True
+            place.cancelled = True
 
     def close(self) -> None:
         """Answer what was accepted, and end the thread."""
@@ -209,80 +168,80 @@ class Engine:
                 self._wake.wait()
             while self._arrived:
                 self._waiting.append(self._arrived.popleft())
-        self._waiting = [job for job in self._waiting if not job.over]
+        self._waiting = [place for place in self._waiting if not place.over]
         return True
 
     def _answer_at_once(self) -> None:
         """Those of the waiting that are no rows of a running batch: of each ReGrad as many as fit together."""
-        groups: dict[int, list[Job]] = {}
-        for job in self._waiting:
-            if job.found.asked.grounded or job.found.asked.type != "open":
-                groups.setdefault(id(job.regrad), []).append(job)
+        groups: dict[int, list[Place]] = {}
+        for place in self._waiting:
+            if place.found.asked.grounded or place.found.asked.type != "open":
+                groups.setdefault(id(place.regrad), []).append(place)
         for group in groups.values():
             part = group[: self.batch]
-            self._waiting = [job for job in self._waiting if job not in part]
-            if fitting := [job for job in part if _fits(job)]:
+            self._waiting = [place for place in self._waiting if place not in part]
+            if fitting := [place for place in part if _fits(place)]:
                 self._answered(fitting)
 
-    def _answered(self, jobs: Sequence[Job]) -> None:
+    def _answered(self, places: Sequence[Place]) -> None:
         started = time.perf_counter()
-        for job in jobs:
-            job.started_at = started
+        for place in places:
+            place.started_at = started
         try:
-            answers = jobs[0].context.run(jobs[0].regrad.answered, [job.found for job in jobs], 0.0)
+            answers = places[0].context.run(places[0].regrad.answered, [place.found for place in places], 0.0)
         except Exception as error:  # whatever it is, its caller gets it
-            if len(jobs) == 1:
-                jobs[0].put(error)
+            if len(places) == 1:
+                places[0].put(error)
             else:
-                for job in jobs:
-                    self._answered([job])
+                for place in places:
+                    self._answered([place])
             return
-        self._on_batch(len(jobs))
-        for job, answer in zip(jobs, answers, strict=True):
-            if job.over:
+        self._on_batch(len(places))
+        for place, answer in zip(places, answers, strict=True):
+            if place.over:
                 continue
-            job.first_at = time.perf_counter()
-            timed = replace(answer, timings=replace(answer.timings, search=job.search))
-            tokens = len(job.regrad.tokenizer(answer.text, add_special_tokens=False).input_ids)
-            job.put(answer.text)
-            most = job.regrad.asking.length(job.found.asked.prompt([]))
-            cut = answer.source is None and job.found.asked.type == "open" and tokens >= most
-            job.put(job.outcome(timed, "length" if cut else "stop", tokens))
+            place.first_at = time.perf_counter()
+            timed = replace(answer, timings=replace(answer.timings, search=place.search))
+            tokens = len(place.regrad.tokenizer(answer.text, add_special_tokens=False).input_ids)
+            place.put(answer.text)
+            most = place.regrad.asking.length(place.found.asked.prompt([]))
+            cut = answer.source is None and place.found.asked.type == "open" and tokens >= most
+            place.put(place.outcome(timed, "length" if cut else "stop", tokens))
 
     def _join(self) -> None:
         """Give rows to those that wait, as far as there is room."""
-        ready: dict[tuple[int, bool], list[Job]] = {}
+        ready: dict[tuple[int, bool], list[Place]] = {}
         left = []
-        for job in self._waiting:
-            key = (id(job.regrad), job.found.asked.mode in BARE)
+        for place in self._waiting:
+            key = (id(place.regrad), place.found.asked.mode in BARE)
             if key not in self._running:
-                self._running[key] = _Lane(job.regrad)
+                self._running[key] = _Lane(place.regrad)
             lane, part = self._running[key], ready.setdefault(key, [])
-            if len(lane.jobs) + len(part) >= self.batch or not lane.batch.is_open:
-                left.append(job)
-            elif self._prepared(job):
-                part.append(job)
+            if len(lane.places) + len(part) >= self.batch or not lane.batch.is_open:
+                left.append(place)
+            elif self._prepared(place):
+                part.append(place)
         self._waiting = left
-        for key, jobs in ready.items():
-            for part in _short_enough(jobs):
+        for key, places in ready.items():
+            for part in _short_enough(places):
                 if self._running[key].batch.is_open:
                     self._running[key].join(part)
                 else:
                     self._waiting += part
 
-    def _prepared(self, job: Job) -> bool:
+    def _prepared(self, place: Place) -> bool:
         """Sum a request's atoms and read its prompt's tokens; False where that fails, for this one alone."""
-        job.started_at = time.perf_counter()
+        place.started_at = time.perf_counter()
         try:
-            [job.merged] = job.context.run(job.regrad.merged, [job.found])
-            job.decode = time.perf_counter() - job.started_at
-            asked, regrad = job.found.asked, job.regrad
+            [place.merged] = place.context.run(place.regrad.merged, [place.found])
+            place.decode = time.perf_counter() - place.started_at
+            asked, regrad = place.found.asked, place.regrad
             bare = asked.mode in BARE
-            prompt = asked.prompt(job.found.hits)
-            job.row = Row(prompt, regrad.tokenizer, regrad.asking, job.merged.total, bare, job.sampling)
-            _check_length(regrad, len(job.row.prompt_ids), job.row.most_tokens)
+            prompt = asked.prompt(place.found.hits)
+            place.row = Row(prompt, regrad.tokenizer, regrad.asking, place.merged.total, bare, place.sampling)
+            _check_length(regrad, len(place.row.prompt_ids), place.row.most_tokens)
         except Exception as error:  # whatever it is, its caller gets it
-            job.put(error)
+            place.put(error)
             return False
         return True
 
@@ -290,17 +249,17 @@ class Engine:
         """Let every running batch say some tokens, or one where others wait to join."""
         for lane in self._running.values():
             for _ in range(STEPS):
-                if not lane.jobs:
+                if not lane.places:
                     break
-                self._on_batch(len(lane.jobs))
+                self._on_batch(len(lane.places))
                 left = lane.step()
                 if self._arrived or (left and self._waiting):
                     break
 
     def _fail(self, error: Exception) -> None:
         """Tell everyone, and begin anew."""
-        for job in (*self._waiting, *(job for lane in self._running.values() for job in lane.jobs)):
-            job.put(error)
+        for place in (*self._waiting, *(place for lane in self._running.values() for place in lane.places)):
+            place.put(error)
         self._waiting = []
         self._running = {}
 
@@ -309,24 +268,24 @@ class _Lane:
     """The running batch of one ReGrad, and whose its rows are."""
 
     def __init__(self, regrad: ReGrad) -> None:
-        self.jobs: list[Job] = []
+        self.places: list[Place] = []
         self.batch = RunningBatch(regrad.adapter, regrad.tokenizer)
 
-    def join(self, jobs: Sequence[Job]) -> None:
+    def join(self, places: Sequence[Place]) -> None:
         try:
-            self.batch.join([job.row for job in jobs if job.row is not None])
+            self.batch.join([place.row for place in places if place.row is not None])
         except Exception as error:  # memory that is short, say: of several, each is tried by itself
             if not self.batch.rows:
                 self._lost(error)
-            if len(jobs) == 1:
-                jobs[0].put(error)
+            if len(places) == 1:
+                places[0].put(error)
             else:
-                for job in jobs:
-                    self.join([job])
+                for place in places:
+                    self.join([place])
             return
-        for job in jobs:
-            job.first_at = time.perf_counter()
-        self.jobs += jobs
+        for place in places:
+            place.first_at = time.perf_counter()
+        self.places += places
         self._hand_on()
 
     def step(self) -> bool:
@@ -340,66 +299,69 @@ class _Lane:
 
     def _lost(self, error: Exception) -> None:
         """Tell those that have rows that they have none any more."""
-        for job in self.jobs:
-            job.put(error)
+        for place in self.places:
+            place.put(error)
         self.batch.leave(self.batch.rows)
-        self.jobs = []
+        self.places = []
 
     def _hand_on(self) -> bool:
         """Give what was said to whoever waits for it, and let those leave that are done or gone."""
-        gone = [job for job in self.jobs if job.over or _handed_on(job)]
+        gone = [place for place in self.places if place.over or _handed_on(place)]
         if gone:
-            self.batch.leave([job.row for job in gone if job.row is not None])
-            self.jobs = [job for job in self.jobs if job not in gone]
+            self.batch.leave([place.row for place in gone if place.row is not None])
+            self.places = [place for place in self.places if place not in gone]
         return bool(gone)
 
 
-def _handed_on(job: Job) -> bool:
+def _handed_on(place: Place) -> bool:
     """Give what is new of an answer to whoever waits for it; returns whether that was all."""
-    row, merged = job.row, job.merged
+    row, merged = place.row, place.merged
     assert row is not None and merged is not None
     shown = row.shown
-    if shown != job.shown and shown.startswith(job.shown):
-        job.put(shown[len(job.shown) :])
-        job.shown = shown
+    if shown != place.shown and shown.startswith(place.shown):
+        place.put(shown[len(place.shown) :])
+        place.shown = shown
     if row.finish is None:
         return False
-    if job.streams and row.text != job.shown:
-        job.put(RegradError("the answer turned out otherwise than it had begun"))
+    if place.streams and row.text != place.shown:
+        place.put(RegradError("the answer turned out otherwise than it had begun"))
         return True
-    generate = time.perf_counter() - job.started_at - job.decode
+    generate = time.perf_counter() - place.started_at - place.decode
     answer = answer_of(
-        Generated(row.text, len(row.prompt_ids)), job.found, merged, Timings(job.search, job.decode, generate=generate)
+        Generated(row.text, len(row.prompt_ids)),
+        place.found,
+        merged,
+        Timings(place.search, place.decode, generate=generate),
     )
-    job.put(job.outcome(answer, row.finish, len(row.tokens)))
+    place.put(place.outcome(answer, row.finish, len(row.tokens)))
     return True
 
 
-def _short_enough(jobs: Sequence[Job]) -> list[list[Job]]:
+def _short_enough(places: Sequence[Place]) -> list[list[Place]]:
     """In parts whose prompts, padded to the longest, have `READ_TOKENS` tokens at most, or that are one alone."""
-    parts: list[list[Job]] = []
-    for job in sorted(jobs, key=lambda job: _tokens(job)):
+    parts: list[list[Place]] = []
+    for place in sorted(places, key=lambda place: _tokens(place)):
         part = parts[-1] if parts else []
-        if part and _tokens(job) * (len(part) + 1) <= READ_TOKENS:
-            part.append(job)
+        if part and _tokens(place) * (len(part) + 1) <= READ_TOKENS:
+            part.append(place)
         else:
-            parts.append([job])
+            parts.append([place])
     return parts
 
 
-def _tokens(job: Job) -> int:
-    return len(job.row.prompt_ids) if job.row is not None else 0
+def _tokens(place: Place) -> int:
+    return len(place.row.prompt_ids) if place.row is not None else 0
 
 
-def _fits(job: Job) -> bool:
+def _fits(place: Place) -> bool:
     """Whether a request that is answered at once is short enough for the model; one that is not is told."""
-    asked, regrad = job.found.asked, job.regrad
+    asked, regrad = place.found.asked, place.regrad
     try:
-        prompt = asked.prompt(job.found.hits)
+        prompt = asked.prompt(place.found.hits)
         [ids] = token_ids(regrad.tokenizer, [prompt], regrad.asking)
         _check_length(regrad, len(ids), len(ids) + regrad.asking.length(prompt))
     except Exception as error:  # whatever it is, its caller gets it
-        job.put(error)
+        place.put(error)
         return False
     return True
 

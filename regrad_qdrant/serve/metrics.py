@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
-    from regrad_qdrant.serve.engine import Engine, Outcome
+    from regrad_qdrant.serve.job import AnswersJobs, Outcome
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -31,7 +31,7 @@ class Metrics:
         self._rows = Histogram("regrad_batch_rows", "Rows of a forward pass", buckets=ROWS, registry=self.registry)
         self._tokens = Counter("regrad_tokens", "Tokens read and said", ["kind"], registry=self.registry)
 
-    def watch(self, engine: Engine) -> None:
+    def watch(self, engine: AnswersJobs[Any]) -> None:
         """Show how many of its requests wait and run."""
         for name, what, value in (
             ("regrad_waiting_requests", "Requests without a row yet", lambda: engine.waiting),

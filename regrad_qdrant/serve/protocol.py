@@ -14,7 +14,7 @@ from regrad_qdrant.answer.running import Sampling
 
 if TYPE_CHECKING:
     from regrad_qdrant.bank.documents import Hit
-    from regrad_qdrant.serve.engine import Outcome
+    from regrad_qdrant.serve.job import Outcome
 
 URL_FIELDS = ("url", "source_url", "link", "metadata.url", "meta.url", "metadata.source")  # of payloads, first found
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic
 
 from pydantic import ValidationError
 from qdrant_client import models
@@ -17,11 +17,10 @@ from qdrant_client import models
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Grounded, Mode, Query
 from regrad_qdrant.bank.stores.base import TEXT_INDEX
 from regrad_qdrant.errors import BankError, DataError, StoreUnavailableError
-from regrad_qdrant.serve.engine import DeadlineError, Engine, Job
+from regrad_qdrant.serve.job import AnswersJobs, DeadlineError, Job, Source
 from regrad_qdrant.serve.protocol import ChatRequest, CompletionRequest, Retrieval
 
 if TYPE_CHECKING:
-    from regrad_qdrant.answer.pipeline import ReGrad
     from regrad_qdrant.answer.retrieval import Found
     from regrad_qdrant.bank.documents import Hit
 
@@ -128,7 +127,7 @@ def filter_of(value: Any, name: str) -> models.Filter:
         raise DataError(f"{name} is no filter of Qdrant's: {where}: {first['msg']}") from error
 
 
-class Service:
+class Service(Generic[Source]):
     """Answers requests of clients.
 
     Args:
@@ -136,21 +135,23 @@ class Service:
         icl: of that one, or None where it is not offered.
         deadline: seconds that a request may take.
         using: the vectors that are searched where a request names none.
+        offers: the models that clients may name.
     """
 
     def __init__(
         self,
-        regrad: ReGrad,
-        icl: ReGrad | None,
-        engine: Engine,
+        regrad: Source,
+        icl: Source | None,
+        engine: AnswersJobs[Source],
         keys: Keys,
         *,
         deadline: float,
         using: str | Sequence[str] | None = None,
+        offers: Mapping[str, Offer] = OFFERS,
     ) -> None:
         self.regrad, self.icl, self.engine, self.keys = regrad, icl, engine, keys
         self.deadline = deadline
-        self.offers = {name: offer for name, offer in OFFERS.items() if icl or offer.mode != "regrad+icl"}
+        self.offers = {name: offer for name, offer in offers.items() if icl or offer.mode != "regrad+icl"}
         self._default_using = using
         self._vectors = regrad.bank.store.vectors()
         self._searching = 0
@@ -160,15 +161,15 @@ class Service:
 
     async def hits(self, client: Client, query: str, options: Retrieval) -> list[Hit]:
         """What a search finds, without an answer."""
-        asked = Query(_valid(query), "rag", query_filter=self._filter(client, options))
+        asked = Query(_valid(query), query_filter=self._filter(client, options))
         return (await self._found(self.regrad, asked, options, time.monotonic() + self.deadline)).hits
 
-    async def job(self, client: Client, request: ChatRequest | CompletionRequest) -> Job:
+    async def job(self, client: Client, request: ChatRequest | CompletionRequest) -> Job[Source]:
         """What a request is answered from: its search is done.
 
         Raises:
             UnknownModelError, DataError, ValueError: for a request that makes no sense.
-            QueueFullError, DeadlineError: as `Engine.answer`.
+            QueueFullError, DeadlineError: as `AnswersJobs.answer`.
             BankError: as the search raises it.
         """
         started, deadline = time.perf_counter(), time.monotonic() + self.deadline
@@ -179,7 +180,7 @@ class Service:
         search = time.perf_counter() - started
         return Job(regrad, found, request.sampling, search, deadline, streams=bool(request.stream))
 
-    async def _found(self, regrad: ReGrad, asked: Query, options: Retrieval, deadline: float) -> Found:
+    async def _found(self, regrad: Source, asked: Query, options: Retrieval, deadline: float) -> Found:
         """The documents of one request, in time. What the search refuses of the request's own is the client's fault."""
         using = self._using(options)
         self.engine.check_room(self._searching)
@@ -210,6 +211,8 @@ class Service:
             raise DataError("passages beside the gradients need an initialization for that (serve --icl-init)")
         if options.grounded is not None:
             grounded = options.grounded
+        if grounded not in {known.grounded for known in self.offers.values()}:
+            raise DataError(f"regrad.grounded: {grounded!r} is not offered here")
         system, turns, question = _read(request)
         length = request.length or (SYSTEM_TOKENS if system is not None else None)
         return Query(
