@@ -139,17 +139,21 @@ class MetaLearner(nn.Module):
 
         They run in batches of like length: with passages in the prompt, half of one batch would be padding.
         """
-        lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
-        groups = list(batches(lengths, BATCH_TOKENS))
+        groups = self.groups(examples)
         parts = []
         for group in groups:
             own = None if rows is None else {name: tensor[group] for name, tensor in rows.items()}
-            parts.append(self._answer_losses([examples[i] for i in group], own))
+            parts.append(self.group_losses([examples[i] for i in group], own))
         order = torch.tensor([i for group in groups for i in group], device=self.device).argsort()
         losses, right = (torch.cat(tensors)[order] for tensors in zip(*parts, strict=True))
         return losses, right
 
-    def _answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
+    def groups(self, examples: Sequence[Example]) -> list[list[int]]:
+        """The questions that run in one batch, by number."""
+        lengths = [len(example.prompt_ids) + len(example.answer_ids) for example in examples]
+        return list(batches(lengths, BATCH_TOKENS))
+
+    def group_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """`answer_losses` of one padded batch."""
         pairs = [(example.prompt_ids, example.answer_ids) for example in examples]
         with nullcontext() if rows is None else row_updates(self.model[0], self.space, rows):
@@ -182,10 +186,14 @@ class MetaLearner(nn.Module):
             order: what is differentiated of the atoms: 2 all of the inner step; 1 its projections
                 (`projected_atoms`); 0 nothing, so that the losses depend on α and τ alone.
         """
-        if order == 1:
-            atoms = self.projected_atoms(episode.passages)
-        else:
-            atoms, _ = self.atoms(episode.passages, create_graph=order == 2)
+        return self.merged(episode, self.atoms_to_order(episode.passages, order), codec)
+
+    def atoms_to_order(self, passages: Sequence[Sequence[int]], order: Literal[0, 1, 2]) -> dict[str, Tensor]:
+        """The passages' atoms, differentiable as `episode_updates` says."""
+        return self.projected_atoms(passages) if order == 1 else self.atoms(passages, create_graph=order == 2)[0]
+
+    def merged(self, episode: Episode, atoms: Mapping[str, Tensor], codec: str) -> dict[str, Tensor]:
+        """The update of every question of the episode, of these atoms of its passages, read from this codec."""
         coded = self.coded(atoms, codec)
         shares = self.lora_a[0].new_tensor([length_weight(len(passage)) for passage in episode.passages])
         short = {name: atom * shares.view(-1, *[1] * (atom.dim() - 1)) for name, atom in coded.items()}

@@ -77,6 +77,7 @@ class Recipe:
     passages: int = 16
     questions_per_passage: int = 2
     top_k: tuple[int, ...] = (1, 2, 3, 5)
+    passage_batch: int | None = None  # passages whose second order is in memory at once, for one pass more; None: all
     accumulate: int = 1  # episodes of one step, on each process
     contrast: int = 0  # questions of an episode whose answer is also set against other spans (`training.contrast`)
     contrast_weight: float = 0.5  # of that loss beside the answers' own
@@ -115,6 +116,8 @@ class Recipe:
             raise DataError(f"passages_in_prompt is a share of the questions, 0 to 1, found {self.passages_in_prompt}")
         if self.contrast < 0 or self.contrast_weight < 0:
             raise DataError("contrast counts questions and contrast_weight is a weight: neither is below 0")
+        if self.passage_batch is not None and self.passage_batch < 1:
+            raise DataError(f"passage_batch must be at least 1, found {self.passage_batch}")
         if self.accumulate < 1:
             raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
         if self.patience and not self.dev_questions:
@@ -168,12 +171,12 @@ class Recipe:
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """A number as the setting's type has it. YAML reads 1e-3, without a point, as text."""
-    if kind not in ("int", "float", "float | None") or (value is None and kind == "float | None"):
+    if kind not in ("int", "float", "int | None", "float | None") or (value is None and kind.endswith("None")):
         return value
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} must be a number, found {value!r}") from error
-    if kind == "int" and number != int(number):
+    if kind.startswith("int") and number != int(number):
         raise DataError(f"{name} must be a whole number, found {value!r}")
-    return int(number) if kind == "int" else number
+    return int(number) if kind.startswith("int") else number

@@ -6,13 +6,14 @@ What a step draws depends on the seed, the process and the number of the step al
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from regrad_loaders.data.episodes import Episode
 from regrad_loaders.training.calibration import calibrate
 from regrad_loaders.training.contrast import SpanContrast
 from regrad_loaders.training.log import Log
+from regrad_loaders.training.meta_gradient import backward
 from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_loaders.training.mixture import load_dev_sources, load_sources
 from regrad_loaders.training.recipe import Recipe
@@ -43,8 +45,8 @@ class StepMetrics:
     exact: float  # share of questions whose every answer token is the most likely one
     grad_norm: float
     seconds: float
-    seconds_of_atoms: float  # the inner step: drawing, forward, backward with its graph
-    seconds_of_answers: float  # forward of the questions
+    seconds_of_atoms: float  # the inner step: forward, and backward with its graph
+    seconds_of_answers: float  # of the questions, forward and backward; the rest is the way back through the atoms
     questions: int
     passages: int
     contrast: float | None = None  # mean loss of the contrast with other spans, where the recipe has it
@@ -114,30 +116,34 @@ class Trainer:
     def train_step(self) -> StepMetrics:
         """Some episodes: forward, backward, and one update."""
         recipe, start = self.recipe, time.perf_counter()
-        order = 0 if recipe.learn == "step_sizes" else recipe.order
+        order: Literal[0, 1, 2] = 0 if recipe.learn == "step_sizes" else 1 if recipe.order == 1 else 2
         losses, exact, data, passages, of_atoms, of_answers = [], [], [], 0, 0.0, 0.0
         contrasted: list[float] = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(recipe.accumulate):
-            times = [time.perf_counter()]
             rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
             episode, codec = self._draw(rng), rng.choice(recipe.codecs)
-            with self._precision():
-                rows = self.learner.episode_updates(episode, codec, order) if recipe.atoms else None
-                times.append(time.perf_counter())
-                found, right = self.learner.answer_losses(episode.examples, rows)
-                times.append(time.perf_counter())
-                loss = found.mean()
-                if self.contrast is not None:
-                    against = self.contrast.losses(self.learner, episode, rows, rng)
-                    if len(against):
-                        loss = loss + recipe.contrast_weight * against.mean()
-                        contrasted.append(float(against.detach().mean()))
-            (loss / recipe.accumulate).backward()
-            of_atoms += times[1] - times[0]
-            of_answers += times[2] - times[1]
-            losses.append(float(found.detach().mean()))
-            exact.append(right)
+            contrast = None
+            if self.contrast is not None:
+                contrast = functools.partial(self.contrast.losses, self.learner, episode, rng=rng)
+            found = backward(
+                self.learner,
+                episode,
+                codec=codec,
+                order=order,
+                atoms=recipe.atoms,
+                passage_batch=recipe.passage_batch,
+                scale=1 / recipe.accumulate,
+                contrast=contrast,
+                contrast_weight=recipe.contrast_weight,
+                precision=self._precision,
+            )
+            if found.contrast is not None:
+                contrasted.append(found.contrast)
+            of_atoms += found.seconds_of_atoms
+            of_answers += found.seconds_of_answers
+            losses.append(float(found.losses.mean()))
+            exact.append(found.exact)
             data.append(episode.source)
             passages += len(episode.passages)
             self.seen.update(example.question_id for example in episode.examples)
