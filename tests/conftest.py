@@ -32,8 +32,7 @@ CHAT = (
 )
 
 
-@pytest.fixture(scope="session")
-def tokenizer():
+def tiny_tokenizer():
     """Trained on the invented facts: 600 byte-level tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -50,6 +49,11 @@ def tokenizer():
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=CHAT
     )
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
 
 
 class Letters:

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from qdrant_client.models import FieldCondition, Filter
 
+    from regrad_qdrant.bank.shard import Shard
     from regrad_qdrant.model.space import AtomSpace
 
 PAGE = 256
+IDS = 4096  # ids read at a time, where nothing else of a point is
 SAMPLE = 64  # points that show the layout
 EXAMINED = ("v", "space", "sha", "codec")  # of a record, what says what it is worth
 AtomState = Literal["current", "stale", "damaged", "gone", "missing"]
@@ -222,29 +224,31 @@ class AtomCollection:
         """Every point that passes the filter, page by page, without its atom."""
         return (self.hit(point) for point in self.scroll(query_filter, self._fields))
 
-    def missing(self) -> Iterator[Hit]:
-        """The points that lack an atom of this space, page by page, without reading any atom.
+    def missing(self, shard: Shard | None = None) -> Iterator[Hit]:
+        """The points, of a shard or all, that lack an atom of this space, page by page, without reading any atom.
 
         Points may be given their atoms while this iterates. A point without text has an empty `text`.
         """
         if not self.in_sidecar:
-            return (self.hit(point) for point in self._with_atom(False, self._fields))
-        return (self.hit(point) for point in self.joined(self._fields, "space") if not self.belongs(point))
+            return (self.hit(point) for point in self._with_atom(False, self._fields, shard))
+        joined = self.joined(self._fields, "space", shard=shard)
+        return (self.hit(point) for point in joined if not self.belongs(point))
 
     def stale(self) -> Iterator[Hit]:
         """The points whose text has changed since their atom was computed, without reading any atom."""
         return (hit for state, hit in self.examined() if state == "stale")
 
-    def examined(self) -> Iterator[tuple[AtomState, Hit]]:
-        """The points that have an atom of this space, and what it is worth, without reading any atom.
+    def examined(self, shard: Shard | None = None) -> Iterator[tuple[AtomState, Hit]]:
+        """The points, of a shard or all, that have an atom of this space, and what it is worth, without reading any.
 
         A server finds them by its index, which can say what the payload no longer holds: those are `gone`.
         """
         points: Iterator[StoredPoint]
         if self.in_sidecar:
-            points = filter(self.belongs, self.joined(self._fields, *EXAMINED))
+            points = filter(self.belongs, self.joined(self._fields, *EXAMINED, shard=shard))
         else:
-            points = self._with_atom(True, [*self._fields, *(f"{self.payload_key}.{name}" for name in EXAMINED)])
+            of_record = [f"{self.payload_key}.{name}" for name in EXAMINED]
+            points = self._with_atom(True, [*self._fields, *of_record], shard)
         for point in points:
             hit = self.hit(point)
             yield self._state_of(point, hit.text), hit
@@ -259,13 +263,23 @@ class AtomCollection:
             hit = self.hit(point)
             yield self._state_of(point, hit.text) if self.belongs(point) else "missing", hit
 
-    def _with_atom(self, has: bool, fields: list[str]) -> Iterator[StoredPoint]:
+    def _with_atom(self, has: bool, fields: list[str], shard: Shard | None = None) -> Iterator[StoredPoint]:
         """The points that have an atom of this space, or lack one. Where strict mode refuses the filter for want of an
         index, as before the first ingestion, all points are looked at."""
         try:
-            yield from self.scroll(self.has_atom if has else self.lacks_atom, fields)
+            yield from self._of_shard(shard, self.has_atom if has else self.lacks_atom, fields)
         except UnindexedFilterError:
-            yield from (p for p in self.scroll(None, [*fields, self.space_path]) if self.belongs(p) == has)
+            found = self._of_shard(shard, None, [*fields, self.space_path])
+            yield from (point for point in found if self.belongs(point) == has)
+
+    def _of_shard(self, shard: Shard | None, query_filter: Filter | None, fields: list[str]) -> Iterator[StoredPoint]:
+        """The points of a shard, or all, that pass; of the others nothing but their ids is read."""
+        if shard is None:
+            yield from self.scroll(query_filter, fields)
+            return
+        ids = (point.id for point in self.scroll(query_filter, [], IDS) if shard.has(point.id))
+        for page in pages(ids, PAGE):
+            yield from self.store.retrieve(page, fields or False)
 
     def _state_of(self, point: StoredPoint, text: str) -> AtomState:
         if not self.belongs(point):
@@ -294,6 +308,10 @@ class AtomCollection:
         if not self.atoms.exists():
             return 0
         return sum(self.belongs(point) for point in self.joined([], "space"))
+
+    def count_with_atoms(self, ids: Sequence[PointId]) -> int:
+        """How many of these points carry an atom of this space."""
+        return sum(map(self.belongs, self.atoms.retrieve(ids, [self.space_path])))
 
     def absent_fields(self, query_filter: Filter) -> list[str]:
         """The fields of a filter's conditions that no point has, as far as the engine says so."""
@@ -345,13 +363,13 @@ class AtomCollection:
             if offset is None:
                 return
 
-    def joined(self, fields: list[str], *of_record: str) -> Iterator[StoredPoint]:
-        """Every point with some fields of its record in the sidecar."""
+    def joined(self, fields: list[str], *of_record: str, shard: Shard | None = None) -> Iterator[StoredPoint]:
+        """Every point, of a shard or all, with some fields of its record in the sidecar."""
         if not self.atoms.exists():
-            yield from self.scroll(None, fields)
+            yield from self._of_shard(shard, None, fields)
             return
         names = [f"{self.payload_key}.{name}" for name in of_record]
-        for page in pages(self.scroll(None, fields), PAGE):
+        for page in pages(self._of_shard(shard, None, fields), PAGE):
             atoms = {point.id: point.payload for point in self.atoms.retrieve([point.id for point in page], names)}
             for point in page:
                 yield replace(point, payload=point.payload | atoms.get(point.id, {}))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import make_records
@@ -22,6 +22,10 @@ from regrad_qdrant.model.memory import give_back_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from regrad_qdrant.atoms.record import Record
+    from regrad_qdrant.bank.shard import Shard
+    from regrad_qdrant.model.space import AtomSpace
 
 LongTexts = Literal["window", "truncate", "skip"]
 
@@ -82,6 +86,7 @@ def attach_atoms(
     batch_tokens: int = BATCH_TOKENS,
     long_texts: LongTexts = "window",
     replace: bool = False,
+    shard: Shard | None = None,
 ) -> IngestReport:
     """Compute and attach the atom of every point that lacks one, or whose text has changed since.
 
@@ -91,6 +96,7 @@ def attach_atoms(
         long_texts: what a text over `max_length` tokens gets: an atom of each of its windows, of which a question
             chooses (`window`), the atom of its beginning (`truncate`), or none (`skip`).
         replace: write over atoms of other spaces under the same payload key.
+        shard: only the points of this share; other processes may be at others, or at the same, meanwhile.
 
     Raises:
         BankError: if there are such atoms, and they are not to be replaced.
@@ -98,28 +104,21 @@ def attach_atoms(
     get_codec(codec)
     if long_texts not in get_args(LongTexts):
         raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
-    bank.index()  # first: a server in strict mode filters by nothing else
-    others = 0 if replace else bank.count_of_other_spaces()
-    if others:
-        raise BankError(
-            f"{others} points carry atoms of another space under {bank.payload_key!r}: choose another payload key "
-            "(--payload-key NAME) to keep both, or --replace to write over them"
-        )
-    bank.describe(gradients.space)
+    check_space(bank, gradients.space, replace=replace)
     report = IngestReport()
     outdated: list[PointId] = []
-    for state, hit in bank.examined():
+    for state, hit in bank.examined(shard):
         if state == "current":
             report.present += 1
         else:
             outdated.append(hit.id)
     before = report.present + len(outdated)
-    ingestion = _Ingestion(bank, gradients, codec, batch_tokens, long_texts, on_progress, report)
+    ingestion = Ingestion(bank, gradients, codec, batch_tokens, long_texts, report, on_progress)
     started = time.perf_counter()
     with ingestion:
-        for page in pages(bank.missing(), PAGE):
+        for page in pages(bank.missing(shard), PAGE):
             ingestion.attach(page)
-        sent_new = len(ingestion.sent())
+        sent_new = ingestion.sent()
         for ids in pages(outdated, PAGE):
             ingestion.attach(bank.fetch(ids))
         renewed = ingestion.sent()
@@ -130,10 +129,30 @@ def attach_atoms(
             f"none of the {report.without_text} points has a text for the layout {bank.layout}; their fields are "
             f"{_fields(bank)}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
         )
-    report.passed_over = max(0, before + sent_new - bank.count_atoms()) + left_stale
+    if shard is None:
+        left_out = max(0, before + len(sent_new) - bank.count_atoms())
+    else:  # others write too, so that a count says nothing
+        left_out = len(sent_new) - sum(map(bank.count_with_atoms, pages(sent_new, PAGE)))
+    report.passed_over = left_out + left_stale
     report.atoms_written -= report.passed_over
     bank.optimize()
     return report
+
+
+def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
+    """Make a collection ready for atoms of a space: its index, and what is noted of the space beside it.
+
+    Raises:
+        BankError: if it has atoms of another space under the same key, and they are not to be replaced.
+    """
+    bank.index()  # first: a server in strict mode filters by nothing else
+    others = 0 if replace else bank.count_of_other_spaces()
+    if others:
+        raise BankError(
+            f"{others} points carry atoms of another space under {bank.payload_key!r}: choose another payload key "
+            "(--payload-key NAME) to keep both, or --replace to write over them"
+        )
+    bank.describe(space)
 
 
 def _fields(bank: GradientBank) -> list[str]:
@@ -151,18 +170,33 @@ class _Open:
     atoms: dict[int, Tensor] = field(default_factory=dict)  # of the windows that were computed, (numel,) each
 
 
+class Destination(Protocol):
+    """Where atoms go: a bank, or what stands for one."""
+
+    @property
+    def space(self) -> str: ...
+
+    @property
+    def atoms(self) -> Any:
+        """Its store, which says whether one thread must do everything."""
+
+    def put(self, records: Iterable[tuple[Hit, Record]]) -> Any: ...
+
+
 @dataclass
-class _Ingestion:
-    """Where the store allows it, a thread codes and writes what was computed, while the next page is read and the next
+class Ingestion:
+    """Gives pages of points their atoms.
+
+    Where the store allows it, a thread codes and writes what was computed, while the next page is read and the next
     batch's gradients are computed."""
 
-    bank: GradientBank
+    bank: Destination
     gradients: GradientComputer
     codec: str
     batch_tokens: int
     long_texts: LongTexts
-    on_progress: Callable[[int, int], None]
     report: IngestReport
+    on_progress: Callable[[int, int], None] = lambda _points, _bytes: None
     _writer: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "regrad-write"))
     _waiting: deque[Future[list[PointId]]] = field(default_factory=deque)
     _sent: list[PointId] = field(default_factory=list)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.filesize import decimal
@@ -49,7 +51,11 @@ from regrad_qdrant.errors import DataError
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
     from regrad_qdrant.bank.bank import GradientBank
+    from regrad_qdrant.bank.cluster import Cluster
     from regrad_qdrant.bank.corpus import Passage
+    from regrad_qdrant.bank.ingest import IngestReport
+    from regrad_qdrant.bank.upkeep import BankStatus
+    from regrad_qdrant.model.initialization import MetaInitialization
 
 IN_PLACE = 20_000  # points from which a sidecar is the better place for atoms
 WHY_SIDECAR = (
@@ -109,6 +115,27 @@ def ingest(
         str | None,
         typer.Option("--language", help="Of BM25's words: german, japanese, …; english where none is noted yet."),
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Only the points whose id hashes to I, 0 to N-1: one of N processes that need not know each other.",
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Compute on a Ray cluster: its address, auto for the one that is there, or local for one on this "
+            "machine.",
+        ),
+    ] = None,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Of --ray: processes that hold the model.")] = 1,
+    gpus_per_worker: Annotated[
+        float, typer.Option("--gpus-per-worker", min=0, help="Of --ray: what Ray sets aside for each; 0.5 shares one.")
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be written and how long it would take; change nothing.")
     ] = False,
@@ -119,8 +146,11 @@ def ingest(
     Safe to stop and to start again: what is there is not computed twice.
     """
     from regrad_qdrant.atoms.codecs.registry import get_codec
+    from regrad_qdrant.bank.cluster import Cluster
     from regrad_qdrant.bank.corpus import read_corpus
+    from regrad_qdrant.bank.shard import Shard
     from regrad_qdrant.errors import BankError
+    from regrad_qdrant.model.initialization import MetaInitialization
 
     get_codec(codec)
     check_outputs(json_out)
@@ -130,14 +160,30 @@ def ingest(
         raise DataError("--corpus needs --collection NAME to fill")
     if in_place and sidecar is not None:
         raise DataError("give either --sidecar NAME or --in-place")
+    of_shard = None if shard is None else Shard.parse(shard)
+    if of_shard is not None and corpus is not None:
+        raise DataError("--shard goes with --from-collection: the points must be there for their ids to be shared out")
+    options: dict[str, Any] = {
+        "batch_tokens": batch_tokens, "long_texts": long_texts, "replace": replace, "shard": of_shard,
+    }  # fmt: skip
     passages = read_corpus(corpus) if corpus is not None else None
     store = store_of(str(collection or from_collection), url, path)
     if passages is None and not store.exists():
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
+    place: str | Literal[False] | None = False if in_place else sidecar
+    if ray is not None:
+        if shard is not None or dry_run:
+            raise DataError("--ray shares the work out by itself: without --shard; --dry-run goes without --ray")
+        cluster = Cluster(ray, workers, gpus_per_worker)
+        made = MetaInitialization.load(init)
+        del options["shard"]
+        with bank_of(store, made, payload_key, dense, text_path, sidecar=place, language=language) as bank:
+            if passages is None and not in_place:
+                _choose_place(bank, dry_run=False)
+            _on_cluster(bank, made, passages, (init, model, device, dtype), url, codec, cluster, options, json_out)
+        return
     initialization, base, tokenizer = load(init, model, device, dtype)
-    with bank_of(
-        store, initialization, payload_key, dense, text_path, sidecar=False if in_place else sidecar, language=language
-    ) as bank:
+    with bank_of(store, initialization, payload_key, dense, text_path, sidecar=place, language=language) as bank:
         if passages is None:
             console.print(collection_summary(bank), highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
@@ -154,16 +200,74 @@ def ingest(
             _rehearse(regrad, passages, codec, json_out)
             return
         if passages is not None:
-            report = ingest_corpus(
-                regrad, passages, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace
-            )
+            report = ingest_corpus(regrad, passages, codec, **options)
         else:
-            report = attach(regrad, codec, batch_tokens=batch_tokens, long_texts=long_texts, replace=replace)
+            report = attach(regrad, codec, **options)
         status = bank.status()
+    _tell(report, status, json_out)
+
+
+def _tell(report: IngestReport, status: BankStatus, json_out: Path | None) -> None:
     print_report(report)
     write_json(json_out, report.as_dict() | {"status": status.as_dict()})
     if report.skipped:
         raise typer.Exit(1)
+
+
+def _on_cluster(
+    bank: GradientBank,
+    initialization: MetaInitialization,
+    passages: list[Passage] | None,
+    model: tuple[str, str | None, str, str],
+    url: str | None,
+    codec: str,
+    cluster: Cluster,
+    options: dict[str, Any],
+    json_out: Path | None,
+) -> None:
+    """The same by the workers of a cluster.
+
+    Args:
+        model: --init, --model, --device, --dtype: each worker loads it.
+    """
+    from regrad_qdrant.bank.cluster import attach_on_cluster, load_gradients
+    from regrad_qdrant.bank.documents import Document
+
+    added = (0, 0)
+    if passages is not None:
+        bank.create()
+        with console.status("Adding passages"):
+            added = bank.sync(Document(passage.id, passage.payload) for passage in passages)
+    here = cluster.workers if cluster.address == "local" else 1
+    load = functools.partial(load_gradients, *model, here)
+    with progress("Computing atoms", bank.store.count() - bank.count_atoms()) as advance:
+        report = attach_on_cluster(bank, initialization, load, _opening(bank, url), codec, cluster, advance, **options)
+    report.points_added, report.points_updated = added
+    _tell(report, bank.status(), json_out)
+    console.print(
+        f"{report.workers} workers, which had nothing to do {report.waiting:.0%} of the time; {report.restarts} "
+        "batches begun anew",
+        highlight=False,
+    )
+
+
+def _opening(bank: GradientBank, url: str | None) -> Callable[[], GradientBank] | None:
+    """How another process opens the bank; None where only this one can."""
+    from regrad_qdrant.bank.cluster import open_bank
+
+    address = url or os.environ.get("QDRANT_URL") or None
+    if not bank.store.copies_points or address is None:
+        return None
+    return functools.partial(
+        open_bank,
+        bank.store.name,
+        bank.space,
+        url=address,
+        api_key=os.environ.get("QDRANT_API_KEY") or None,
+        payload_key=bank.payload_key,
+        layout=bank.layout,
+        sidecar=bank.atoms.name if bank.in_sidecar else False,
+    )
 
 
 def _choose_place(bank: GradientBank, dry_run: bool) -> None:
