@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import logging
 import os
 import re
 import tempfile
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.model.initialization import MetaInitialization
 
 READERS = 8  # tasks that read, at most
-IN_FILE = 4096  # documents of a file, where they go through files
+IN_FILE = 256  # documents of a file, where they go through files: a worker's share, at least
 BATCH = 64  # documents that a worker is given at a time, and may lose
 LETHAL = 2  # workers that a document may end before it is left out
 Row = dict[str, Any]  # a batch as Ray Data has it: a column, an array or a list, by name
@@ -365,6 +366,8 @@ def _connected(ray: Any, cluster: Cluster) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what goes wrong is raised, and Ray's files have the rest
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "warning"}
     if cluster.address == "local":
         options |= {"num_cpus": cluster.workers + 2, "include_dashboard": False}
@@ -383,9 +386,7 @@ def _cause(error: BaseException) -> RegradError:
     """What of ours is behind an error of Ray's, or that error in ours."""
     if isinstance(error, RegradError):
         return error
-    if own := re.findall(
-        r"regrad_qdrant\.errors\.(\w+): (.*)", str(error)
-    ):  # in its traceback
+    if own := re.findall(r"regrad_qdrant\.errors\.(\w+): (.*)", str(error)):  # in its traceback
         name, said = own[-1]
         kind = getattr(errors, name, None)
         if isinstance(kind, type) and issubclass(kind, RegradError):

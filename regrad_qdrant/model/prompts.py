@@ -208,7 +208,7 @@ class PromptFormat:
             system = messages[0]["content"] if messages[0]["role"] == "system" else ""
             user = "\n".join(message["content"] for message in messages if message["role"] != "system")
             text = self.plain.format(system=system, user=user)
-            return (text if system else text.removeprefix("\n")) + self.answer
+            return _beginning(tokenizer) + (text if system else text.removeprefix("\n")) + self.answer
 
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **self.template_options}
 
@@ -243,6 +243,15 @@ class PromptFormat:
             text = text.split(self.end)[0].strip()
         line = self.first_line if first_line is None else first_line
         return text.split("\n")[0].strip() if line else text
+
+
+def _beginning(tokenizer: Any) -> str:
+    """What a tokenizer of a model without a chat template sets before a text: its BOS, as Gemma needs it, or nothing.
+    Chat templates have theirs in them."""
+    bos, first = getattr(tokenizer, "bos_token", None), getattr(tokenizer, "bos_token_id", None)
+    if bos is None or first is None:
+        return ""
+    return str(bos) if tokenizer("a").input_ids[:1] == [first] else ""
 
 
 PromptFunction = Callable[[Prompt], str]  # a prompt's text of one's own

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,19 @@ def test_a_model_without_a_chat_template_gets_plain_text():
         chat_template = None
 
     assert Prompt("Who?").render(Plain()) == "Answer with a few words only.\nWho?\nAnswer:"
+
+
+def test_a_plain_prompt_begins_as_the_models_texts_do():
+    class Beginning:
+        chat_template, bos_token, bos_token_id, begins = None, "<bos>", 7, True
+
+        def __call__(self, text):
+            return SimpleNamespace(input_ids=[7, 1] if self.begins else [1])
+
+    assert Prompt("Who?").render(Beginning()).startswith("<bos>Answer with")
+    without = Beginning()
+    without.begins = False  # it has a BOS and sets none
+    assert Prompt("Who?").render(without).startswith("Answer with")
 
 
 def test_nonsense_is_refused():
