@@ -343,6 +343,15 @@ def test_a_bad_corpus_is_one_line_and_changes_nothing(run, tmp_path, line, messa
     assert not (tmp_path / "bank" / "docs").exists()
 
 
+def test_two_shards_fill_a_collection(run, folder):
+    run("ingest", "--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
+    run("drop", "--collection", "docs", "--path", "bank", "--yes")
+    found = [run("ingest", "--from-collection", "docs", "--path", "bank", "--shard", f"{i}/2") for i in range(2)]
+    assert [code for code, _, _ in found] == [0, 0] and all(" 0 present" in out for _, out, _ in found)
+    code, out, _ = run("ingest", "--from-collection", "docs", "--path", "bank")
+    assert " 0 atoms written" in out
+
+
 def test_a_wrong_model_is_refused(run, folder, tmp_path):
     arguments = ("--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
     code, _, err = run("ingest", *arguments, model="other")
@@ -377,6 +386,13 @@ def test_a_long_text_gets_its_windows_or_is_truncated_and_counted(run, tmp_path)
         (["ingest", "--collection", "docs"], "give either --corpus"),
         (["ingest", "--corpus", "none.jsonl", "--collection", "docs"], "no such file"),
         (["ingest", "--from-collection", "none", "--path", "bank"], "no collection 'none'"),
+        (["ingest", "--from-collection", "docs", "--path", "bank", "--shard", "4/4"], "a shard is I/N"),
+        (
+            ["ingest", "--corpus", "corpus.jsonl", "--collection", "docs", "--shard", "0/2"],
+            "goes with --from-collection",
+        ),
+        (["ingest", "--from-collection", "docs", "--path", "bank", "--ray", "local", "--dry-run"], "without --ray"),
+        (["models", "nonesuch"], "no model 'nonesuch' is known"),
         (["eval", "--qa", "none.jsonl", "--collection", "docs"], "no such file"),
         (["eval", "--qa", "qa.jsonl", "--modes", "regrad", "--against", "rag"], "not among the modes"),
         (["train", "--recipe", "none.yaml"], "can't read the recipe"),
