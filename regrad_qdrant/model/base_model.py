@@ -75,6 +75,23 @@ def load_base_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def load_config(name: str) -> Any:
+    """The configuration of a base model; no weight is read. Names are those of `load_base_model`.
+
+    Raises:
+        InitializationError: if it can't be found.
+    """
+    from transformers import AutoConfig
+
+    path = Path(_resolved(name))
+    try:
+        if path.suffix == ".gguf":
+            return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+        return AutoConfig.from_pretrained(str(path))
+    except (OSError, ValueError, ImportError) as error:
+        raise InitializationError(f"can't read the configuration of {name!r}: {error}") from error
+
+
 def input_device(model: Any) -> torch.device:
     """Where a model takes its token ids: it may be spread over several devices."""
     device: torch.device = model.get_input_embeddings().weight.device

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.filesize import decimal
 
+from regrad_loaders.training.estimate import GPUS
 from regrad_qdrant.cli.console import console, errors, progress
 from regrad_qdrant.cli.options import DEFAULT_INIT, Device, Dtype
 from regrad_qdrant.errors import DataError
+
+if TYPE_CHECKING:
+    from regrad_loaders.training.recipe import Recipe
 
 CODED_TEXTS = 8  # whose atoms say which codec an imported initialization stands
 SAFE = 0.05  # change of an update by a codec, relative to its length
@@ -36,6 +41,12 @@ def train(
     init: Annotated[
         str | None, typer.Option("--init", help="Go on from this initialization instead of the recipe's `start`.")
     ] = None,
+    estimate: Annotated[
+        bool,
+        typer.Option("--estimate", help="Say what it would take on --gpu, by the model's configuration."),
+    ] = False,
+    gpu: Annotated[str, typer.Option("--gpu", help=f"Of --estimate: {', '.join(GPUS)}.")] = "h100",
+    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Of --estimate: how many, each with the whole model.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -54,6 +65,9 @@ def train(
         settings = replace(settings, start=init)
     if refit_step_sizes:
         settings = replace(settings, start=settings.start or DEFAULT_INIT, learn="step_sizes")
+    if estimate:
+        _tell(settings, gpu, gpus)
+        return
     folder = out or Path("runs") / settings.name
     if (folder / "checkpoint.pt").exists() and not resume:
         raise DataError(f"{folder} holds a checkpoint: go on from it with --resume, or choose another --out")
@@ -71,6 +85,37 @@ def train(
         initialization = run(settings, model, tokenizer, base, folder, resume=resume, on_step=advance, say=say)
     console.print(
         f"{folder / 'initialization'}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom"
+    )
+
+
+def _tell(settings: Recipe, gpu: str, gpus: int) -> None:
+    """What a run would take."""
+    from regrad_loaders.training.estimate import EFFICIENCY
+    from regrad_loaders.training.estimate import estimate as estimated
+    from regrad_qdrant.model.base_model import load_config
+
+    found = estimated(settings, load_config(settings.base_model), gpu, gpus)
+    batch = f"{found.passage_batch} of {settings.passages}" if found.fits else "not one fits: take a larger GPU"
+    rows = {
+        "parameters": f"{found.parameters / 1e9:.2f} B",
+        "adapted layers": str(found.adapted),
+        "numbers of an atom": f"{found.atom:,}",
+        "numbers to learn": f"{found.learned / 1e6:.1f} M",
+        "weights": decimal(int(found.weights)),
+        "learned, with Adam": decimal(int(found.optimizer)),
+        "graph of one passage": decimal(int(found.of_passage)),
+        "graph of a batch of questions": decimal(int(found.of_answers)),
+        "passage_batch": batch,
+        "memory at its peak": decimal(int(found.peak)),
+        "work of a step": f"{found.flops / 1e12:.1f} TFLOP",
+        "a step": f"{found.seconds:.2f} s",
+        f"{settings.steps} steps": f"{found.hours:.1f} h",
+    }
+    for name, value in rows.items():
+        console.print(f"  {name:<30} {value}", highlight=False, markup=False)
+    console.print(
+        f"Arithmetic for {gpus} × {gpu} at {EFFICIENCY:.0%} of its peak; set passage_batch in the recipe.",
+        highlight=False,
     )
 
 
