@@ -23,6 +23,8 @@ from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.space import LoraModule
 
+EXACT = 2048  # rows of a matrix up to which all its directions are computed
+
 
 def narrow(
     initialization: MetaInitialization, atoms: Tensor, *, rank: int, basis_rank: int, modules: Collection[str]
@@ -106,5 +108,10 @@ def _check(initialization: MetaInitialization, modules: Collection[str]) -> None
 def _leading(cores: Tensor, count: int) -> Tensor:
     """The eigenvectors of Σ CCᵀ over cores (documents, n, m) with the largest eigenvalues, (n, count) float32."""
     rows = cores.transpose(0, 1).flatten(1)
+    if len(rows) > EXACT:  # a whole decomposition takes minutes, and the leading ones are found without it
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            left, _, _ = torch.svd_lowrank(rows.float(), q=min(2 * count, *rows.shape), niter=4)
+        return left[:, :count]
     vectors: Tensor = torch.linalg.eigh(rows @ rows.T).eigenvectors
     return vectors[:, -count:].flip(1).float()

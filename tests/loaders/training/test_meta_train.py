@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from regrad_loaders.data.episodes import EpisodeSource, bm25_hits
 from regrad_loaders.data.facts import generate
+from regrad_loaders.training import narrow as narrowing
 from regrad_loaders.training.average import mean_of
 from regrad_loaders.training.calibration import calibrate
 from regrad_loaders.training.meta_learner import MetaLearner
@@ -590,3 +591,18 @@ def test_the_llama_recipes_fit_their_models(name):
         for module, linear in chosen.items()
     }
     assert SPACES[recipe.space](modules).numel == numbers and recipe.lora_alpha == 2 * recipe.rank
+
+
+def test_of_large_matrices_the_leading_directions_alone_are_computed(monkeypatch):
+    torch.manual_seed(3)
+    scales = torch.tensor([10.0, 7.0, 5.0, 0.1, 0.05])
+    cores = torch.randn(40, 5, 3) * scales.view(1, 5, 1)
+    exact = narrowing._leading(cores.double(), 3)
+    monkeypatch.setattr(narrowing, "EXACT", 1)
+    state = torch.random.get_rng_state()
+    found = narrowing._leading(cores.double(), 3)
+    torch.testing.assert_close((found.T @ exact).abs(), torch.eye(3), atol=0.02, rtol=0)
+    torch.testing.assert_close(found.T @ found, torch.eye(3), atol=1e-5, rtol=0)
+    assert torch.equal(torch.random.get_rng_state(), state) and torch.equal(
+        narrowing._leading(cores.double(), 3), found
+    )
