@@ -184,6 +184,30 @@ def test_eval_asks_with_further_k(run, folder, tmp_path):
     assert code == 2 and "--sweep wants positive whole numbers" in err
 
 
+def test_eval_goes_on_from_what_was_answered_before_it_was_stopped(run, folder, tmp_path):
+    shared = ("eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4")
+    whole = (*shared, "--modes", "direct,regrad", "--sweep", "1", "--json")
+    code, _, err = run(*whole, "one.json", "--resume", "kept.jsonl")
+    assert code == 0, err
+    lines = (tmp_path / "kept.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(lines) == 1 + 4 * 3  # the settings; direct and regrad, and regrad with the other k
+    cut = b"".join(lines[:7]) + lines[7][:20]  # stopped in the middle of a line
+    (tmp_path / "kept.jsonl").write_bytes(cut)
+    code, _, err = run(*whole, "two.json", "--resume", "kept.jsonl")
+    assert code == 0, err
+    again = (tmp_path / "kept.jsonl").read_bytes()
+    assert again.startswith(b"".join(lines[:7])) and len(again.splitlines()) == len(lines)
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["intervals"] == two["intervals"] and one["sweep"] == two["sweep"]
+    code, _, _ = run(*shared, "--modes", "regrad", "--resume", "kept.jsonl")  # fewer modes: all of it is there
+    assert code == 0 and (tmp_path / "kept.jsonl").read_bytes() == again
+    code, _, err = run(*shared, "--modes", "regrad", "--codec", "fp32", "--resume", "kept.jsonl")
+    assert code == 2 and "of other settings (asked_codec)" in err
+    (tmp_path / "other.jsonl").write_text("{}\n")
+    code, _, err = run(*shared, "--modes", "regrad", "--resume", "other.jsonl")
+    assert code == 2 and "is no journal" in err
+
+
 def test_random_atoms_are_of_documents_that_other_questions_found(run, folder, tmp_path):
     code, _, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--top-k", "2",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -56,6 +57,7 @@ from regrad_qdrant.errors import DataError
 if TYPE_CHECKING:
     from regrad_loaders.data.folders import Question
     from regrad_loaders.evaluation.plan import Party
+    from regrad_loaders.evaluation.results import Prediction
     from regrad_qdrant.bank.bank import GradientBank
     from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.stores.base import Store
@@ -156,11 +158,18 @@ def evaluation(
     text_path: TextPath = None,
     json_out: JsonOut = None,
     predictions: Annotated[Path | None, typer.Option("--predictions", help="Write one JSON line an answer.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume", help="Keep the answers in this file as they are given; a run that was stopped goes on from it."
+        ),
+    ] = None,
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Write a bar chart to this PNG or SVG file.")] = None,
 ) -> None:
     """Answer a question file in several modes, side by side, and score the answers."""
     from regrad_loaders.data.folders import read_questions
     from regrad_loaders.evaluation.evaluate import evaluate
+    from regrad_loaders.evaluation.journal import Journal
     from regrad_loaders.evaluation.plan import (
         BASELINES,
         EVALUATION_MODES,
@@ -183,7 +192,7 @@ def evaluation(
     references = parse_modes(against, EVALUATION_MODES) if against else []
     if absent := [mode for mode in references if mode not in chosen]:
         raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
-    check_outputs(json_out, predictions, plot_out)
+    check_outputs(json_out, predictions, plot_out, resume)
     questions = select(read_questions(qa), split, limit, sample=sample, of_type=of_type)
     for question in questions:
         field_filter(question, filter_field)
@@ -217,6 +226,8 @@ def evaluation(
         asking = None if prompt_file is None else PromptFormat.load(prompt_file)
         initialization, base, tokenizer = load(init, model, device, dtype)
         settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
+        asked_codec = {"asked_codec": codec, "asked_merge": merge}
+        journal = None if resume is None else stack.enter_context(Journal(resume, settings | asked_codec))
         found: list[Evaluation] = []
         report = None
         swept: dict[int, list[Evaluation]] = {k: [] for k in further}
@@ -240,12 +251,24 @@ def evaluation(
                     _check_filter(bank, questions[0], filter_field)
                     ask = functools.partial(
                         evaluate, regrad, questions, using=using, filter_field=filter_field, oracle=oracle,
-                        distractors=distractors, batch=batch, style=answer_style, on_progress=lambda _: advance(1),
+                        distractors=distractors, batch=batch, style=answer_style,
                     )  # fmt: skip
-                    found.append(ask(list(party.modes), top_k=top_k).named(party.modes))
-                    for k in further:
-                        if retrieving_here := [mode for mode, name in party.modes.items() if name in retrieving]:
-                            swept[k].append(ask(retrieving_here, top_k=k).named(party.modes))
+                    for k, into in ((top_k, found), *swept.items()):
+                        names = party.modes
+                        if into is not found:
+                            names = {mode: name for mode, name in names.items() if name in retrieving}
+                        if not names:
+                            continue
+                        known = {} if journal is None else journal.known(names, k)
+
+                        def answered(one: Prediction, names: Mapping[str, str] = names, k: int = k) -> None:
+                            if journal is not None:
+                                journal.add(one, names[one.mode], k)
+                            advance(1)
+
+                        ids = {question.id for question in questions}
+                        advance(sum(key in ids for _, key in known))
+                        into.append(ask(list(names), top_k=k, known=known, on_progress=answered).named(names))
                     settings |= {"layout": str(bank.layout)}
                     if party.fills:
                         settings |= {"codec": bank.status().codec, "merge": asdict(regrad.weighing.merge)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
 from typing import Any
@@ -39,6 +39,7 @@ def evaluate(
     style: Style = "short",
     settings: dict[str, Any] | None = None,
     on_progress: Callable[[Prediction], None] = lambda _: None,
+    known: Mapping[tuple[str, str], Prediction] = {},
 ) -> Evaluation:
     """Ask every question in every mode.
 
@@ -52,7 +53,8 @@ def evaluate(
         batch: questions answered together; the answers do not depend on it, the seconds do.
         style: of the answers to open questions.
         settings: recorded with the results.
-        on_progress: called with each prediction.
+        on_progress: called with each prediction that is made.
+        known: of an earlier run, by mode and question: those are not asked again.
 
     Raises:
         DataError: for no questions, a question without the filter field, or an oracle without gold passages.
@@ -81,9 +83,10 @@ def evaluate(
     for mode in modes:
         run, grounded = free(mode)
         is_random = run == "random"
-        answered: dict[int, Prediction] = {}
-        for start in range(0, len(by_length), batch):
-            part = by_length[start : start + batch]
+        answered = {i: known[mode, one.id] for i, one in enumerate(questions) if (mode, one.id) in known}
+        left = [i for i in by_length if i not in answered]
+        for start in range(0, len(left), batch):
+            part = left[start : start + batch]
             queries = []
             for i in part:
                 # Fetched now and not before: an atom that the mode before left in the bank is not computed again.

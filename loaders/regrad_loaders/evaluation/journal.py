@@ -1,0 +1,83 @@
+"""The answers of an evaluation as they are given, in a file: a run that was stopped goes on from there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from regrad_loaders.evaluation.results import Prediction
+from regrad_qdrant.errors import DataError
+
+FREE = ("modes", "against", "batch", "sweep", "top_k")  # settings that change no answer, or stand beside each
+
+
+class Journal:
+    """One JSON line an answer, below a line with the settings that all of them were given under.
+
+    Args:
+        path: of the file; it is made where there is none.
+
+    Raises:
+        DataError: for a file of other settings, or of something else.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        own = json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE}))
+        self._known: dict[tuple[str, int, str], Prediction] = {}
+        whole = 0
+        if path.is_file():
+            whole = self._read(path, own)
+        self._file = path.open("r+b" if path.is_file() else "wb")
+        self._file.truncate(whole)  # a line that was cut off by the end of the run before
+        self._file.seek(whole)
+        if not whole:
+            self._write({"settings": own})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._file.close()
+
+    def known(self, names: Mapping[str, str], top_k: int) -> dict[tuple[str, str], Prediction]:
+        """By mode and question, what was answered with this k.
+
+        Args:
+            names: of each mode as it runs, the name under which it is written.
+        """
+        runs = {name: run for run, name in names.items()}
+        return {(runs[mode], key): p for (mode, k, key), p in self._known.items() if k == top_k and mode in runs}
+
+    def add(self, prediction: Prediction, mode: str, top_k: int) -> None:
+        """Write an answer down, under the mode's own name."""
+        self._write({"top_k": top_k} | asdict(prediction) | {"mode": mode})
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
+        self._file.flush()
+
+    def _read(self, path: Path, own: Mapping[str, Any]) -> int:
+        """Read what is there; returns how many bytes of it are whole lines."""
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        lines = content[:whole].splitlines()
+        if not lines:
+            return 0
+        try:
+            there = json.loads(lines[0])["settings"]
+            for line in lines[1:]:
+                row = json.loads(line)
+                top_k = row.pop("top_k")
+                row["answers"], row["hits"] = tuple(row["answers"]), tuple(row["hits"])
+                prediction = Prediction(**row)
+                self._known[prediction.mode, top_k, prediction.id] = prediction
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is no journal of an evaluation: {error!r}") from error
+        differing = sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name))
+        if differing:
+            raise DataError(f"{path} is of other settings ({', '.join(differing)}): choose another --resume file")
+        return whole
