@@ -39,6 +39,9 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "choice": ("Where is Mount Elbrus?\nA) the Alps\nB) the Caucasus", "the Caucasus"),
 }
 MAX_NEW_TOKENS: dict[str, int] = {"open": 24, "yesno": 4, "choice": 24, "sentence": 48}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "system": INSTRUCTIONS, "system_with_passages": WITH_PASSAGES, "max_new_tokens": MAX_NEW_TOKENS,
+}  # fmt: skip
 
 
 _THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
@@ -117,7 +120,7 @@ class PromptFormat:
 
     `user` has `{question}` and `{choices}`, `user_with_passages` also `{passages}`; a passage `{number}` and `{text}`,
     a choice `{letter}` and `{text}`; `plain`, for models without a chat template, `{system}` and `{user}`. An empty
-    `system` is left out.
+    `system` is left out. Of what differs by type, the types that are left out have the default's.
     """
 
     system: Mapping[str, str] = field(default_factory=lambda: dict(INSTRUCTIONS))
@@ -136,10 +139,11 @@ class PromptFormat:
     first_line: bool = True  # whether an answer ends with its line
 
     def __post_init__(self) -> None:
-        for name in ("system", "system_with_passages", "max_new_tokens"):
-            value, known = getattr(self, name), set(INSTRUCTIONS)
-            if not isinstance(value, Mapping) or set(value) != known:
-                raise DataError(f"the prompt's {name} needs one value for each of {', '.join(sorted(known))}")
+        for name in _DEFAULTS:
+            value, default = getattr(self, name), _DEFAULTS[name]
+            if not isinstance(value, Mapping) or not set(value) <= set(default):
+                raise DataError(f"the prompt's {name} has values for {', '.join(sorted(default))}; found {value!r}")
+            object.__setattr__(self, name, default | dict(value))
         for name, fields in _FIELDS.items():
             try:
                 getattr(self, name).format(**dict.fromkeys(fields, ""))
@@ -164,16 +168,12 @@ class PromptFormat:
 
     @classmethod
     def of(cls, values: Any) -> PromptFormat:
-        """The format of such an object; of instructions by type those that are missing are the default's."""
+        """The format of such an object."""
         default = asdict(cls())
         if not isinstance(values, Mapping) or (unknown := sorted(set(values) - set(default))):
             what = unknown if isinstance(values, Mapping) else type(values).__name__
             raise DataError(f"a prompt is an object with some of {', '.join(default)}; found {what}")
-        merged = {
-            name: default[name] | value if name in _BY_TYPE and isinstance(value, Mapping) else value
-            for name, value in values.items()
-        }
-        return cls(**merged)
+        return cls(**values)
 
     def differences(self) -> dict[str, Any]:
         """The fields that differ from the default, as `of` takes them."""
@@ -255,7 +255,6 @@ def _beginning(tokenizer: Any) -> str:
 
 
 PromptFunction = Callable[[Prompt], str]  # a prompt's text of one's own
-_BY_TYPE = ("system", "system_with_passages", "max_new_tokens")
 _FIELDS = {
     "user": ("question", "choices"),
     "user_with_passages": ("passages", "question", "choices"),

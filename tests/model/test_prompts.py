@@ -5,6 +5,8 @@ import pytest
 
 from regrad_qdrant import Prompt
 from regrad_qdrant.answer.generation import Asking
+from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.prompts import INSTRUCTIONS, MAX_NEW_TOKENS, PromptFormat
 
 
 def test_the_open_prompt_holds_the_question_and_no_passage(tokenizer):
@@ -64,6 +66,15 @@ def test_a_plain_prompt_begins_as_the_models_texts_do():
     without = Beginning()
     without.begins = False  # it has a BOS and sets none
     assert Prompt("Who?").render(without).startswith("Answer with")
+
+
+def test_a_format_may_name_the_types_that_differ_alone():
+    format = PromptFormat(system={"open": "Briefly."}, max_new_tokens={"sentence": 9})
+    assert format.system["open"] == "Briefly." and format.system["yesno"] == INSTRUCTIONS["yesno"]
+    assert format.max_new_tokens == MAX_NEW_TOKENS | {"sentence": 9}
+    assert PromptFormat.of(format.differences()) == format
+    with pytest.raises(DataError, match="the prompt's system has values for choice, open"):
+        PromptFormat(system={"essay": "At length."})
 
 
 def test_nonsense_is_refused():
