@@ -13,6 +13,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.answer.atom_cache import AtomCache
@@ -47,6 +48,14 @@ class _Turns:
 
 
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Adapter]] = weakref.WeakKeyDictionary()  # of base models
+
+
+@dataclass(frozen=True)
+class RowChange:
+    """What every row of a batch runs with."""
+
+    change: dict[str, Tensor] | None  # (rows, *shape) of each tensor of the space; None: all rows alike, with none
+    bare: tuple[bool, ...]  # of each row, whether it runs without the plug-in
 
 
 class Adapter:
@@ -176,14 +185,17 @@ class Adapter:
         """As `MetaInitialization.export`."""
         self.initialization.export(folder, records, weights, base_model)
 
-    @contextlib.contextmanager
-    def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> Iterator[None]:
+    def rows(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> contextlib.AbstractContextManager[None]:
         """Inside the block row i of every batch runs with φ₀ and the update of its own atom sum (numel,), or without
         one; rows that are `bare` run as the base model. No weight is written.
 
         Raises:
             AdapterInUseError: if this thread is inside such a block already.
         """
+        return self.changed(self.row_change(atom_sums, bare))
+
+    def row_change(self, atom_sums: Sequence[Tensor | None], bare: Sequence[bool]) -> RowChange:
+        """What `rows` changes, for `changed`: once for many passes of the same rows."""
         import torch
 
         for atom_sum in atom_sums:
@@ -191,12 +203,19 @@ class Adapter:
                 self._check(atom_sum)
         given = [atom_sum for atom_sum in atom_sums if atom_sum is not None]
         if all(bare) or (not given and not any(bare)):
-            with self.disabled() if all(bare) else self.initial():
-                yield
-            return
+            return RowChange(None, tuple(bare))
         zeros = torch.zeros_like(given[0]) if given else torch.zeros(self.space.numel)
         sums = torch.stack([zeros if atom_sum is None else atom_sum for atom_sum in atom_sums])
-        with self._turn(), row_updates(self.model, self.space, self._change(sums), bare):
+        return RowChange(self._change(sums), tuple(bare))
+
+    @contextlib.contextmanager
+    def changed(self, rows: RowChange) -> Iterator[None]:
+        """The block of `rows`."""
+        if rows.change is None:
+            with self.disabled() if all(rows.bare) else self.initial():
+                yield
+            return
+        with self._turn(), row_updates(self.model, self.space, rows.change, rows.bare):
             yield
 
     @contextlib.contextmanager

@@ -7,7 +7,6 @@ gives each row its own change (`plugin.row_updates`).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +19,7 @@ from regrad_qdrant.model.plugin import base_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from regrad_qdrant.answer.adapter import Adapter
+    from regrad_qdrant.answer.adapter import Adapter, RowChange
     from regrad_qdrant.model.prompts import Prompt
 
 Finish = Literal["stop", "length"]
@@ -150,6 +149,7 @@ class RunningBatch:
         self._pad = tokenizer.pad_token_id or 0
         self._cache: Any = None
         self._mask: Tensor | None = None  # (rows, tokens that the cache has)
+        self._change: RowChange | None = None  # of these rows; None: not made yet
 
     @property
     def is_open(self) -> bool:
@@ -168,7 +168,7 @@ class RunningBatch:
         if not self.is_open:
             raise RegradError("this model's running batch takes no row before it is empty")
         ids, mask = padded_left([row.prompt_ids for row in rows], self._pad, input_device(self._base))
-        with torch.inference_mode(), self._applied(rows):
+        with torch.inference_mode(), self._adapter.changed(self._change_of(rows)):
             logits, cache = next_logits(self._base, ids, mask, None)
         said = _chosen(rows, logits)
         if self._mask is None:
@@ -182,6 +182,7 @@ class RunningBatch:
                 self.leave(self.rows)
                 raise
         self.rows += rows
+        self._change = None
         self._add(rows, said)
 
     def step(self) -> None:
@@ -191,7 +192,9 @@ class RunningBatch:
         assert self._mask is not None
         ids = torch.tensor([row.tokens[-1:] or [self._pad] for row in self.rows], device=self._mask.device)
         self._mask = torch.cat([self._mask, torch.ones_like(self._mask[:, :1])], dim=1)
-        with torch.inference_mode(), self._applied(self.rows):
+        if self._change is None:
+            self._change = self._change_of(self.rows)
+        with torch.inference_mode(), self._adapter.changed(self._change):
             logits, self._cache = next_logits(self._base, ids, self._mask, self._cache)
         self._add(self.rows, _chosen(self.rows, logits))
 
@@ -201,7 +204,7 @@ class RunningBatch:
 
         gone = set(map(id, rows))
         left = [i for i, row in enumerate(self.rows) if id(row) not in gone]
-        self.rows = [self.rows[i] for i in left]
+        self.rows, self._change = [self.rows[i] for i in left], None
         if not left or self._mask is None:
             self._cache, self._mask = None, None
             return
@@ -217,8 +220,8 @@ class RunningBatch:
         for row, token in zip(rows, said, strict=True):
             row.add(token, self._ends)
 
-    def _applied(self, rows: Sequence[Row]) -> contextlib.AbstractContextManager[None]:
-        return self._adapter.rows([row.atom_sum for row in rows], [row.bare for row in rows])
+    def _change_of(self, rows: Sequence[Row]) -> RowChange:
+        return self._adapter.row_change([row.atom_sum for row in rows], [row.bare for row in rows])
 
 
 def _chosen(rows: Sequence[Row], logits: Tensor) -> list[int]:
