@@ -184,7 +184,11 @@ def _mean_log_probabilities(
 
 def ends_of(base: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the tokenizer's, and all that the model's generation config names."""
-    named = getattr(base.generation_config, "eos_token_id", None)
+    return ends_with(getattr(base.generation_config, "eos_token_id", None), tokenizer)
+
+
+def ends_with(named: Any, tokenizer: Any) -> list[int]:
+    """The tokens that a generation config names, one, several or none, and the tokenizer's."""
     found = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
     return sorted({int(token) for token in found if token is not None})
 

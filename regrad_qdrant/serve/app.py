@@ -160,14 +160,14 @@ def make_app(service: Service[Any], metrics: Metrics, *, log_questions: bool = F
     @app.get("/v1/models", responses=ERRORS)
     async def models(client: Asking) -> dict[str, Any]:
         """One model for each mode."""
-        return {"object": "list", "data": [_model(name) for name in service.offers]}
+        return {"object": "list", "data": [model_object(name) for name in service.offers]}
 
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def model(name: str, client: Asking) -> dict[str, Any]:
         """One of them."""
         if name not in service.offers:
             raise refusal_of(UnknownModelError(f"there is no model {name!r}; there are {', '.join(service.offers)}"))
-        return _model(name)
+        return model_object(name)
 
     @app.post("/v1/search", responses=ERRORS)
     async def search(request: Request, asked: SearchRequest, client: Asking) -> Any:
@@ -249,7 +249,8 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 ERRORS[422] = ERRORS[400]  # what FastAPI would document; a bad request is 400 here, as OpenAI's is
 
 
-def _model(name: str) -> dict[str, Any]:
+def model_object(name: str) -> dict[str, Any]:
+    """A model as `/v1/models` lists it."""
     return {"id": name, "object": "model", "created": 0, "owned_by": "regrad-qdrant"}
 
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from fastapi.responses import JSONResponse
 
-from regrad_qdrant.serve.app import MOST_BYTES, make_app
+from regrad_qdrant.answer.generation import ends_with
+from regrad_qdrant.serve.app import MOST_BYTES, make_app, model_object
 from regrad_qdrant.serve.metrics import Metrics
 from regrad_qdrant.serve.service import OFFERS, Keys, Service, read_tenants
 from regrad_qdrant.serve.vllm.engine import VllmEngine
@@ -22,8 +23,6 @@ from regrad_qdrant.serve.vllm.settings import Settings
 from regrad_qdrant.serve.vllm.updates import Updates
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from fastapi import FastAPI
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -51,8 +50,7 @@ class Endpoint:
 
         async def models(request: Request) -> JSONResponse:
             own = (await request.app.state.openai_serving_models.show_available_models()).model_dump()
-            ours = [{"id": name, "object": "model", "created": 0, "owned_by": "regrad-qdrant"} for name in self.offers]
-            return JSONResponse(own | {"data": [*own["data"], *ours]})
+            return JSONResponse(own | {"data": [*own["data"], *map(model_object, self.offers)]})
 
         app.add_api_route("/v1/models", models, methods=["GET"])
 
@@ -73,7 +71,7 @@ class Endpoint:
             settings.init, initialization.base.name, getattr(args, "model", "another"),
         )  # fmt: skip
         generation = engine_client.model_config.try_get_generation_config()
-        engine = VllmEngine(engine_client, ends_of(generation, tokenizer), queue=settings.queue)
+        engine = VllmEngine(engine_client, ends_with(generation.get("eos_token_id"), tokenizer), queue=settings.queue)
         metrics = Metrics()
         metrics.watch(engine)
         keys = Keys(None, read_tenants(settings.tenants) if settings.tenants else {})
@@ -171,10 +169,3 @@ def _opened(settings: Settings, tokenizer: Any) -> list[Updates]:
     if settings.icl_init is not None and settings.icl_payload_key is not None:
         found.append(updates(settings.icl_init, settings.icl_payload_key))
     return found
-
-
-def ends_of(generation: Mapping[str, Any], tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's, and all that the model's generation config names."""
-    named = generation.get("eos_token_id")
-    found = [*(named if isinstance(named, list | tuple) else [named]), tokenizer.eos_token_id]
-    return sorted({int(token) for token in found if token is not None})
