@@ -27,10 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant import errors
-from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank.documents import Hit
-from regrad_qdrant.bank.ingest import PAGE, Ingestion, IngestReport, LongTexts, check_space
+from regrad_qdrant.bank.ingest import PAGE, Ingestion, IngestReport, LongTexts, check_options, check_space
 from regrad_qdrant.bank.shard import Shard
 from regrad_qdrant.bank.stores.base import PointId, pages
 from regrad_qdrant.errors import MissingExtraError, RegradError
@@ -95,12 +94,11 @@ def attach_on_cluster(
         RegradError: what ended a worker's work, such as a server that is gone. What was written stays written.
     """
     ray = _ray()
-    get_codec(codec)
+    check_options(codec, long_texts)
     check_space(bank, initialization.space, replace=replace)
-    report, present = ClusterReport(workers=cluster.workers), bank.count_atoms()
+    report = ClusterReport(workers=cluster.workers, present=bank.count_atoms())
     work = _Work(make_gradients, open_bank, bank.space, codec, batch_tokens, long_texts)
     started, worked, waited, renewed = time.perf_counter(), 0.0, 0.0, 0
-    report.present = present
     if next(_rows(bank, None), None) is None:
         return report
     with _connected(ray, cluster), tempfile.TemporaryDirectory(prefix="regrad-") as folder:
@@ -125,7 +123,7 @@ def attach_on_cluster(
         except Exception as error:  # Ray wraps what a worker raised
             raise _cause(error) from error
         report.restarts = ray.get(ledger.restarts.remote())
-    report.present = present - renewed
+    report.present -= renewed
     report.seconds = time.perf_counter() - started
     report.waiting = waited / max(waited + worked, 1e-9)
     bank.optimize()

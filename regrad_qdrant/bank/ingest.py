@@ -101,9 +101,7 @@ def attach_atoms(
     Raises:
         BankError: if there are such atoms, and they are not to be replaced.
     """
-    get_codec(codec)
-    if long_texts not in get_args(LongTexts):
-        raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
+    check_options(codec, long_texts)
     check_space(bank, gradients.space, replace=replace)
     report = IngestReport()
     outdated: list[PointId] = []
@@ -137,6 +135,17 @@ def attach_atoms(
     report.atoms_written -= report.passed_over
     bank.optimize()
     return report
+
+
+def check_options(codec: str, long_texts: str) -> None:
+    """Refuse a codec or a way with long texts that is none, before anything is done.
+
+    Raises:
+        UnknownCodecError, DataError: for either.
+    """
+    get_codec(codec)
+    if long_texts not in get_args(LongTexts):
+        raise DataError(f"long texts: {long_texts!r} is not one of {', '.join(get_args(LongTexts))}")
 
 
 def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
