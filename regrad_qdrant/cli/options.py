@@ -162,27 +162,17 @@ def bank_of(
     id_field: str | None = None,
     language: str | None = None,
 ) -> Iterator[GradientBank]:
-    from regrad_qdrant.bank.bank import GradientBank
-    from regrad_qdrant.bank.embed import Bm25, DenseEmbedder, Embedder
-    from regrad_qdrant.bank.layouts import CORPUS, Layout
+    from regrad_qdrant.bank.assembly import assembled
 
-    embedders: dict[str, Embedder] | None = None  # as ingestion noted them, or bm25
-    if language is not None:
-        embedders = {"bm25": Bm25(language)}
-    if dense is not None:
-        embedders = {
-            "bm25": Bm25(language or "english"),
-            next((name for name in using or () if name != "bm25"), "dense"): DenseEmbedder(dense),
-        }
-    layout = None if text_path is None else CORPUS if text_path == CORPUS.text else Layout("given", text_path)
-    bank = GradientBank(
+    bank = assembled(
         store,
-        store.name,
         initialization.fingerprint,
         payload_key=payload_key,
-        layout=layout,
-        embedders=embedders,
+        dense=dense,
+        text_path=text_path,
+        using=using,
         sidecar=sidecar,
+        language=language,
     )
     try:
         if id_field is not None:

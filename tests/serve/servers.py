@@ -42,6 +42,17 @@ class Running:
         self._serving.__exit__(None, None, None)
 
 
+@contextmanager
+def filled(folder, model, tokenizer, initialization):
+    """A ReGrad over an embedded bank below the folder, that holds the texts and their atoms."""
+    with GradientBank.open(folder, "docs", initialization.fingerprint) as bank:
+        bank.create()
+        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text, "team": "ab"[i % 2]}) for i, text in enumerate(TEXTS))
+        with ReGrad(model, tokenizer, bank, initialization) as regrad:
+            attach_atoms(bank, regrad.gradients, "int8")
+            yield regrad
+
+
 @pytest.fixture(scope="session")
 def served(tokenizer, tmp_path_factory):
     """Two ReGrads of one model over one bank: of all modes, and of regrad+icl."""

@@ -12,10 +12,8 @@ import httpx
 import pytest
 from conftest import tiny_initialization, tiny_model
 from qdrant_client import models
-from servers import TEXTS
+from servers import filled
 
-from regrad_qdrant import Document, GradientBank, ReGrad
-from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.serve.service import Keys, read_tenants
 
@@ -29,11 +27,8 @@ def folder(tokenizer, tmp_path):
     initialization = tiny_initialization(model)
     object.__setattr__(initialization.base, "name", str(tmp_path / "model"))
     initialization.save(tmp_path / "init")
-    with GradientBank.open(tmp_path / "bank", "docs", initialization.fingerprint) as bank:
-        bank.create()
-        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text, "team": "ab"[i % 2]}) for i, text in enumerate(TEXTS))
-        with ReGrad(model, tokenizer, bank, initialization) as regrad:
-            attach_atoms(bank, regrad.gradients, "int8")
+    with filled(tmp_path / "bank", model, tokenizer, initialization):
+        pass
     return tmp_path
 
 

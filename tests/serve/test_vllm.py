@@ -9,12 +9,10 @@ import httpx
 import pytest
 from conftest import tiny_initialization, tiny_model
 from fastapi import FastAPI
-from servers import TEXTS
+from servers import TEXTS, filled
 
-from regrad_qdrant import Document, GradientBank, ReGrad
 from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank.documents import point_id
-from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.bank.stores.base import PayloadWrite
 from regrad_qdrant.errors import BankError, DataError, RecordError
 from regrad_qdrant.serve.vllm.endpoint import Endpoint
@@ -32,14 +30,10 @@ def own(tokenizer, tmp_path_factory):
     folder, model = tmp_path_factory.mktemp("vllm"), tiny_model()
     initialization = tiny_initialization(model)
     initialization.save(folder / "init")
-    with GradientBank.open(folder / "bank", "docs", initialization.fingerprint) as bank:
-        bank.create()
-        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text, "team": "ab"[i % 2]}) for i, text in enumerate(TEXTS))
-        with ReGrad(model, tokenizer, bank, initialization) as regrad:
-            attach_atoms(bank, regrad.gradients, "int8")
-            answers = {(mode, question): regrad.answer(question, mode=mode).text
-                       for mode in ("regrad", "rag", "direct") for question in QUESTIONS}  # fmt: skip
-            chosen = regrad.answer(QUESTIONS[0], type="choice", choices=["baker", "diver"])
+    with filled(folder / "bank", model, tokenizer, initialization) as regrad:
+        answers = {(mode, question): regrad.answer(question, mode=mode).text
+                   for mode in ("regrad", "rag", "direct") for question in QUESTIONS}  # fmt: skip
+        chosen = regrad.answer(QUESTIONS[0], type="choice", choices=["baker", "diver"])
     return SimpleNamespace(folder=folder, answers=answers, chosen=chosen.text)
 
 

@@ -141,9 +141,7 @@ def _model(messages: list[Message]) -> str | None:
 
 def _opened(settings: Settings, tokenizer: Any) -> list[Updates]:
     """The bank in each initialization's space."""
-    from regrad_qdrant.bank.bank import GradientBank
-    from regrad_qdrant.bank.embed import Bm25, DenseEmbedder, Embedder
-    from regrad_qdrant.bank.layouts import Layout
+    from regrad_qdrant.bank.assembly import assembled
     from regrad_qdrant.bank.stores.opening import open_store
     from regrad_qdrant.errors import BankError
     from regrad_qdrant.model.initialization import MetaInitialization
@@ -151,18 +149,18 @@ def _opened(settings: Settings, tokenizer: Any) -> list[Updates]:
     store = open_store(settings.collection, url=settings.url, api_key=settings.api_key, path=settings.path)
     if not store.exists():
         raise BankError(f"there is no collection {settings.collection!r}: make it with regrad-qdrant ingest")
-    embedders: dict[str, Embedder] | None = None
-    if settings.dense is not None:
-        name = next((using for using in settings.using if using != "bm25"), "dense")
-        embedders = {"bm25": Bm25("english"), name: DenseEmbedder(settings.dense)}
-    layout = None if settings.text_path is None else Layout("given", settings.text_path)
 
     def updates(name: str, payload_key: str) -> Updates:
         made = MetaInitialization.load(name)
-        bank = GradientBank(
-            store, store.name, made.fingerprint, payload_key=payload_key, layout=layout, embedders=embedders,
+        bank = assembled(
+            store,
+            made.fingerprint,
+            payload_key=payload_key,
+            dense=settings.dense,
+            text_path=settings.text_path,
+            using=settings.using,
             sidecar=settings.sidecar,
-        )  # fmt: skip
+        )
         return Updates(made, tokenizer, bank)
 
     found = [updates(settings.init, settings.payload_key)]
