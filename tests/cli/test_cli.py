@@ -1,6 +1,7 @@
 """Commands on the tiny model: what they write, and how they refuse."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -374,6 +375,12 @@ def test_two_shards_fill_a_collection(run, folder):
     assert [code for code, _, _ in found] == [0, 0] and all(" 0 present" in out for _, out, _ in found)
     code, out, _ = run("ingest", "--from-collection", "docs", "--path", "bank")
     assert " 0 atoms written" in out
+
+
+def test_the_command_starts_without_torch():
+    """A help text, or an error of use, is there at once."""
+    code = "import sys, regrad_qdrant.cli.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_wrong_model_is_refused(run, folder, tmp_path):

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regrad_loaders.training.start import adapted_layers
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.gradients import BATCH_TOKENS
 from regrad_qdrant.model.space import LoraModule
@@ -85,6 +84,8 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
         DataError: for a GPU that is not known.
         InitializationError: if the model has no layers like the recipe's targets.
     """
+    from regrad_loaders.training.start import adapted_layers
+
     if gpu not in GPUS:
         raise DataError(f"GPU {gpu!r} is not one of {', '.join(GPUS)}")
     text = config.get_text_config()
