@@ -109,7 +109,7 @@ def _tell(settings: Recipe, gpu: str, gpus: int) -> None:
         "memory at its peak": decimal(int(found.peak)),
         "work of a step": f"{found.flops / 1e12:.1f} TFLOP",
         "a step": f"{found.seconds:.2f} s",
-        f"{settings.steps} steps": f"{found.hours:.1f} h",
+        f"{settings.steps} steps": f"{found.hours:.1f} h" if found.hours >= 1 else f"{60 * found.hours:.1f} min",
     }
     for name, value in rows.items():
         console.print(f"  {name:<30} {value}", highlight=False, markup=False)
