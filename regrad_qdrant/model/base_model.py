@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "nf4")
+LAYOUT = 2  # of what the cache holds of a GGUF file; another one is made anew
 PACKAGE_SCHEME = "package:"  # package:<import name>/<file inside it>
 
 
@@ -194,11 +195,12 @@ def _dequantized(gguf: Path) -> str:
 
     with gguf.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    folder = cache_folder() / f"{gguf.stem}-{digest}"
+    folder = cache_folder() / f"{gguf.stem}-{digest}-{LAYOUT}"
     if folder.is_dir():
         return str(folder)
     inside = {"gguf_file": gguf.name}
     model, tokenizer = _load(str(gguf.parent), inside, dtype=torch.float32)
+    _name_special_tokens(gguf, model, tokenizer)
     del model.config.quantization_config  # the weights are plain float32 now; with it, transformers refuses to save
     model.hf_quantizer = None
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +214,21 @@ def _dequantized(gguf: Path) -> str:
         if not folder.is_dir():  # another process may have been faster
             raise
     return str(folder)
+
+
+def _name_special_tokens(gguf: Path, model: Any, tokenizer: Any) -> None:
+    """The tokens that begin, end and pad as the file itself names them: transformers before 5.23 may take the beginning
+    of a message for the end of an answer."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        if field is not None:
+            token = int(field.contents())
+            setattr(tokenizer, f"{role}_token", tokenizer.convert_ids_to_tokens(token))
+            for config in (model.config, model.generation_config):
+                setattr(config, f"{role}_token_id", token)
 
 
 @contextlib.contextmanager
