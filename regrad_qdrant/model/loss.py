@@ -19,7 +19,8 @@ from torch.autograd import Function
 
 from regrad_qdrant.model.head import Head
 
-CHUNK = 128
+CHUNK = 128  # on a processor, whose caches it suits
+CHUNK_OF_ACCELERATOR = 1024  # where a small product takes as long as starting it
 
 
 def token_cross_entropy(hidden: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,8 +40,9 @@ def _precise(hidden: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, torch.float32)
 
 
-def _chunks(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK))
+def _chunks(hidden: Tensor) -> Iterator[slice]:
+    count, size = len(hidden), CHUNK if hidden.device.type == "cpu" else CHUNK_OF_ACCELERATOR
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
 def _logits(head: Head, hidden: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ class _CrossEntropy(Function):
         losses = hidden.new_empty(len(hidden), dtype=_precise(hidden))
         best = torch.empty_like(targets)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for part in _chunks(len(hidden)):
+        for part in _chunks(hidden):
             logits = _logits(head, hidden[part])
             index = targets[part, None]
             norm = logits.logsumexp(dim=1, keepdim=True)
@@ -92,7 +94,7 @@ class _CrossEntropyGradient(Function):
         hidden, targets = ctx.saved_tensors
         head: Head = ctx.head
         result = torch.empty_like(hidden)
-        for part in _chunks(len(hidden)):
+        for part in _chunks(hidden):
             logits = _logits(head, hidden[part])
             moved = (grads[0][part].to(head.weight.dtype) @ head.weight.T).to(logits.dtype)
             probabilities = logits.softmax(dim=1)

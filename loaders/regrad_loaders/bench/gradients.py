@@ -26,7 +26,7 @@ def one_at_a_time(gradients: GradientComputer, documents: Sequence[EncodedDocume
         weight.requires_grad_(True)
     try:
         for row, document in enumerate(documents):
-            ids = torch.tensor([document.ids])
+            ids = torch.tensor([document.ids], device=gradients.model.device)
             loss = gradients.model(input_ids=ids, labels=ids).loss
             grads = dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True))
             atoms[row] = gradients.space.flatten(in_space(gradients.space, grads))[0]
@@ -43,7 +43,8 @@ def in_space(space: AtomSpace, grads: dict[str, torch.Tensor]) -> dict[str, torc
     atoms: dict[str, torch.Tensor] = {}
     for name, module in space.modules.items():  # g_B = s·Σ δ keyᵀ, here with the unit vectors as keys
         delta = grads[f"{name}.lora_B"].mT.unsqueeze(0) / module.scaling
-        space.accumulate(atoms, space.from_gradients(name, torch.eye(module.rank).unsqueeze(0), delta))
+        keys = torch.eye(module.rank, device=delta.device).unsqueeze(0)
+        space.accumulate(atoms, space.from_gradients(name, keys, delta))
     return atoms
 
 
@@ -63,7 +64,7 @@ class Floor:
         handle = self.first.register_forward_pre_hook(self._begin, with_kwargs=True)
         try:
             for batch in batches([len(document.ids) for document in documents], BATCH_TOKENS):
-                ids, mask = pad([documents[i].ids for i in batch], 0)
+                ids, mask = pad([documents[i].ids for i in batch], 0, self.model.device)
                 document_losses(self.model, ids, mask).sum().backward()
         finally:
             handle.remove()

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrad_loaders.bench.figures import Figure, flops, in_turns, milliseconds
+from regrad_loaders.bench.figures import Figure, finish, flops, in_turns, milliseconds
 from regrad_loaders.bench.gradients import Floor
 from regrad_loaders.data.folders import Question
 from regrad_qdrant.answer.generation import encoded
@@ -48,7 +48,7 @@ class Bench:
         from transformers import GenerationConfig
 
         tokenizer = self.regrad.tokenizer
-        ids, mask = encoded(tokenizer, prompts)
+        ids, mask = encoded(tokenizer, prompts, model.device)
         config = GenerationConfig(
             do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=tokenizer.eos_token_id,
@@ -87,7 +87,7 @@ class Bench:
         documents = [self.regrad.gradients.encode(hit.text) for hit in hits]
         with self.regrad.adapter.initial():
             atoms = self.regrad.gradients.atoms(documents)
-        weights = torch.tensor(self.regrad.weighing.merge.weights(relevances(hits)))
+        weights = torch.tensor(self.regrad.weighing.merge.weights(relevances(hits)), device=atoms.device)
         with self.regrad.adapter.applied_sum(weights @ atoms):
             self.speak(self.regrad.adapter.model, [self.prompt(question)], tokens)
 
@@ -137,7 +137,7 @@ def bench_query(
     moved = sum(4 * tensor.numel() for tensor in space.to_update(space.unflatten(torch.zeros(space.numel))).values())
     figures = {
         "query.own_share": Figure.of(
-            own, "of the whole answer", _copy_seconds(moved) / median(seconds["regrad"]),
+            own, "of the whole answer", _copy_seconds(moved, bench.bare.device) / median(seconds["regrad"]),
             f"reading and writing {2 * moved / 1e6:.0f} MB of plug-in tensors once",
         ),
         "query.regrad_over_direct": Figure.ratio(
@@ -204,13 +204,14 @@ def bench_batch(
     return figures, details
 
 
-def _copy_seconds(size: int) -> float:
+def _copy_seconds(size: int, device: torch.device) -> float:
     """Seconds of one copy of so many bytes, the best of some."""
-    source = torch.empty(max(1, size // 4))
+    source = torch.empty(max(1, size // 4), device=device)
     target = torch.empty_like(source)
     best = float("inf")
     for _ in range(10):
         started = time.perf_counter()
         target.copy_(source)
+        finish()
         best = min(best, time.perf_counter() - started)
     return best

@@ -34,7 +34,7 @@ def one_at_a_time(learner: MetaLearner, episode: Episode) -> Tensor:
         [shares] = merge_weights(learner.merge, scores, present, learner.log_temperature.exp())
         update = dict.fromkeys(space.shapes, 0.0)
         for row, share in zip(example.rows, shares, strict=True):
-            ids = torch.tensor([episode.passages[row]])
+            ids = torch.tensor([episode.passages[row]], device=learner.device)
             share = share * length_weight(ids.shape[1])
             with sdpa_kernel(SDPBackend.MATH):
                 loss = model(input_ids=ids, labels=ids).loss
@@ -43,8 +43,8 @@ def one_at_a_time(learner: MetaLearner, episode: Episode) -> Tensor:
                 update[name] = update[name] - share * sizes[name] * atom[0]
         changes = space.to_update(update)
         changed = {paths[id(weight)]: weight + changes.get(name, 0.0) for name, weight in weights.items()}
-        ids = torch.tensor([example.prompt_ids + example.answer_ids])
-        labels = torch.tensor([[-100] * len(example.prompt_ids) + example.answer_ids])
+        ids = torch.tensor([example.prompt_ids + example.answer_ids], device=learner.device)
+        labels = torch.tensor([[-100] * len(example.prompt_ids) + example.answer_ids], device=learner.device)
         output: Any = functional_call(model, changed, (), {"input_ids": ids, "labels": labels})
         losses.append(output.loss)
     return torch.stack(losses).mean()
