@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
     from regrad_qdrant.atoms.record import Record
 
-FORMAT = 1
+FORMAT, BYTES_FORMAT = 1, 2  # the second where U is in bytes
+LEVELS = 127  # of a byte, on either side of zero
+SCALES = ".basis_scales"
 SHIPPED = Path(__file__).parents[1] / "initializations"
 OF_CLONE = Path(__file__).parents[2] / "initializations"  # further ones, which a clone has and the package has not
 
@@ -210,9 +212,10 @@ class MetaInitialization:
             adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"] = _compact(module.lora_a)
             adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _compact(module.lora_b)
             if module.basis is not None:
-                own[f"{name}.basis"] = _compact(module.basis)
+                own |= _stored_basis(name, module.basis)
+        in_bytes = any(name.endswith(SCALES) for name in own)
         regrad = {
-            "format": FORMAT,
+            "format": BYTES_FORMAT if in_bytes else FORMAT,
             "fingerprint": self.fingerprint,
             "base": asdict(self.base),
             "space": self.kind,
@@ -261,8 +264,10 @@ class MetaInitialization:
             own = load_file(folder / "regrad.safetensors")
         except (OSError, json.JSONDecodeError, SafetensorError) as error:
             raise InitializationError(f"{folder}: can't read the meta-initialization: {error}") from error
-        if regrad.get("format") != FORMAT:
-            raise InitializationError(f"{folder}: format {regrad.get('format')!r}, this version reads format {FORMAT}")
+        if regrad.get("format") not in (FORMAT, BYTES_FORMAT):
+            raise InitializationError(
+                f"{folder}: format {regrad.get('format')!r}, this version reads formats {FORMAT} and {BYTES_FORMAT}"
+            )
         try:
             initialization = cls._from_files(regrad, adapter_config, adapter, own)
         except (KeyError, TypeError, ValueError, DataError) as error:
@@ -285,7 +290,7 @@ class MetaInitialization:
                 lora_a=adapter[f"{PEFT_PREFIX}{name}.lora_A.weight"].float(),
                 lora_b=adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"].float(),
                 scaling=scaling,
-                basis=own[f"{name}.basis"].float() if f"{name}.basis" in own else None,
+                basis=_read_basis(name, own),
             )
             for name in adapter_config["target_modules"]
         }
@@ -327,6 +332,39 @@ def _compact(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
     half = tensor.to(torch.float16)
     return half if torch.equal(half.to(tensor.dtype), tensor) else tensor
+
+
+def in_bytes(basis: Tensor) -> Tensor:
+    """U (d_out, p) rounded to 255 levels of each column, in which a file holds it as one byte a number."""
+    codes, scales = _coded(basis)
+    return codes.float() * scales.float()
+
+
+def _coded(basis: Tensor) -> tuple[Tensor, Tensor]:
+    """A byte for each number, and the float16 step of each column (p,)."""
+    import torch
+
+    basis = basis.detach().float().cpu()
+    scales = (basis.abs().amax(0) / LEVELS).to(torch.float16)
+    codes = (basis / scales.float().clamp(min=1e-12)).round().clamp(-LEVELS, LEVELS)
+    return codes.to(torch.int8).contiguous(), scales
+
+
+def _stored_basis(name: str, basis: Tensor) -> dict[str, Tensor]:
+    """U in bytes where they hold its numbers exactly (`in_bytes`), else as `_compact`."""
+    import torch
+
+    codes, scales = _coded(basis)
+    if torch.equal(codes.float() * scales.float(), basis.detach().float().cpu()):
+        return {f"{name}.basis": codes, f"{name}{SCALES}": scales}
+    return {f"{name}.basis": _compact(basis)}
+
+
+def _read_basis(name: str, own: Mapping[str, Tensor]) -> Tensor | None:
+    if f"{name}.basis" not in own:
+        return None
+    basis, scales = own[f"{name}.basis"].float(), own.get(f"{name}{SCALES}")
+    return basis if scales is None else basis * scales.float()
 
 
 def _find(name_or_folder: str | Path) -> Path:

@@ -5,12 +5,14 @@ import pytest
 import torch
 from conftest import tiny_initialization, tiny_model
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from regrad_loaders.training.start import fresh
 from regrad_qdrant import Adapter, MetaInitialization
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.errors import AdapterError, InitializationError, WrongModelError
 from regrad_qdrant.model.identity import BaseModel, weights_digest
+from regrad_qdrant.model.initialization import in_bytes
 
 
 def changed(initialization, part, **of_module):
@@ -95,6 +97,23 @@ def test_a_model_with_adapters_is_refused(initialization, model):
     adapter = Adapter(model, initialization)
     with pytest.raises(AdapterError, match="already carries adapters"):
         Adapter(adapter.model, initialization)
+
+
+def test_a_basis_rounded_to_bytes_is_kept_in_bytes(model, tmp_path):
+    initialization = tiny_initialization(model, "core")
+    before = initialization.modules
+    rounded = replace(initialization, modules={name: replace(m, basis=in_bytes(m.basis)) for name, m in before.items()})
+    rounded.save(tmp_path)
+    own = load_file(tmp_path / "regrad.safetensors")
+    again = MetaInitialization.load(tmp_path)
+    assert again.fingerprint == rounded.fingerprint != initialization.fingerprint
+    for name, module in before.items():
+        assert own[f"{name}.basis"].dtype == torch.int8
+        assert torch.equal(again.modules[name].basis, rounded.modules[name].basis)
+        largest = module.basis.abs().amax(0)
+        assert bool(((again.modules[name].basis - module.basis).abs() <= 0.51 / 127 * largest).all())
+    initialization.save(tmp_path)
+    assert MetaInitialization.load(tmp_path).fingerprint == initialization.fingerprint
 
 
 def test_damaged_folders_are_refused(initialization, tmp_path):

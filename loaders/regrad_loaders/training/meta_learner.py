@@ -23,7 +23,7 @@ from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule, length_weight, merge_weights
 from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, answer_losses, batches, document_losses, pad
-from regrad_qdrant.model.initialization import MetaInitialization, scaling_of
+from regrad_qdrant.model.initialization import MetaInitialization, in_bytes, scaling_of
 from regrad_qdrant.model.plugin import by_rows, live_space, lora_layers, lora_weight, plug_in, row_updates
 from regrad_qdrant.model.space import LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
@@ -206,7 +206,7 @@ class MetaLearner(nn.Module):
         )
 
     def trained(self, card: Mapping[str, Any], dtype: torch.dtype = torch.float16) -> MetaInitialization:
-        """The meta-initialization as learned so far, its tensors rounded to `dtype` as they are saved."""
+        """The meta-initialization as learned so far, A and B rounded to `dtype` and U to bytes, as they are saved."""
 
         def rounded(tensor: Tensor) -> Tensor:
             return tensor.detach().to(dtype).float().cpu()
@@ -214,7 +214,7 @@ class MetaLearner(nn.Module):
         start = self.initialization
         modules = {
             name: LoraModule(
-                rounded(m.lora_a), rounded(m.lora_b), m.scaling, None if m.basis is None else rounded(m.basis)
+                rounded(m.lora_a), rounded(m.lora_b), m.scaling, None if m.basis is None else in_bytes(m.basis)
             )
             for name, m in self.plug_in_modules().items()
         }
