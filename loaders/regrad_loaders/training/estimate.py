@@ -29,7 +29,7 @@ WORK_OF_ATOMS = 6.0  # times the forward work of the adapted layers: backward, a
 WORK_OF_ANSWERS = 1.0
 QUESTION = 64  # tokens of a question with its answer, without passages
 EFFICIENCY = 0.4  # of a GPU's peak that such steps reach; two cores with AVX512_BF16 reach about 0.5 of theirs
-BYTES = 2  # of a number that autograd saves, in bf16
+BYTES = 3  # of a number that autograd saves, in the mean: bf16, but norms and softmax keep float32 (`benchmarks/shapes.py`)
 OPTIMIZER = 16  # bytes of a learned number: itself, its gradient and Adam's two moments in float32
 RESERVE = 0.85  # share of a GPU's memory that may be planned with
 
@@ -41,6 +41,7 @@ class Gpu:
 
 
 GPUS = {
+    "h200": Gpu(141e9, 989e12),
     "h100": Gpu(80e9, 989e12),
     "a100": Gpu(80e9, 312e12),
     "l40s": Gpu(48e9, 362e12),
@@ -120,7 +121,9 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
     )  # fmt: skip
     flops *= recipe.accumulate
     seconds = flops / (GPUS[gpu].flops * EFFICIENCY * gpus)
-    peak = weights + optimizer + of_answers + of_passage * (batch or 1)
+    of_part = of_passage * (batch or 1)
+    in_parts = batch is not None and batch < recipe.passages  # then no part's graph is there while answers are learned
+    peak = weights + optimizer + (max(of_part, of_answers) if in_parts else of_part + of_answers)
     return Estimate(
         parameters, len(adapted), atom, learned, weights, optimizer, of_passage, of_answers, batch, peak, flops,
         seconds, seconds * recipe.steps / 3600,
