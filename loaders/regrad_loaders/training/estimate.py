@@ -29,7 +29,7 @@ WORK_OF_ATOMS = 6.0  # times the forward work of the adapted layers: backward, a
 WORK_OF_ANSWERS = 1.0
 QUESTION = 64  # tokens of a question with its answer, without passages
 EFFICIENCY = 0.4  # of a GPU's peak that such steps reach; two cores with AVX512_BF16 reach about 0.5 of theirs
-BYTES = 3  # of a number that autograd saves, in the mean: bf16, but norms and softmax keep float32 (`benchmarks/shapes.py`)
+BYTES = 3  # of a number that autograd saves, in the mean: bf16, but float32 of norms and softmax (benchmarks/shapes.py)
 OPTIMIZER = 16  # bytes of a learned number: itself, its gradient and Adam's two moments in float32
 RESERVE = 0.85  # share of a GPU's memory that may be planned with
 
