@@ -12,7 +12,7 @@ mkdir -p "$out"
 for set in ${SETS:-nq_open squad2_dev hotpotqa squadshifts_wiki phantomwiki}; do
     [ -f "$out/$set.json" ] && continue
     regrad-qdrant eval --corpus "$data/$set/corpus.jsonl" --qa "$data/$set/qa.jsonl" --split dev --sample "${SAMPLE:-80}" \
-        --init "$init" --codec sign-rank16 --dtype bfloat16 --batch 16 --against random,random/grounded,direct,rag \
+        --init "$init" --dtype bfloat16 --batch 16 --against random,random/grounded,direct,rag \
         --modes regrad,random,direct,regrad/grounded,random/grounded,rag \
         --resume "$out/$set.part.jsonl" --json "$out/$set.json"
     rm "$out/$set.part.jsonl"
