@@ -13,20 +13,20 @@ import argparse
 import json
 import random
 import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from regrad_loaders.bench.figures import in_turns
 from regrad_loaders.bench.gradients import Floor
 from regrad_loaders.data.episodes import Episode, Example
 from regrad_loaders.training.meta_gradient import backward
 from regrad_loaders.training.meta_learner import MetaLearner
+from regrad_loaders.training.start import adapted_layers
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.record import Record, make_records
@@ -61,13 +61,8 @@ def model_of(shape: str, device: str, dtype: torch.dtype) -> Any:
         eos_token_id=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model: Any = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval().requires_grad_(False)
 
 
@@ -75,13 +70,11 @@ def initialization_of(model: Any, shape: str) -> MetaInitialization:
     """Random keys and columns in the upper half of the layers, of the default's ranks."""
     generator = torch.Generator().manual_seed(0)
     layers, modules = model.config.num_hidden_layers, {}
-    for name, linear in model.named_modules():
-        parts = name.split(".")
-        if parts[-1] in TARGETS and int(parts[2]) >= layers // 2:
-            rows, columns = linear.weight.shape
-            keys = torch.randn(RANK, columns, generator=generator) / columns**0.5
-            basis = torch.randn(rows, BASIS, generator=generator) / rows**0.5
-            modules[name] = LoraModule(keys, torch.zeros(rows, RANK), 2.0, basis)
+    for name, linear in adapted_layers(model, TARGETS, range(layers // 2, layers)).items():
+        rows, columns = linear.weight.shape
+        keys = torch.randn(RANK, columns, generator=generator) / columns**0.5
+        basis = torch.randn(rows, BASIS, generator=generator) / rows**0.5
+        modules[name] = LoraModule(keys, torch.zeros(rows, RANK), 2.0, basis)
     sizes: dict[str, Any] = dict.fromkeys(SPACES["core"](modules).shapes, 0.01)
     return MetaInitialization(BaseModel.of(model, shape), "core", 2 * RANK, modules, sizes, max_length=256)
 
@@ -252,4 +245,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

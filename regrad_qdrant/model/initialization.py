@@ -213,9 +213,8 @@ class MetaInitialization:
             adapter[f"{PEFT_PREFIX}{name}.lora_B.weight"] = _compact(module.lora_b)
             if module.basis is not None:
                 own |= _stored_basis(name, module.basis)
-        in_bytes = any(name.endswith(SCALES) for name in own)
         regrad = {
-            "format": BYTES_FORMAT if in_bytes else FORMAT,
+            "format": BYTES_FORMAT if any(name.endswith(SCALES) for name in own) else FORMAT,
             "fingerprint": self.fingerprint,
             "base": asdict(self.base),
             "space": self.kind,
@@ -336,8 +335,7 @@ def _compact(tensor: Tensor) -> Tensor:
 
 def in_bytes(basis: Tensor) -> Tensor:
     """U (d_out, p) rounded to 255 levels of each column, in which a file holds it as one byte a number."""
-    codes, scales = _coded(basis)
-    return codes.float() * scales.float()
+    return _decoded(*_coded(basis))
 
 
 def _coded(basis: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,12 +348,16 @@ def _coded(basis: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8).contiguous(), scales
 
 
+def _decoded(codes: Tensor, scales: Tensor) -> Tensor:
+    return codes.float() * scales.float()
+
+
 def _stored_basis(name: str, basis: Tensor) -> dict[str, Tensor]:
     """U in bytes where they hold its numbers exactly (`in_bytes`), else as `_compact`."""
     import torch
 
     codes, scales = _coded(basis)
-    if torch.equal(codes.float() * scales.float(), basis.detach().float().cpu()):
+    if torch.equal(_decoded(codes, scales), basis.detach().float().cpu()):
         return {f"{name}.basis": codes, f"{name}{SCALES}": scales}
     return {f"{name}.basis": _compact(basis)}
 
@@ -363,8 +365,8 @@ def _stored_basis(name: str, basis: Tensor) -> dict[str, Tensor]:
 def _read_basis(name: str, own: Mapping[str, Tensor]) -> Tensor | None:
     if f"{name}.basis" not in own:
         return None
-    basis, scales = own[f"{name}.basis"].float(), own.get(f"{name}{SCALES}")
-    return basis if scales is None else basis * scales.float()
+    basis, scales = own[f"{name}.basis"], own.get(f"{name}{SCALES}")
+    return basis.float() if scales is None else _decoded(basis, scales)
 
 
 def _find(name_or_folder: str | Path) -> Path:
