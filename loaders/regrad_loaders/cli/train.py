@@ -114,7 +114,8 @@ def _tell(settings: Recipe, gpu: str, gpus: int) -> None:
     for name, value in rows.items():
         console.print(f"  {name:<30} {value}", highlight=False, markup=False)
     console.print(
-        f"Arithmetic for {gpus} × {gpu} at {EFFICIENCY:.0%} of its peak; set passage_batch in the recipe.",
+        f"Arithmetic for {gpus} × {gpu} at {EFFICIENCY:.0%} of its peak, which models below a billion "
+        "parameters don't reach: theirs take up to ten times as long. Set passage_batch in the recipe.",
         highlight=False,
     )
 
