@@ -115,7 +115,7 @@ def _tell(settings: Recipe, gpu: str, gpus: int) -> None:
         console.print(f"  {name:<30} {value}", highlight=False, markup=False)
     console.print(
         f"Arithmetic for {gpus} × {gpu} at {EFFICIENCY:.0%} of its peak, which models below a billion "
-        "parameters don't reach: theirs take up to ten times as long. Set passage_batch in the recipe.",
+        "parameters don't reach: theirs can take ten times as long and more. Set passage_batch in the recipe.",
         highlight=False,
     )
 
