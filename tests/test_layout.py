@@ -9,7 +9,7 @@ REPOSITORY = Path(__file__).parents[1]
 # Every room imports only from those above it, and from itself.
 ROOMS = {
     "regrad_qdrant": ("errors", "atoms", "model", "bank", "answer", "bridges", "serve", "cli"),
-    "regrad_loaders": ("data", "training", "evaluation", "bench", "cli"),
+    "regrad_loaders": ("data", "training", "baselines", "evaluation", "bench", "cli"),
 }
 SOURCES = {"regrad_qdrant": REPOSITORY / "regrad_qdrant", "regrad_loaders": REPOSITORY / "loaders" / "regrad_loaders"}
 

@@ -162,14 +162,14 @@ def lora_weight(layer: nn.Module, part: str) -> nn.Parameter:
     return weight
 
 
-def lean_forward(layer: nn.Module, change: Callable[[Tensor], Tensor] | None = None) -> Callable[..., Tensor]:
+def lean_forward(layer: nn.Module, change: Callable[[Tensor, Tensor], Tensor] | None = None) -> Callable[..., Tensor]:
     """What the layer computes, W x + s·B A x, in three calls instead of peft's many; in any type of W.
 
     Token by token, the calls are most of what the plug-in costs. A and B stay in float32, and what they add is rounded
     to the model's type once, together with `change`.
 
     Args:
-        change: what a further change of the plug-in adds to the output for the input in A's type.
+        change: what a further change of the plug-in adds to the output, from x and A x in A's type.
     """
     import torch
     from torch.nn.functional import linear
@@ -183,12 +183,12 @@ def lean_forward(layer: nn.Module, change: Callable[[Tensor], Tensor] | None = N
         lora_a, lora_b = down.weight, up.weight
         x = x.to(lora_a.dtype)
         keys = linear(x, lora_a)
-        if change is None and result.dtype == keys.dtype and result.is_contiguous() and not torch.is_grad_enabled():
+        if result.dtype == keys.dtype and result.is_contiguous() and not torch.is_grad_enabled():
             result.view(-1, result.shape[-1]).addmm_(keys.flatten(0, -2), lora_b.T, alpha=scaling)
-            return result
+            return result if change is None else result.add_(change(x, keys))
         added = scaling * linear(keys, lora_b)
         if change is not None:
-            added = added + change(x)
+            added = added + change(x, keys)
         return (result + added).to(result.dtype)
 
     return forward
@@ -244,9 +244,11 @@ def by_rows(x: Tensor, count: int) -> Tensor:
     return x if len(x) == count and x.dim() == 3 else x.reshape(count, -1, x.shape[-1])
 
 
-def _change_of(space: AtomSpace, name: str, rows: Mapping[str, Tensor], count: int) -> Callable[[Tensor], Tensor]:
-    def change(x: Tensor) -> Tensor:
-        added = space.row_update(name, by_rows(x, count), rows)
+def _change_of(
+    space: AtomSpace, name: str, rows: Mapping[str, Tensor], count: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    def change(x: Tensor, keys: Tensor) -> Tensor:
+        added = space.row_update(name, by_rows(x, count), by_rows(keys, count), rows)
         return added.reshape(*x.shape[:-1], -1)
 
     return change

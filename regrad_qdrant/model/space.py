@@ -120,11 +120,11 @@ class AtomSpace(ABC):
         """The change of the LoRA tensors (`<module>.lora_A`, `<module>.lora_B`) that a change in this space means."""
 
     @abstractmethod
-    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    def row_update(self, name: str, x: Tensor, keys: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         """What a change of this space adds to the module's output, with an own change for every row.
 
-        `x` is (batch, tokens, d_in) and `rows` holds (batch, *shape) for each of the space's tensors; returns
-        (batch, tokens, d_out). Differentiable in everything, twice.
+        `x` is (batch, tokens, d_in), `keys` A x (batch, tokens, r), and `rows` holds (batch, *shape) for each of the
+        space's tensors; returns (batch, tokens, d_out). Differentiable in everything, twice.
         """
 
 

@@ -25,6 +25,7 @@ def folder(tmp_path_factory, tokenizer):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     tiny_initialization(model).save(folder / "init")
+    tiny_initialization(model, "lora").save(folder / "lora")
     other = tiny_model(seed=4)
     other.save_pretrained(folder / "other")
     tokenizer.save_pretrained(folder / "other")
@@ -153,6 +154,27 @@ def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path)
     assert all(len(line["hits"]) == (0 if line["mode"] == "ft-direct" else 3) for line in lines)
     assert "Paired over the same questions" in out
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_eval_runs_what_gradients_are_compared_with(run, folder, tmp_path):
+    modes = "cpt,instruction-cpt,ft-cpt,prag,ft-prag,rag-kv,ft-rag-kv,ft-rag-64,ft-rag-128/grounded"
+    code, out, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3", "--modes", modes,
+        "--ft-direct", folder / "lora", "--ft-rag", folder / "init", "--json", "out.json",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [row["mode"] for row in result["intervals"]] == modes.split(",")
+    assert set(result["stored"]) == {"prag", "ft-prag", "rag-kv", "ft-rag-kv"}
+    few = [mode for mode, kept in result["stored"].items() if kept["documents"] < 4 or kept["bytes"] < 1000]
+    assert few == []
+    assert "ft-rag-kv: " in out and " s each to make" in out
+    code, _, err = run("eval", "--collection", "docs", "--qa", folder / "qa.jsonl", "--modes", "cpt")
+    assert code == 2 and "no collection" in err
+    code, _, err = run(
+        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--modes", "rag-kv/auto"
+    )
+    assert code == 2 and "unknown modes" in err
 
 
 def test_a_new_bank_is_filled_for_the_gradients_and_not_for_a_baseline(run, folder, tmp_path):

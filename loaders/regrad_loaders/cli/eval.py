@@ -56,14 +56,9 @@ from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
     from regrad_loaders.data.folders import Question
-    from regrad_loaders.evaluation.plan import Party
     from regrad_loaders.evaluation.results import Prediction
     from regrad_qdrant.bank.bank import GradientBank
-    from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.stores.base import Store
-    from regrad_qdrant.model.initialization import MetaInitialization
-
-CALIBRATED_ON = 8  # passages that the step size of `raw` is chosen on
 
 
 def evaluation(
@@ -167,12 +162,16 @@ def evaluation(
     plot_out: Annotated[Path | None, typer.Option("--plot", help="Write a bar chart to this PNG or SVG file.")] = None,
 ) -> None:
     """Answer a question file in several modes, side by side, and score the answers."""
+    from rich.filesize import decimal
+
+    from regrad_loaders.baselines.parametric import CODEC as ADAPTERS_CODEC
     from regrad_loaders.data.folders import read_questions
     from regrad_loaders.evaluation.evaluate import evaluate
     from regrad_loaders.evaluation.journal import Journal
+    from regrad_loaders.evaluation.making import answerer_of, initialization_of, stored_of
     from regrad_loaders.evaluation.plan import (
-        BASELINES,
         EVALUATION_MODES,
+        FINE_TUNED,
         field_filter,
         parse_modes,
         parties,
@@ -202,7 +201,7 @@ def evaluation(
     # A bank that exists holds the atoms of one initialization, and all modes read those.
     icl_init = icl_init or (DEFAULT_ICL_INIT if init == DEFAULT_INIT and collection is None else init)
     folders = {"ft-direct": ft_direct, "ft-rag": ft_rag}
-    fine_tuned = {name: folders.get(name) or _baseline(name) for name, one in BASELINES.items() if one.fine_tuned}
+    fine_tuned = {name: folders[name] or _baseline(name) for name in FINE_TUNED}
     answering = parties(chosen, init, icl_init, fine_tuned)
     settings: dict[str, Any] = {
         "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
@@ -232,25 +231,34 @@ def evaluation(
         report = None
         swept: dict[int, list[Evaluation]] = {k: [] for k in further}
         asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
+        asks = [question.question for question in questions]
+        owners = [
+            initialization
+            if party.init == init and party.made is None
+            else initialization_of(party, initialization, base, tokenizer, passages, asks, progress)
+            for party in answering
+        ]
+        stored: dict[str, Any] = {}
         with progress("Answering", asked) as advance:
-            for party in answering:
-                ours = _initialization(party, init, initialization, base, tokenizer, passages)
+            for party, ours in zip(answering, owners, strict=True):
                 key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}"
                 on_missing = "store" if collection is None else "skip" if party.fills else "compute"
                 with bank_of(opened(), ours, key, dense, text_path, using, sidecar, id_field) as bank:
                     is_new = collection is None and not bank.store.exists()
                     if is_new:
                         bank.create()
+                    coded = ADAPTERS_CODEC if party.made == "prag" else codec
                     regrad = regrad_of(
-                        base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=codec, prompt=asking
+                        base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=coded, prompt=asking
                     )
+                    answerer = answerer_of(party, regrad)
                     if is_new and passages is not None:
                         add_passages(regrad, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and party.fills:
                         report = ingest_corpus(regrad, passages, codec)
                     _check_filter(bank, questions[0], filter_field)
                     ask = functools.partial(
-                        evaluate, regrad, questions, using=using, filter_field=filter_field, oracle=oracle,
+                        evaluate, answerer, questions, using=using, filter_field=filter_field, oracle=oracle,
                         distractors=distractors, batch=batch, style=answer_style,
                     )  # fmt: skip
                     for k, into in ((top_k, found), *swept.items()):
@@ -272,6 +280,8 @@ def evaluation(
                     settings |= {"layout": str(bank.layout)}
                     if party.fills:
                         settings |= {"codec": bank.status().codec, "merge": asdict(regrad.weighing.merge)}
+                    if (kept := stored_of(answerer)) is not None:
+                        stored |= dict.fromkeys(party.modes.values(), kept)
                     regrad.close()
     others = tuple((k, Evaluation.joined(settings, parts, chosen)) for k, parts in swept.items() if parts)
     result = replace(
@@ -279,8 +289,14 @@ def evaluation(
         recall_at_k=found[0].recall_at_k,
         against=tuple(references),
         sweep=others,
+        stored=stored,
     )
     console.print(scores_table(result))
+    for mode, kept in stored.items():
+        console.print(
+            f"{mode}: {kept.documents} documents, {decimal(kept.bytes)} and {kept.seconds:.2f} s each to make",
+            markup=False,
+        )
     if others:
         console.print(sweep_table(result))
     if references:
@@ -314,37 +330,7 @@ def _check_search(store: Store, using: list[str] | None, dense: str | None) -> N
         store.close()
 
 
-def _initialization(
-    party: Party,
-    init: str,
-    initialization: MetaInitialization,
-    base: Any,
-    tokenizer: Any,
-    passages: list[Passage] | None,
-) -> MetaInitialization:
-    """The initialization of a party, which is the one that is loaded already where it is that of --init."""
-    from regrad_loaders.evaluation.plan import RAW
-    from regrad_qdrant.model.initialization import MetaInitialization
-
-    if party.init == RAW.name:
-        return _raw(base, tokenizer, initialization, passages)
-    if party.init == init:
-        return initialization
-    ours = MetaInitialization.load(party.init)
-    ours.check_model(base)
-    return ours
-
-
 def _baseline(mode: str) -> str | None:
     """The fine-tuned adapter of a mode that stands in the repository, where this is run from a clone of it."""
     folder = Path(__file__).parents[3] / "benchmarks" / "baselines" / mode
     return os.path.relpath(folder) if folder.is_dir() else None
-
-
-def _raw(model: Any, tokenizer: Any, like: MetaInitialization, passages: list[Passage] | None) -> MetaInitialization:
-    from regrad_loaders.training.start import raw_initialization
-
-    if passages is None:
-        raise DataError("the mode raw chooses its step size on passages of the corpus: give --corpus")
-    ids = [tokenizer(passage.text).input_ids[: like.max_length] for passage in passages[:CALIBRATED_ON]]
-    return raw_initialization(model, like, ids)

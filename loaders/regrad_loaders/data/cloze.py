@@ -37,13 +37,13 @@ def cloze_questions(dataset: Dataset, questions: Sequence[Question], count: int,
         if key in kept_out or key not in texts:
             continue
         rng = random.Random(f"{seed}-{key}")
-        blanks = _blanks(texts[key])
-        for i, (sentence, answer) in enumerate(rng.sample(blanks, min(count, len(blanks)))):
+        found_here = blanks(texts[key])
+        for i, (sentence, answer) in enumerate(rng.sample(found_here, min(count, len(found_here)))):
             found.append(Question(f"{key}-cloze{i}", f"{INSTRUCTION} {sentence}", (answer,), (key,), type="cloze"))
     return found
 
 
-def _blanks(text: str) -> list[tuple[str, str]]:
+def blanks(text: str) -> list[tuple[str, str]]:
     """(the sentence with a blank, what stood there) for everything that can be left out."""
     found = []
     for sentence in _SENTENCE.split(text):

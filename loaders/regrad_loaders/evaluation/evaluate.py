@@ -10,10 +10,10 @@ from statistics import mean
 from typing import Any
 
 from regrad_loaders.data.folders import Question
+from regrad_loaders.evaluation.answering import Answering
 from regrad_loaders.evaluation.plan import field_filter, free
 from regrad_loaders.evaluation.results import Evaluation, Prediction
 from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1, words_found
-from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.answer.query import Answer, Query
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit, point_id
@@ -26,7 +26,7 @@ _Given = dict[PointId, tuple[float, float | None]]
 
 
 def evaluate(
-    regrad: ReGrad,
+    regrad: Answering,
     questions: Sequence[Question],
     modes: Sequence[str],
     *,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from regrad_loaders.data.folders import Question
 from regrad_qdrant.answer.query import MODES, WITHOUT_DOCUMENTS, Grounded, Mode
@@ -15,30 +15,56 @@ from regrad_qdrant.errors import DataError
 ICL = "regrad+icl"  # the mode that has an initialization of its own, trained with the passages in the prompt
 
 
+Made = Literal["raw", "cpt", "instruction-cpt", "prag"]  # on the spot, from the corpus
+Reads = Literal["key values"] | int  # passages otherwise than in the prompt as they are: an int is how many tokens
+
+
 @dataclass(frozen=True)
 class Baseline:
     """A mode of evaluations alone: a mode of the pipeline's with an initialization made for comparison."""
 
     name: str
     runs: Mode
-    fine_tuned: bool = True  # its initialization is a folder; otherwise it is made on the spot, like that of --init
+    fine_tuned: str | None = None  # the baseline whose folder its initialization is, or begins with
+    made: Made | None = None  # what is made of that, or of fresh tensors in the layers of --init
+    reads: Reads | None = None
 
 
-RAW = Baseline("raw", "regrad", fine_tuned=False)  # no meta-training
-BASELINES = {b.name: b for b in (RAW, Baseline("ft-direct", "init"), Baseline("ft-rag", "init+icl"))}
+BASELINES = {
+    baseline.name: baseline
+    for baseline in (
+        Baseline("raw", "regrad", made="raw"),  # no meta-training
+        Baseline("ft-direct", "init", "ft-direct"),
+        Baseline("ft-rag", "init+icl", "ft-rag"),
+        Baseline("cpt", "init", made="cpt"),
+        Baseline("instruction-cpt", "init", made="instruction-cpt"),
+        Baseline("ft-cpt", "init", "ft-direct", made="cpt"),
+        Baseline("prag", "regrad", made="prag"),
+        Baseline("ft-prag", "regrad", "ft-direct", made="prag"),
+        Baseline("rag-kv", "rag", reads="key values"),
+        Baseline("ft-rag-kv", "init+icl", "ft-rag", reads="key values"),
+        Baseline("ft-rag-64", "init+icl", "ft-rag", reads=64),
+        Baseline("ft-rag-128", "init+icl", "ft-rag", reads=128),
+    )
+}
+FINE_TUNED = ("ft-direct", "ft-rag")  # the baselines that are folders
 # What ends the name of a mode whose answers are spans of the retrieved texts, or may be.
 GROUNDED: dict[str, Grounded] = {"/grounded": True, "/auto": "auto"}
 _FREE: tuple[str, ...] = (*MODES, *BASELINES)
-EVALUATION_MODES = (*_FREE, *(f"{mode}{ending}" for ending in GROUNDED for mode in _FREE))
+_IN_TWO_WAYS = [mode for mode in _FREE if mode not in BASELINES or BASELINES[mode].reads != "key values"]
+EVALUATION_MODES = (*_FREE, *(f"{mode}{ending}" for ending in GROUNDED for mode in _IN_TWO_WAYS))
 
 
 @dataclass(frozen=True)
 class Party:
     """One initialization, and what it answers."""
 
-    init: str  # a shipped name or a folder, or RAW.name
+    init: str  # a shipped name or a folder
     modes: dict[str, str]  # what it runs, and under which name that stands in the results
     fills: bool  # whether the bank holds its atoms under the payload key that was given
+    made: Made | None
+    reads: Reads | None
+    starts: bool  # whether what is made begins with `init`; otherwise it only has its layers
 
 
 def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[str, str | None]) -> list[Party]:
@@ -52,23 +78,22 @@ def parties(modes: Sequence[str], init: str, icl_init: str, fine_tuned: Mapping[
     Raises:
         DataError: for a fine-tuned baseline without a folder.
     """
-    groups: dict[str, dict[str, str]] = {}
+    groups: dict[tuple[str, Made | None, Reads | None, bool], dict[str, str]] = {}
     for mode in modes:
         name, _ = free(mode)
-        baseline = BASELINES.get(name)
-        of_mode = init if baseline is None else fine_tuned.get(name) if baseline.fine_tuned else name
-        if name == ICL:
-            of_mode = icl_init
-        if of_mode is None:
+        baseline = BASELINES.get(name, Baseline(name, name))
+        folder = fine_tuned.get(baseline.fine_tuned) if baseline.fine_tuned else icl_init if name == ICL else init
+        if folder is None:
             raise DataError(
-                f"the mode {mode} needs a fine-tuned baseline: --{name} FOLDER, of a recipe with `atoms: false`; "
-                "ours stand in the repository, under benchmarks/baselines"
+                f"the mode {mode} needs a fine-tuned baseline: --{baseline.fine_tuned} FOLDER, of a recipe with "
+                "`atoms: false`; ours stand in the repository, under benchmarks/baselines"
             )
-        runs = name if baseline is None else baseline.runs
-        groups.setdefault(of_mode, {})[f"{runs}{mode.removeprefix(name)}"] = mode
-    own = next((name for name in (init, icl_init, *groups) if name in groups and name != RAW.name), None)
-    order = sorted(groups, key=lambda name: name != own)  # stable: the others stay in theirs
-    return [Party(name, groups[name], name == own) for name in order]
+        kind = (folder, baseline.made, baseline.reads, baseline.fine_tuned is not None)
+        groups.setdefault(kind, {})[f"{baseline.runs}{mode.removeprefix(name)}"] = mode
+    wanted = [(init, None, None, False), (icl_init, None, None, False), *groups]
+    own = next((kind for kind in wanted if kind in groups and kind[1] is None), None)  # what is made here fills none
+    order = sorted(groups, key=lambda kind: kind != own)  # stable: the others stay in theirs
+    return [Party(kind[0], groups[kind], kind == own, *kind[1:]) for kind in order]
 
 
 def retrieves(mode: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,6 +40,15 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class Stored:
+    """What a baseline keeps of each document in place of an atom."""
+
+    documents: int  # that it was made of
+    bytes: int  # the median
+    seconds: float  # that one took to make, the mean
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """What an evaluation measured; `as_dict` is the contract of `--json`."""
 
@@ -48,6 +57,7 @@ class Evaluation:
     recall_at_k: float | None
     against: tuple[str, ...] = ()  # the modes that the others are paired with
     sweep: tuple[tuple[int, Evaluation], ...] = ()  # the same questions at other k
+    stored: Mapping[str, Stored] = field(default_factory=dict)  # by mode, of baselines that store something else
 
     @classmethod
     def joined(cls, settings: dict[str, Any], parts: Sequence[Evaluation], modes: Sequence[str]) -> Evaluation:
@@ -115,6 +125,8 @@ class Evaluation:
             found["types"] = types
         if self.sweep:
             found["sweep"] = [{"top_k": k} | row for k, other in self.sweep for row in other.intervals()]
+        if self.stored:
+            found["stored"] = {mode: asdict(kept) for mode, kept in self.stored.items()}
         return found | ({"differences": self.differences()} if self.against else {})
 
     def named(self, names: Mapping[str, str]) -> Evaluation:

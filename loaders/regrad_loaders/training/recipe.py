@@ -62,6 +62,7 @@ class Recipe:
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     averaged_with: str | None = None  # a second one of the same shape: training begins with the mean of the two
+    averaged_share: float = 0.5  # of the second in that mean
     learn: str = "all"  # or step_sizes: log α and log τ alone, so that every stored atom stays valid
     prompt: str | None = None  # JSON file of a prompt format; None: that of `start`, or the default
     passages_in_prompt: float = 0.0  # of this share of the questions; true, of all: for regrad+icl
@@ -130,6 +131,8 @@ class Recipe:
             raise DataError("step sizes alone can't be learned from nothing: name the initialization in `start`")
         if self.averaged_with is not None and self.start is None:
             raise DataError("averaged_with names the second of two initializations: name the first in `start`")
+        if not 0 <= self.averaged_share <= 1:
+            raise DataError(f"averaged_share is a share, 0 to 1, found {self.averaged_share}")
         if not self.codecs:
             raise DataError("the recipe names no codec: fp32 is none at all")
         for codec in self.codecs:

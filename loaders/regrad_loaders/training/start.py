@@ -53,7 +53,7 @@ def begin(recipe: Recipe, model: nn.Module, base: BaseModel, sources: Sequence[E
         return replace(made, merge=MergeRule(recipe.merge, recipe.temperature), prompt=prompt_of(recipe))
     start = MetaInitialization.load(recipe.start)
     if recipe.averaged_with is not None:
-        start = mean_of(start, MetaInitialization.load(recipe.averaged_with))
+        start = mean_of(start, MetaInitialization.load(recipe.averaged_with), recipe.averaged_share)
     start.check_model(model)
     modules = list(adapted_layers(model, recipe.targets, layers))
     wanted = (recipe.rank, recipe.basis_rank, set(modules))
@@ -166,11 +166,22 @@ def raw_initialization(
     Raises:
         InitializationError: if no step size lowers the passages' loss.
     """
+    made = fresh_like(model, like, like.kind)
+    learner = MetaLearner(model, made, like.merge.rule)
+    try:
+        size, _ = calibrate(learner, passages)
+    finally:
+        learner.model[0].unload()
+    return made.with_step_sizes(dict.fromkeys(made.step_sizes, size), like.merge)
+
+
+def fresh_like(model: nn.Module, like: MetaInitialization, kind: str) -> MetaInitialization:
+    """Fresh tensors in the layers and ranks of an initialization, in a space of this kind, at a step size of 1."""
     basis = next(iter(like.modules.values())).basis
     made = fresh(
         model,
         like.base,
-        kind=like.kind,
+        kind=kind,
         targets=sorted({name.rsplit(".", 1)[-1] for name in like.modules}),
         layers=like.layers,
         rank=like.rank,
@@ -179,12 +190,7 @@ def raw_initialization(
         step_size=1.0,
         max_length=like.max_length,
     )
-    learner = MetaLearner(model, made, like.merge.rule)
-    try:
-        size, _ = calibrate(learner, passages)
-    finally:
-        learner.model[0].unload()
-    return made.with_step_sizes(dict.fromkeys(made.step_sizes, size), like.merge)
+    return replace(made, prompt=like.prompt)
 
 
 def _sample_atoms(

@@ -35,9 +35,9 @@ class CoreSpace(KeySpace):
         cores = {name: atom[self.core_of(name)] for name in self.modules}
         return {f"{name}.lora_B": self._basis(self.modules[name], core) @ core for name, core in cores.items()}
 
-    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    def row_update(self, name: str, x: Tensor, keys: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         module = self.modules[name]
-        return (x @ module.lora_a.mT) @ rows[self.core_of(name)].mT @ (module.scaling * self._basis(module, x)).mT
+        return (module.scaling * (keys @ rows[self.core_of(name)].mT)) @ self._basis(module, x).mT
 
     @staticmethod
     def _basis(module: LoraModule, like: Tensor) -> Tensor:

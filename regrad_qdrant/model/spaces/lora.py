@@ -34,8 +34,8 @@ class LoraSpace(AtomSpace):
     def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(atom)
 
-    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+    def row_update(self, name: str, x: Tensor, keys: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
         module = self.modules[name]
         delta_a, delta_b = rows[f"{name}.lora_A"], rows[f"{name}.lora_B"]
-        kept, moved = x @ module.lora_a.mT, x @ delta_a.mT  # A x and ΔA x
-        return module.scaling * ((kept + moved) @ delta_b.mT + moved @ module.lora_b.mT)
+        moved = x @ delta_a.mT  # ΔA x
+        return module.scaling * ((keys + moved) @ delta_b.mT + moved @ module.lora_b.mT)

@@ -33,6 +33,5 @@ class ValueSpace(KeySpace):
     def to_update(self, atom: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {f"{name}.lora_B": atom[f"{name}.values"].mT for name in self.modules}
 
-    def row_update(self, name: str, x: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
-        module = self.modules[name]
-        return module.scaling * ((x @ module.lora_a.mT) @ rows[f"{name}.values"])
+    def row_update(self, name: str, x: Tensor, keys: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        return (self.modules[name].scaling * keys) @ rows[f"{name}.values"]

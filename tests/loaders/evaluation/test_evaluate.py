@@ -14,12 +14,13 @@ def test_a_baseline_answers_its_grounded_twin():
         "regrad,regrad/grounded,ft-direct/grounded,ft-rag,raw/grounded,ft-rag/grounded", EVALUATION_MODES
     )
     found = parties(modes, "ours", "ours-icl", {"ft-direct": "direct-folder", "ft-rag": "rag-folder"})
-    assert {party.init: party.modes for party in found} == {
-        "ours": {"regrad": "regrad", "regrad/grounded": "regrad/grounded"},
-        "direct-folder": {"init/grounded": "ft-direct/grounded"},
-        "rag-folder": {"init+icl": "ft-rag", "init+icl/grounded": "ft-rag/grounded"},
-        "raw": {"regrad/grounded": "raw/grounded"},
+    assert {(party.init, party.made): party.modes for party in found} == {
+        ("ours", None): {"regrad": "regrad", "regrad/grounded": "regrad/grounded"},
+        ("direct-folder", None): {"init/grounded": "ft-direct/grounded"},
+        ("rag-folder", None): {"init+icl": "ft-rag", "init+icl/grounded": "ft-rag/grounded"},
+        ("ours", "raw"): {"regrad/grounded": "raw/grounded"},
     }
+    assert [party.fills for party in found] == [True, False, False, False]
     assert [mode for mode in ("direct", "ft-direct", "direct/grounded", "ft-direct/grounded") if retrieves(mode)] == [
         "direct/grounded", "ft-direct/grounded"
     ]  # fmt: skip
@@ -27,6 +28,19 @@ def test_a_baseline_answers_its_grounded_twin():
         parse_modes("regrad/ground", EVALUATION_MODES)
     with pytest.raises(DataError, match="ft-direct/grounded needs .* --ft-direct FOLDER"):
         parties(["ft-direct/grounded"], "ours", "ours", {"ft-direct": None})
+
+
+def test_what_is_made_of_a_fine_tuned_model_begins_with_it():
+    folders = {"ft-direct": "direct-folder", "ft-rag": "rag-folder"}
+    found = parties(["prag", "ft-prag", "rag", "rag-kv", "ft-rag-64", "ft-rag-128"], "ours", "ours-icl", folders)
+    assert [(party.init, party.made, party.reads, party.starts, party.fills) for party in found] == [
+        ("ours", None, None, False, True),
+        ("ours", "prag", None, False, False),
+        ("direct-folder", "prag", None, True, False),
+        ("ours", None, "key values", False, False),
+        ("rag-folder", None, 64, True, False),
+        ("rag-folder", None, 128, True, False),
+    ]
 
 
 def test_grounded_answers_are_of_the_texts_that_were_retrieved_whatever_atoms_are_applied(model, tokenizer, tmp_path):
