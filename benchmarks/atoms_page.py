@@ -16,7 +16,7 @@ from typing import Any
 from tables import table
 
 from regrad_loaders.bench.atoms import BASELINE, plot, read_cells
-from regrad_loaders.evaluation.scores import Interval
+from regrad_loaders.data.scores import Interval
 
 PAGE = """# What an atom costs, and what its answers are worth
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from regrad_loaders.data.facts import generate
+from regrad_loaders.data.scores import bootstrap
 from regrad_loaders.evaluation.evaluate import evaluate
-from regrad_loaders.evaluation.scores import bootstrap
 from regrad_qdrant import GradientBank, MetaInitialization, ReGrad, load_base_model
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
 from regrad_qdrant.model import head

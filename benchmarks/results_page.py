@@ -15,7 +15,7 @@ from typing import Any
 
 from tables import table
 
-from regrad_loaders.evaluation.scores import Interval, pooled
+from regrad_loaders.data.scores import Interval, pooled
 
 MAIN = ("nq_open", "phantomwiki", "hotpotqa", "squad2_dev")
 PAIRS = (  # what each difference shows

@@ -107,7 +107,7 @@ def generate(
         options["stopping_criteria"] = [stopping]
     if asking.format.end:
         options |= {"stop_strings": [asking.format.end], "tokenizer": tokenizer}
-    with torch.inference_mode(), _greedy(base, max(lengths), ends, tokenizer.pad_token_id or 0):
+    with torch.inference_mode(), greedily(base, max(lengths), ends, tokenizer.pad_token_id or 0):
         output = base.generate(input_ids=ids, attention_mask=mask, **options)  # type: ignore[operator] # transformers
     answers = []
     for prompt, length, tokens, found in zip(prompts, lengths, mask.sum(dim=1).tolist(), output, strict=True):
@@ -194,7 +194,7 @@ def ends_with(named: Any, tokenizer: Any) -> list[int]:
 
 
 @contextlib.contextmanager
-def _greedy(base: Any, max_new_tokens: int, ends: list[int], pad_id: int) -> Iterator[None]:
+def greedily(base: Any, max_new_tokens: int, ends: list[int], pad_id: int) -> Iterator[None]:
     """Inside the block the model decodes greedily, with nothing of its own generation config: no repetition penalty."""
     from transformers import GenerationConfig
 

@@ -79,6 +79,14 @@ def ingest(
     from_collection: Annotated[
         str | None, typer.Option("--from-collection", help="Attach atoms to the points of this collection, in place.")
     ] = None,
+    gradients: Annotated[
+        Path | None,
+        typer.Option(
+            "--gradients",
+            help="With --from-collection: folder of .pt files, one a document and named by its id, with the gradients of "
+            "the LoRA tensors of --init; nothing is computed.",
+        ),
+    ] = None,
     text_path: TextPath = None,
     url: Url = None,
     path: BankPath = None,
@@ -171,6 +179,15 @@ def ingest(
     if passages is None and not store.exists():
         raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
     place: str | Literal[False] | None = False if in_place else sidecar
+    if gradients is not None:
+        if passages is not None or ray is not None or of_shard is not None or dry_run:
+            raise DataError("--gradients goes with --from-collection, and without --ray, --shard and --dry-run")
+        made = MetaInitialization.load(init)
+        with bank_of(store, made, payload_key, dense, text_path, sidecar=place, language=language) as bank:
+            report = _from_files(bank, made, gradients, codec, replace)
+            status = bank.status()
+        _tell(report, status, json_out)
+        return
     if ray is not None:
         if shard is not None or dry_run:
             raise DataError("--ray shares the work out by itself: without --shard; --dry-run goes without --ray")
@@ -205,6 +222,16 @@ def ingest(
             report = attach(regrad, codec, **options)
         status = bank.status()
     _tell(report, status, json_out)
+
+
+def _from_files(
+    bank: GradientBank, initialization: MetaInitialization, folder: Path, codec: str, replace: bool
+) -> IngestReport:
+    from regrad_qdrant.bank.gradient_files import gradient_files, put_gradients
+
+    files = gradient_files(folder)
+    with progress("Writing atoms", len(files)) as advance:
+        return put_gradients(bank, initialization, files, codec, advance, replace=replace)
 
 
 def _tell(report: IngestReport, status: BankStatus, json_out: Path | None) -> None:

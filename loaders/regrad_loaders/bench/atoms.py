@@ -19,8 +19,8 @@ from torch import Tensor
 
 from regrad_loaders.data.episodes import bm25_hits
 from regrad_loaders.data.folders import Dataset, Question
+from regrad_loaders.data.scores import Interval, bootstrap, f1, pooled
 from regrad_loaders.evaluation.plots import new_figure
-from regrad_loaders.evaluation.scores import Interval, bootstrap, f1, pooled
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.generation import generate
 from regrad_qdrant.atoms.codec import AtomLayout

@@ -13,7 +13,7 @@ import torch
 from regrad_loaders.bench.atoms import AtomBench
 from regrad_loaders.data.facts import generate
 from regrad_loaders.data.folders import Dataset, Question
-from regrad_loaders.evaluation.scores import Interval, bootstrap, f1
+from regrad_loaders.data.scores import Interval, bootstrap, f1
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import length_weight
 

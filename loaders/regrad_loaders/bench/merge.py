@@ -17,7 +17,7 @@ from torch import Tensor
 
 from regrad_loaders.bench.atoms import AtomBench, Task
 from regrad_loaders.data.folders import Question
-from regrad_loaders.evaluation.scores import Interval, bootstrap, f1
+from regrad_loaders.data.scores import Interval, bootstrap, f1
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regrad_loaders.bench.atoms import AtomBench
+from regrad_loaders.data.scores import Interval, bootstrap, f1
 from regrad_loaders.evaluation.plots import new_figure
-from regrad_loaders.evaluation.scores import Interval, bootstrap, f1
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import window_shares
 from regrad_qdrant.bank.embed import Bm25

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from regrad_loaders.bench.atoms import AtomBench, Task
-from regrad_loaders.evaluation.scores import Interval, bootstrap, f1
+from regrad_loaders.data.scores import Interval, bootstrap, f1
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.bank.embed import Embedder
 from regrad_qdrant.bank.relevance import DEPTH, by_rank, from_candidates, from_zero

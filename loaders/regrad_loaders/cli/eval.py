@@ -62,7 +62,14 @@ if TYPE_CHECKING:
 
 
 def evaluation(
-    qa: Annotated[Path, typer.Option("--qa", help="qa.jsonl: one object a line with id, question and answers.")],
+    qa: Annotated[
+        Path,
+        typer.Option(
+            "--qa",
+            help="qa.jsonl: one object a line with id, question and answers; or a file or folder of data_aug (.json), "
+            "whose passages are the corpus.",
+        ),
+    ],
     corpus: Annotated[
         Path | None,
         typer.Option("--corpus", help="corpus.jsonl; a temporary bank is made of it, with atoms of what is retrieved."),
@@ -76,7 +83,9 @@ def evaluation(
             "--modes",
             help="Comma-separated: direct, rag, pe-rag (a stronger prompt), regrad, regrad+icl, online (atoms computed "
             "per query), random (atoms of documents that other questions found), init and init+icl (no atoms), "
-            "raw (regrad without meta-training), ft-direct and ft-rag (fine-tuned); each also as MODE/grounded, whose "
+            "raw (regrad without meta-training), ft-direct and ft-rag (fine-tuned), cpt, instruction-cpt and ft-cpt "
+            "(continued pre-training), prag and ft-prag (an adapter a document), rag-kv and ft-rag-kv (passages as "
+            "keys and values), ft-rag-64 and ft-rag-128 (cut to so many tokens); each also as MODE/grounded, whose "
             "answers are spans of the retrieved texts, and as MODE/auto (the span or the free answer).",
         ),
     ] = "direct,rag,regrad,regrad+icl,random",
@@ -94,6 +103,14 @@ def evaluation(
         bool, typer.Option("--oracle", help="Answer from the gold passages instead of what is retrieved.")
     ] = False,
     style: AnswerStyle = "short",
+    protocol: Annotated[
+        str,
+        typer.Option(
+            "--protocol",
+            help="How questions are put and scored: own, or paper: all answered freely in at most 20 tokens, yes and "
+            "no found anywhere in the first line, choices as letters.",
+        ),
+    ] = "own",
     distractors: Annotated[
         int, typer.Option("--distractors", min=0, help="Random documents added to those of every question.")
     ] = 0,
@@ -165,6 +182,7 @@ def evaluation(
     from rich.filesize import decimal
 
     from regrad_loaders.baselines.parametric import CODEC as ADAPTERS_CODEC
+    from regrad_loaders.data.augmented import read_augmented
     from regrad_loaders.data.folders import read_questions
     from regrad_loaders.evaluation.evaluate import evaluate
     from regrad_loaders.evaluation.journal import Journal
@@ -179,6 +197,7 @@ def evaluation(
         select,
     )
     from regrad_loaders.evaluation.plots import plot
+    from regrad_loaders.evaluation.protocol import protocol_of
     from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
     from regrad_qdrant.model.prompts import PromptFormat
@@ -192,10 +211,14 @@ def evaluation(
     if absent := [mode for mode in references if mode not in chosen]:
         raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
     check_outputs(json_out, predictions, plot_out, resume)
-    questions = select(read_questions(qa), split, limit, sample=sample, of_type=of_type)
+    if protocol not in ("own", "paper"):
+        raise DataError(f"--protocol {protocol}: it is own or paper")
+    augmented = read_augmented(qa) if qa.suffix == ".json" or qa.is_dir() else None
+    asked_of = augmented.questions if augmented else read_questions(qa)
+    questions = select(asked_of, split, limit, sample=sample, of_type=of_type)
     for question in questions:
         field_filter(question, filter_field)
-    passages = read_corpus(corpus) if corpus is not None else None
+    passages = read_corpus(corpus) if corpus is not None else augmented.passages if augmented else None
     if passages is None and collection is None:
         raise DataError("give --corpus FILE, or --collection NAME of a bank that exists")
     # A bank that exists holds the atoms of one initialization, and all modes read those.
@@ -210,7 +233,7 @@ def evaluation(
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
         "icl_init": icl_init, "ft_direct": fine_tuned["ft-direct"], "ft_rag": fine_tuned["ft-rag"], "sweep": further,
-        "dtype": dtype, "style": style, "prompt": str(prompt_file) if prompt_file else None,
+        "dtype": dtype, "style": style, "protocol": protocol, "prompt": str(prompt_file) if prompt_file else None,
     }  # fmt: skip
     retrieving = [mode for mode in chosen if retrieves(mode)]
     with ExitStack() as stack:
@@ -232,6 +255,7 @@ def evaluation(
         swept: dict[int, list[Evaluation]] = {k: [] for k in further}
         asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
         asks = [question.question for question in questions]
+        asked_by = protocol_of(protocol == "paper", questions, asking or initialization.prompt)
         owners = [
             initialization
             if party.init == init and party.made is None
@@ -259,7 +283,7 @@ def evaluation(
                     _check_filter(bank, questions[0], filter_field)
                     ask = functools.partial(
                         evaluate, answerer, questions, using=using, filter_field=filter_field, oracle=oracle,
-                        distractors=distractors, batch=batch, style=answer_style,
+                        distractors=distractors, batch=batch, style=answer_style, protocol=asked_by,
                     )  # fmt: skip
                     for k, into in ((top_k, found), *swept.items()):
                         names = party.modes

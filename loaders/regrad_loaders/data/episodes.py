@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,9 @@ class EpisodeSource:
         passages_in_prompt: the share of questions with their passages in the prompt, as in the mode `regrad+icl`.
         format: how questions are put, and what ends an answer.
         style: of the questions' answers.
+        retrieved: an episode is one question and what BM25 returns for it, gold or not, from its beginning on.
+        label: whether passages carry in front what they have in a prompt, such as "Passage 1: ".
+        first_answer: learn the first of a question's answers, instead of any.
     """
 
     def __init__(
@@ -75,34 +78,48 @@ class EpisodeSource:
         passages_in_prompt: float = 0.0,
         format: PromptFormat | None = None,
         style: Style = "short",
+        *,
+        retrieved: bool = False,
+        label: bool = False,
+        first_answer: bool = False,
     ) -> None:
         self.name = dataset.name
+        self.retrieved, self.label, self.first_answer = retrieved, label, first_answer
         self.passages_in_prompt = passages_in_prompt
         self.style = style
         self.tokenizer = tokenizer
         self.format = format or PromptFormat()
         self.passage_tokens = passage_tokens
         self.texts = {passage.id: passage.text for passage in dataset.passages}
-        asked = [question for question in questions if question.gold_ids]
+        asked = [question for question in questions if question.gold_ids or retrieved]
         if not asked:
             raise DataError(f"{dataset.name}: no question names its gold passages (gold_ids): nothing to train on")
-        for question in asked:
+        for question in [] if retrieved else asked:
             unknown = [key for key in question.gold_ids if key not in self.texts]
             if unknown:
                 raise DataError(
                     f"{dataset.name}: question {question.id!r} names passage {unknown[0]!r}, not in the corpus"
                 )
-        hits = bm25_hits(self.texts, [question.question for question in asked])
-        self.entries = [self._entry(question, found) for question, found in zip(asked, hits, strict=True)]
+        self.entries = [self._entry(question, found) for question, found in zip(asked, self._hits(asked), strict=True)]
         self.by_gold: dict[str, list[_Entry]] = defaultdict(list)
         for entry in self.entries:
-            self.by_gold[entry.question.gold_ids[0]].append(entry)
+            for gold in entry.question.gold_ids[:1]:
+                self.by_gold[gold].append(entry)
         self.golds = {key for question in asked for key in question.gold_ids}
         self._encoded: dict[str, tuple[list[int], list[tuple[int, int]]]] = {}
 
+    def _hits(self, asked: Sequence[Question]) -> list[dict[str, float]]:
+        """What was retrieved for each question: the data's own, which say an order alone, or by BM25."""
+        if all("retrieved" in question.fields for question in asked):
+            own = [question.fields["retrieved"] for question in asked]
+            return [{key: 1 / rank for rank, key in enumerate(found, 1)} for found in own]
+        return bm25_hits(self.texts, [question.question for question in asked])
+
     def _entry(self, question: Question, hits: dict[str, float]) -> _Entry:
         lowest = min(hits.values(), default=1.0)
-        for gold in question.gold_ids:  # a gold passage that retrieval missed is trained on as its last hit
+        for gold in (
+            () if self.retrieved else question.gold_ids
+        ):  # a gold passage that retrieval missed is trained on as its last hit
             hits.setdefault(gold, lowest)
         return _Entry(question, self._prompt(question), hits)
 
@@ -119,13 +136,42 @@ class EpisodeSource:
             DataError: if no draw finds a question whose gold passages, or windows of them, hold an answer together.
         """
         for _ in range(DRAWS):
-            episode = self._draw(rng, passages, questions_per_passage, top_k)
+            if self.retrieved:
+                episode = self._with_its_own(rng.choice(self.entries), rng.choice(top_k), rng)
+            else:
+                episode = self._draw(rng, passages, questions_per_passage, top_k)
             if episode.examples:
                 return episode
         raise DataError(
             f"{self.name}: in {DRAWS} draws of {passages} passages no question has all its gold passages; "
             "allow more `passages` or `passage_tokens`"
         )
+
+    def each(self, top_k: int) -> Iterator[Episode]:
+        """An episode of every question with its retrieved passages."""
+        rng = random.Random(0)
+        found = (self._with_its_own(entry, top_k, rng) for entry in self.entries)
+        return (episode for episode in found if episode.examples)
+
+    def _with_its_own(self, entry: _Entry, k: int, rng: random.Random) -> Episode:
+        """One question with its retrieved passages, as at query time."""
+        chosen = {key: self._tokens(key)[0][: self.passage_tokens] for key in list(entry.hits)[:k]}
+        if not chosen:
+            return Episode()
+        example = self._example(replace(entry, question=replace(entry.question, gold_ids=())), chosen, k, rng)
+        return Episode(self._labelled(list(chosen.values())), [example], self.name)
+
+    def _labelled(self, windows: list[list[int]]) -> list[list[int]]:
+        """The passages as gradients are taken of them."""
+        if not self.label:
+            return windows
+        found = []
+        for number, ids in enumerate(windows, 1):
+            text = self.format.passage.format(number=number, text="")
+            label = self.tokenizer(text, add_special_tokens=False).input_ids
+            first = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+            found.append([*ids[:first], *label, *ids[first:]])
+        return found
 
     def _draw(self, rng: random.Random, passages: int, questions_per_passage: int, top_k: Sequence[int]) -> Episode:
         """One draw: questions that can't be answered from the passages that it has room for are left out of it."""
@@ -152,7 +198,7 @@ class EpisodeSource:
         renumbered = {row: i for i, row in enumerate(used)}
         windows = list(chosen.values())
         return Episode(
-            [windows[row] for row in used],
+            self._labelled([windows[row] for row in used]),
             [replace(example, rows=[renumbered[row] for row in example.rows]) for example in examples],
             self.name,
         )
@@ -168,7 +214,9 @@ class EpisodeSource:
             best_first = sorted(kept, key=lambda key: -entry.hits[key])
             shown = tuple(self.tokenizer.decode(chosen[key], skip_special_tokens=True) for key in best_first)
             prompt_ids = self._prompt(entry.question, shown)
-        answer_ids = self.format.target(self.tokenizer, rng.choice(entry.question.answers), ANSWER_TOKENS)
+        answers = entry.question.answers
+        answer = answers[0] if self.first_answer else rng.choice(answers)
+        answer_ids = self.format.target(self.tokenizer, answer, ANSWER_TOKENS)
         return Example(
             question_id=f"{self.name}/{entry.question.id}",
             prompt_ids=prompt_ids,
@@ -193,11 +241,15 @@ class EpisodeSource:
                     return False
         return True
 
-    def _window(self, key: str, answers: Iterable[str], rng: random.Random) -> list[int]:
+    def _tokens(self, key: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """A passage's tokens and the characters of each."""
         if key not in self._encoded:
             encoding = self.tokenizer(self.texts[key], return_offsets_mapping=True)
             self._encoded[key] = encoding.input_ids, encoding.offset_mapping
-        ids, offsets = self._encoded[key]
+        return self._encoded[key]
+
+    def _window(self, key: str, answers: Iterable[str], rng: random.Random) -> list[int]:
+        ids, offsets = self._tokens(key)
         if len(ids) <= self.passage_tokens:
             return ids
         spot = next((at for answer in answers if (at := self.texts[key].find(answer)) >= 0), 0)

@@ -10,10 +10,11 @@ from statistics import mean
 from typing import Any
 
 from regrad_loaders.data.folders import Question
+from regrad_loaders.data.scores import words_found
 from regrad_loaders.evaluation.answering import Answering
 from regrad_loaders.evaluation.plan import field_filter, free
+from regrad_loaders.evaluation.protocol import OWN, OwnProtocol
 from regrad_loaders.evaluation.results import Evaluation, Prediction
-from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1, words_found
 from regrad_qdrant.answer.query import Answer, Query
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit, point_id
@@ -37,6 +38,7 @@ def evaluate(
     distractors: int = 0,
     batch: int = 1,
     style: Style = "short",
+    protocol: OwnProtocol = OWN,
     settings: dict[str, Any] | None = None,
     on_progress: Callable[[Prediction], None] = lambda _: None,
     known: Mapping[tuple[str, str], Prediction] = {},
@@ -52,6 +54,7 @@ def evaluate(
             noise test).
         batch: questions answered together; the answers do not depend on it, the seconds do.
         style: of the answers to open questions.
+        protocol: how questions are put, and answers scored.
         settings: recorded with the results.
         on_progress: called with each prediction that is made.
         known: of an earlier run, by mode and question: those are not asked again.
@@ -91,25 +94,23 @@ def evaluate(
             for i in part:
                 # Fetched now and not before: an atom that the mode before left in the bank is not computed again.
                 hits = _fetched(regrad.bank, (others if is_random else given)[i])
-                asked = questions[i]
                 queries.append(
                     Query(
-                        asked.question,
-                        "regrad" if is_random else run,
-                        asked.kind,
-                        asked.choices,
-                        filters[i],
+                        mode="regrad" if is_random else run,
+                        query=None if hits is not None else questions[i].question,
+                        query_filter=filters[i],
                         hits=hits,
                         grounded=grounded,
                         sources=_fetched(regrad.bank, used[i]) if is_random and grounded else None,
                         style=style,
+                        **protocol.asks(questions[i], run),
                     )
                 )
             started = time.perf_counter()
             answers = regrad.answer_many(queries, top_k=most, using=using)
             seconds = (time.perf_counter() - started) / len(part)
             for i, answer in zip(part, answers, strict=True):
-                answered[i] = _scored(questions[i], answer, mode, seconds)
+                answered[i] = _scored(questions[i], answer, mode, seconds, protocol)
                 on_progress(answered[i])
         predictions += [answered[i] for i in range(len(questions))]
     return Evaluation(settings or {}, predictions, recall(regrad.bank, questions, searched))
@@ -214,9 +215,8 @@ def _of_others(
     return found
 
 
-def _scored(question: Question, answer: Answer, mode: str, seconds: float) -> Prediction:
-    said = chosen(answer.text, question.choices)
-    gold = [chosen(answer, question.choices) for answer in question.answers]  # letters, or the choices' texts
+def _scored(question: Question, answer: Answer, mode: str, seconds: float, protocol: OwnProtocol) -> Prediction:
+    scores = protocol.scores(question, answer.text)
     return Prediction(
         id=question.id,
         mode=mode,
@@ -225,10 +225,10 @@ def _scored(question: Question, answer: Answer, mode: str, seconds: float) -> Pr
         question=question.question,
         answers=question.answers,
         prediction=answer.text,
-        f1=f1(said, gold),
-        em=exact_match(said, gold),
-        accuracy=accuracy(said, gold),
-        found=words_found(said, gold),
+        f1=scores.f1,
+        em=scores.em,
+        accuracy=scores.accuracy,
+        found=words_found(scores.said, scores.answers),
         hits=tuple(hit.document_id for hit in answer.hits),
         seconds=seconds,
         prompt_tokens=answer.prompt_tokens,

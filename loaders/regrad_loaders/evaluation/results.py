@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from regrad_loaders.evaluation.scores import Interval, bootstrap
+from regrad_loaders.data.scores import Interval, bootstrap
 from regrad_qdrant.model.prompts import QUESTION_TYPES
 
 

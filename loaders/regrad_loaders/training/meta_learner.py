@@ -33,7 +33,12 @@ class MetaLearner(nn.Module):
     """The outer parameters φ₀, log α, log τ (and U) over a live model, and the objective of one episode."""
 
     def __init__(
-        self, model: nn.Module, initialization: MetaInitialization, merge: str, step_size_mode: str = "tensor"
+        self,
+        model: nn.Module,
+        initialization: MetaInitialization,
+        merge: str,
+        step_size_mode: str = "tensor",
+        step_size_kind: str = "log",
     ) -> None:
         super().__init__()
         self.initialization = initialization
@@ -47,10 +52,12 @@ class MetaLearner(nn.Module):
         bases = [live.modules[name].basis for name in self.names]
         self.basis = nn.ParameterList(nn.Parameter(basis.clone()) for basis in bases if basis is not None)
         start = self._first_step_sizes(step_size_mode)
+        self.learns_logarithm = step_size_kind == "log"
         self.register_buffer(
             "step_size_sign", start.sign(), persistent=False
         )  # released checkpoints have negative ones
-        self.log_step_size = nn.Parameter(start.abs().log(), step_size_mode != "fixed")
+        learned = start.abs().log() if self.learns_logarithm else start
+        self.step_size = nn.Parameter(learned, step_size_mode != "fixed")  # log |α|, or α itself
         self.log_temperature = nn.Parameter(self.lora_a[0].new_tensor(math.log(initialization.merge.temperature)))
         self.space = SPACES[initialization.kind](self.plug_in_modules())
 
@@ -78,7 +85,7 @@ class MetaLearner(nn.Module):
 
     def step_sizes(self) -> dict[str, Tensor]:
         """α of each tensor of the space: one number, or its shape in the mode `full`."""
-        sizes = self.step_size_sign * self.log_step_size.exp()
+        sizes = self.step_size_sign * self.step_size.exp() if self.learns_logarithm else self.step_size
         if len(sizes) == self.space.numel:
             return self.space.unflatten(sizes)
         return dict(zip(self.space.shapes, sizes.expand(len(self.space.shapes)), strict=True))
@@ -132,6 +139,11 @@ class MetaLearner(nn.Module):
     @property
     def pad_id(self) -> int:
         return int(self.model[0].config.pad_token_id or 0)
+
+    def set_step_size(self, size: float) -> None:
+        """Begin with this step size everywhere."""
+        with torch.no_grad():
+            self.step_size.fill_(math.log(size) if self.learns_logarithm else size)
 
     def answer_losses(self, examples: Sequence[Example], rows: Mapping[str, Tensor] | None) -> tuple[Tensor, Tensor]:
         """For every question, run with its own row of `rows`, or with φ₀ alone: the answer's mean negative

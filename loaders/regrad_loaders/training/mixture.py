@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from regrad_loaders.data.augmented import read_augmented
 from regrad_loaders.data.cloze import cloze_questions
 from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.data.facts import generate
@@ -21,8 +23,10 @@ from regrad_qdrant.model.prompts import PromptFormat, Style
 def prompt_of(recipe: Recipe) -> PromptFormat:
     """The prompt that the recipe trains with: its own, that of what it starts from, or the default."""
     if recipe.prompt is not None:
-        return PromptFormat.load(Path(recipe.prompt))
-    return PromptFormat() if recipe.start is None else MetaInitialization.load(recipe.start).prompt
+        format = PromptFormat.load(Path(recipe.prompt))
+    else:
+        format = PromptFormat() if recipe.start is None else MetaInitialization.load(recipe.start).prompt
+    return format if recipe.target_end is None else replace(format, end=recipe.target_end)
 
 
 def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], list[float]]:
@@ -50,7 +54,8 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
     rng, format = random.Random(recipe.seed + 4), prompt_of(recipe)
     for source in recipe.data:
         dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
-        questions = [question for question in _of_types(dataset.split("dev"), source) if question.gold_ids]
+        of_dev = _of_types(dataset.split("dev"), source)
+        questions = [question for question in of_dev if question.gold_ids or recipe.retrieved]
         if source.style == "sentence":
             questions = with_sentences(questions)
         if questions:
@@ -62,8 +67,18 @@ def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
 def _episodes(
     recipe: Recipe, dataset: Dataset, questions: list[Question], tokenizer: Any, format: PromptFormat, style: Style
 ) -> EpisodeSource:
-    shown = recipe.passages_in_prompt
-    return EpisodeSource(dataset, questions, tokenizer, recipe.passage_tokens, shown, format, style)
+    return EpisodeSource(
+        dataset,
+        questions,
+        tokenizer,
+        recipe.passage_tokens,
+        recipe.passages_in_prompt,
+        format,
+        style,
+        retrieved=recipe.retrieved,
+        label=recipe.passage_label,
+        first_answer=recipe.answers == "first",
+    )
 
 
 def _dataset(recipe: Recipe, source: Source) -> Dataset:
@@ -71,6 +86,8 @@ def _dataset(recipe: Recipe, source: Source) -> Dataset:
         return generate("train", **source.facts)
     if source.hub is not None:
         return read_hub(source.hub, source.split, source.fields, source.config)
+    if source.data_aug is not None:
+        return read_augmented(Path(recipe.data_dir) / source.data_aug, source.split)
     return read_folder(Path(recipe.data_dir) / str(source.folder))
 
 

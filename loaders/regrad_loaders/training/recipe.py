@@ -15,12 +15,14 @@ from regrad_qdrant.model.spaces.registry import SPACES
 
 @dataclass(frozen=True)
 class Source:
-    """One data set of the mixture: a folder, a dataset of the Hugging Face Hub, or a world of invented facts."""
+    """One data set of the mixture: a folder, a dataset of the Hugging Face Hub, a folder of questions with the passages
+    that were retrieved for them, or a world of invented facts."""
 
     weight: float
     folder: str | None = None  # below the recipe's data_dir
     hub: str | None = None  # as `datasets.load_dataset` takes it
     config: str | None = None  # of a dataset that has several
+    data_aug: str | None = None  # as `data.augmented` reads it, below the recipe's data_dir
     fields: dict[str, str] = field(default_factory=dict)  # where its rows hold what a question needs (hub.FIELDS)
     split: str = "train"
     types: tuple[str, ...] = ()  # only questions of these types; empty: all
@@ -30,16 +32,33 @@ class Source:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "types", tuple(self.types))
-        if [self.folder, self.hub, self.facts].count(None) != 2:
-            raise DataError("a source of data is either a `folder`, a dataset of the `hub` or a world of `facts`")
-        if self.split in ("dev", "test", "validation"):
+        if [self.folder, self.hub, self.facts, self.data_aug].count(None) != 3:
             raise DataError(
-                f"{self.folder or self.hub}: the split {self.split!r} is for evaluation, never for training"
+                "a source of data is either a `folder`, a dataset of the `hub`, a folder of `data_aug` or a world of "
+                "`facts`"
             )
+        if self.split in ("dev", "test", "validation"):
+            name = self.folder or self.hub or self.data_aug
+            raise DataError(f"{name}: the split {self.split!r} is for evaluation, never for training")
         if self.style not in STYLES:
             raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if not isinstance(self.cloze, int) or self.cloze < 0:
             raise DataError(f"cloze counts questions of each gold passage, 0 or more, found {self.cloze!r}")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW's settings beyond the rates."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    warmup_from: float = 0.0  # of the rate, where warm-up begins; 0: its first step is one part of it
+
+    def __post_init__(self) -> None:
+        for name, most in (("beta1", 1), ("beta2", 1), ("warmup_from", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 <= value < most:
+                raise DataError(f"the optimizer's {name} is at least 0 and below {most}, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -58,7 +77,8 @@ class Recipe:
     max_length: int = 256  # tokens of a document at ingestion
     merge: str = "margin"
     temperature: float = 0.2
-    step_size: float | None = None  # None: calibrated
+    step_size: float | None = None  # the first; None: calibrated. {kind: raw, initial: 0.01} sets step_size_kind too
+    step_size_kind: str = "log"  # log α is learned, so that α keeps its sign; raw: α itself, at learning_rate
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
     averaged_with: str | None = None  # a second one of the same shape: training begins with the mean of the two
@@ -73,9 +93,13 @@ class Recipe:
     # data
     data: tuple[Source, ...] = ()
     data_dir: str = "../shared/data"
+    answers: str = "any"  # of a question's answers one at random is learned; first: always the first
+    target_end: str | None = None  # what is learned after an answer, and ends one; None: as the prompt format has it
     passage_tokens: int = 112  # longer passages are cut to a window in training
     # episodes
-    passages: int = 16
+    passages: int = 16  # of an episode; "retrieved" sets retrieved, and each episode is one question
+    retrieved: bool = False  # a question meets what BM25 returns for it, gold or not, and nothing else
+    passage_label: bool = False  # passages carry in front what they have in a prompt ("Passage 1: ")
     questions_per_passage: int = 2
     top_k: tuple[int, ...] = (1, 2, 3, 5)
     passage_batch: int | None = None  # passages whose second order is in memory at once, for one pass more; None: all
@@ -88,15 +112,25 @@ class Recipe:
     learning_rate: float = 1e-3  # of φ₀ and U
     step_size_learning_rate: float = 2e-2  # of log α and log τ
     weight_decay: float = 0.0
+    optimizer: Optimizer = Optimizer()
     clip: float = 1.0
     seed: int = 1
     autocast: bool = False  # bf16; pays where the processor multiplies bf16 faster than fp32
     checkpoint_every: int = 20
     evaluate_every: int = 50
     dev_questions: int = 0  # of each source's dev split to evaluate on; 0: on training questions, and no best is kept
+    select_by: str = "loss"  # the best on dev questions has the lowest loss, or the highest f1 of what it writes
     patience: int = 0  # evaluations without a better dev loss before the run stops; 0: it never does
 
     def __post_init__(self) -> None:
+        if isinstance(self.optimizer, dict):
+            object.__setattr__(self, "optimizer", Optimizer(**self.optimizer))
+        if isinstance(self.step_size, dict):
+            object.__setattr__(self, "step_size_kind", self.step_size.get("kind", "log"))
+            object.__setattr__(self, "step_size", self.step_size.get("initial"))
+        if self.passages == "retrieved":
+            object.__setattr__(self, "retrieved", True)
+            object.__setattr__(self, "passages", max(self.top_k))
         for setting in fields(self):
             object.__setattr__(self, setting.name, _checked(setting.name, setting.type, getattr(self, setting.name)))
         if len(self.layers) != 2 or self.layers[0] > self.layers[1]:
@@ -111,6 +145,13 @@ class Recipe:
             raise DataError("the recipe names no data")
         if self.learn not in ("all", "step_sizes"):
             raise DataError(f"learn {self.learn!r} is neither 'all' nor 'step_sizes'")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise DataError(f"{name} {getattr(self, name)!r} is not one of {', '.join(known)}")
+        if self.select_by == "f1" and not self.dev_questions:
+            raise DataError("select_by: f1 needs dev_questions to write answers to")
+        if self.retrieved and self.passages_in_prompt and self.passage_label:
+            raise DataError("passage_label is of passages that gradients are taken of; in a prompt they have theirs")
         if self.step_size_mode not in ("tensor", "one", "full", "fixed"):
             raise DataError(f"step_size_mode {self.step_size_mode!r} is not one of tensor, one, full, fixed")
         if not 0 <= self.passages_in_prompt <= 1:
@@ -170,6 +211,9 @@ class Recipe:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+_CHOICES = {"step_size_kind": ("log", "raw"), "answers": ("any", "first"), "select_by": ("loss", "f1")}
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:

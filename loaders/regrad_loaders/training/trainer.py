@@ -10,7 +10,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from regrad_loaders.data.episodes import Episode
+from regrad_loaders.data.episodes import Episode, EpisodeSource
 from regrad_loaders.training.calibration import calibrate
 from regrad_loaders.training.contrast import SpanContrast
 from regrad_loaders.training.log import Log
@@ -29,6 +29,7 @@ from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_loaders.training.mixture import load_dev_sources, load_sources
 from regrad_loaders.training.recipe import Recipe
 from regrad_loaders.training.start import begin
+from regrad_loaders.training.written import mean_f1
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.initialization import MetaInitialization
@@ -70,22 +71,24 @@ class Trainer:
         self.sources, self.weights = load_sources(recipe, tokenizer)
         self.dev_sources = load_dev_sources(recipe, tokenizer)
         initialization = begin(recipe, model, base, self.sources)
-        self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode)
+        self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode, recipe.step_size_kind)
         self.contrast = SpanContrast(tokenizer, recipe.contrast) if recipe.contrast else None
         self.step = 0
         self.seen: set[str] = set()
-        self.best = math.inf  # the lowest mean dev loss
+        self.best = math.inf  # the lowest mean dev loss, or the highest mean F1 with its sign turned
         self.waited = 0  # evaluations since
         learned = self.learner
         if recipe.learn == "step_sizes":
             for parameter in (*learned.lora_a, *learned.lora_b, *learned.basis):
                 parameter.requires_grad_(False)
+        of_step_sizes = recipe.learning_rate if recipe.step_size_kind == "raw" else recipe.step_size_learning_rate
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [*learned.lora_a, *learned.lora_b, *learned.basis], "lr": recipe.learning_rate},
-                {"params": [learned.log_step_size, learned.log_temperature], "lr": recipe.step_size_learning_rate},
+                {"params": [learned.step_size], "lr": of_step_sizes},
+                {"params": [learned.log_temperature], "lr": recipe.step_size_learning_rate},
             ],
-            betas=(0.9, 0.95),
+            betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
             weight_decay=recipe.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
@@ -93,7 +96,9 @@ class Trainer:
     def _decay(self, step: int) -> float:
         """Linear warm-up, then linear decay to zero."""
         if step < self.recipe.warmup:
-            return (step + 1) / self.recipe.warmup
+            lowest = self.recipe.optimizer.warmup_from
+            done = step / self.recipe.warmup if lowest else (step + 1) / self.recipe.warmup
+            return lowest + (1 - lowest) * done
         return max(0.0, (self.recipe.steps - step) / max(1, self.recipe.steps - self.recipe.warmup))
 
     def calibrate(self) -> list[dict[str, float]]:
@@ -103,8 +108,7 @@ class Trainer:
         rng = random.Random(self.recipe.seed + 1)
         with self._precision():
             size, table = calibrate(self.learner, [self._draw(rng).passages[i] for i in (0, -1) for _ in range(4)])
-        with torch.no_grad():
-            self.learner.log_step_size.fill_(math.log(size))
+        self.learner.set_step_size(size)
         return table
 
     def _precision(self) -> torch.autocast:
@@ -221,15 +225,15 @@ class Trainer:
 
     def evaluate(self, episodes: int = 2) -> dict[str, dict[str, float]]:
         """Per source, on episodes of its dev questions (of training questions where the recipe wants none): the
-        answer's loss, and how often greedy decoding is exact with the right atoms and with those of other passages.
-        The gold passages are always there: scores come from `regrad-qdrant eval`, with what retrieval returns.
+        answer's loss, and how often greedy decoding is exact with the right atoms and with those of other passages;
+        where the best is selected by it, the F1 of what is written.
+        But for recipes of retrieved passages, the gold passages are always there: scores come from
+        `regrad-qdrant eval`, with what retrieval returns.
         """
         results = {}
         for source in self.dev_sources or self.sources:
-            rng = random.Random(self.recipe.seed + 2)
-            rows = []
-            for _ in range(episodes):
-                episode = source.episode(rng, self.recipe.passages, self.recipe.questions_per_passage, [3])
+            rows, scores = [], []
+            for episode in self._evaluated(source, episodes):
                 updates: list[dict[str, Tensor] | None] = [None, None]  # right and wrong ones
                 if self.recipe.atoms:
                     with self._precision():
@@ -242,15 +246,33 @@ class Trainer:
                         self.learner.answer_losses(episode.examples, either) for either in updates
                     )
                 rows.append((float(loss.mean()), float(exact.mean()), float(random_exact.mean())))
+                if self.recipe.select_by == "f1":
+                    with self._precision():
+                        scores.append(
+                            mean_f1(self.learner, episode.examples, updates[0], source.tokenizer, source.format)
+                        )
             loss, right, wrong = (sum(values) / len(values) for values in zip(*rows, strict=True))
             results[source.name] = {"loss": loss, "exact": right, "random_exact": wrong}
+            if scores:
+                results[source.name]["f1"] = sum(scores) / len(scores)
         return results
 
+    def _evaluated(self, source: EpisodeSource, count: int) -> Iterator[Episode]:
+        """The episodes that a source is evaluated on: of retrieved passages one for every dev question."""
+        recipe, rng = self.recipe, random.Random(self.recipe.seed + 2)
+        if recipe.retrieved and recipe.dev_questions:
+            yield from source.each(max(recipe.top_k))
+            return
+        for _ in range(count):
+            yield source.episode(rng, recipe.passages, recipe.questions_per_passage, [3])
+
     def is_better(self, evaluation: dict[str, dict[str, float]]) -> bool:
-        """Whether this is the lowest dev loss so far, the mean over sources; counts the evaluations that are not."""
-        loss = sum(source["loss"] for source in evaluation.values()) / len(evaluation)
-        better = loss < self.best
-        self.best, self.waited = (loss, 0) if better else (self.best, self.waited + 1)
+        """Whether this is the lowest dev loss so far, or the highest F1 where the recipe selects by that, the mean over
+        sources; counts the evaluations that are not."""
+        by, sign = self.recipe.select_by, -1.0 if self.recipe.select_by == "f1" else 1.0
+        value = sign * sum(source[by] for source in evaluation.values()) / len(evaluation)
+        better = value < self.best
+        self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
         return better
 
     def card(self) -> dict[str, Any]:
@@ -287,7 +309,7 @@ def run(
     with Log(out, trainer.step if resumed else -1, trainer.accelerator.is_main_process) as log:
         if not resumed:
             table = trainer.calibrate()
-            size = float(trainer.learner.log_step_size.detach().exp()[0])
+            size = float(next(iter(trainer.learner.step_sizes().values())).detach().flatten()[0])
             log.write("calibration", {"table": table, "step_size": size})
         on_step(trainer.step)
         while trainer.step < recipe.steps and not (recipe.patience and trainer.waited >= recipe.patience):

@@ -5,7 +5,7 @@ import pytest
 from conftest import tiny_model
 
 from regrad_loaders.bench.atoms import Cell, behind, extrapolation, losses, smallest
-from regrad_loaders.evaluation.scores import Interval
+from regrad_loaders.data.scores import Interval
 from regrad_qdrant import Adapter
 from regrad_qdrant.answer.generation import generate as answer
 from regrad_qdrant.atoms.record import make_records

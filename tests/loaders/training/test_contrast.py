@@ -75,7 +75,7 @@ def test_steps_lower_it_through_the_atoms(learner, episode, tokenizer):
         rows = learner.episode_updates(episode, "sign", 2)
         loss = of_all.losses(learner, episode, rows, random.Random(1)).mean()
         loss.backward()
-        assert float(learner.log_step_size.grad.abs().max()) > 0
+        assert float(learner.step_size.grad.abs().max()) > 0
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]

@@ -165,7 +165,7 @@ def test_the_second_order_gradient_is_that_of_finite_differences(source):
         learner.lora_a[0],
         learner.lora_b[3],
         learner.basis[2],
-        learner.log_step_size,
+        learner.step_size,
         learner.log_temperature,
     ):
         flat, gradient = parameter.data.view(-1), parameter.grad.reshape(-1)
@@ -257,10 +257,10 @@ def test_a_step_of_several_episodes_averages_their_gradients(tokenizer, tmp_path
 @pytest.mark.parametrize(("mode", "count"), [("tensor", 6), ("one", 1), ("full", 96), ("fixed", 6)])
 def test_step_sizes_may_be_one_for_each_tensor_or_for_all_or_fixed(tokenizer, tmp_path, mode, count):
     run_of = trainer(tokenizer, tmp_path, replace(RECIPE, step_size_mode=mode))
-    before = run_of.learner.log_step_size.detach().clone()
+    before = run_of.learner.step_size.detach().clone()
     run_of.train_step()
-    assert run_of.learner.log_step_size.numel() == count
-    assert torch.equal(before, run_of.learner.log_step_size.detach()) == (mode == "fixed")
+    assert run_of.learner.step_size.numel() == count
+    assert torch.equal(before, run_of.learner.step_size.detach()) == (mode == "fixed")
     made = run_of.made()
     assert len(made.step_sizes) == 6 and made.has_full_step_sizes == (mode == "full")
     made.save(tmp_path / "made")
@@ -341,9 +341,9 @@ def test_a_source_may_ask_what_else_its_passages_say(tokenizer, tmp_path):
 def test_without_atoms_it_is_plain_fine_tuning(tokenizer, tmp_path):
     """The baseline: the answers are learned by φ₀ alone, and the step sizes stay."""
     plain = trainer(tokenizer, tmp_path, replace(RECIPE, atoms=False, steps=20, learning_rate=2e-2))
-    before = plain.learner.log_step_size.detach().clone()
+    before = plain.learner.step_size.detach().clone()
     losses = [plain.train_step().loss for _ in range(20)]
-    assert sum(losses[-5:]) < sum(losses[:5]) and torch.equal(plain.learner.log_step_size.detach(), before)
+    assert sum(losses[-5:]) < sum(losses[:5]) and torch.equal(plain.learner.step_size.detach(), before)
     evaluation = plain.evaluate(1)["facts-train"]
     assert evaluation["exact"] == evaluation["random_exact"]
 
@@ -413,7 +413,7 @@ def test_going_on_from_the_mean_of_two(tokenizer, tmp_path):
             strict=True,
         ):
             torch.testing.assert_close(learned.detach(), 2 * tensor)
-    torch.testing.assert_close(learner.log_step_size.detach().exp(), torch.full((len(one.step_sizes),), 2.0))
+    torch.testing.assert_close(learner.step_size.detach().exp(), torch.full((len(one.step_sizes),), 2.0))
     for another in (tiny_initialization(tiny_model(), basis_rank=3), tiny_initialization(tiny_model(), "lora")):
         with pytest.raises(InitializationError, match="of one space"):
             mean_of(one, another)

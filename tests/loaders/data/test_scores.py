@@ -1,6 +1,6 @@
 import pytest
 
-from regrad_loaders.evaluation.scores import accuracy, chosen, exact_match, f1, words_found
+from regrad_loaders.data.scores import accuracy, chosen, exact_match, f1, words_found
 
 
 def test_exact_match_ignores_case_articles_and_punctuation():
