@@ -83,8 +83,8 @@ def ingest(
         Path | None,
         typer.Option(
             "--gradients",
-            help="With --from-collection: folder of .pt files, one a document and named by its id, with the gradients of "
-            "the LoRA tensors of --init; nothing is computed.",
+            help="With --from-collection: folder of .pt files, one a document and named by its id, with the gradients "
+            "of the LoRA tensors of --init; nothing is computed.",
         ),
     ] = None,
     text_path: TextPath = None,

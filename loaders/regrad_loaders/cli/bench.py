@@ -290,6 +290,75 @@ def positions(
     write_json(json_out, report(rows, settings | {"limit": limit, "window_tokens": window_tokens}))
 
 
+@bench.command()
+def drift(
+    data: Annotated[Path, typer.Option("--data", help="Folder of a data set: corpus.jsonl and qa.jsonl.")],
+    other: Annotated[Path, typer.Option("--other", help="Another one, whose questions and texts should stay known.")],
+    sizes: Annotated[str, typer.Option("--sizes", help="Documents taught by then, comma-separated.")] = "200,500,1000",
+    start: Annotated[
+        Path | None,
+        typer.Option("--start", help="What continued pre-training begins with: in a clone ft-direct by default."),
+    ] = None,
+    init: Init = DEFAULT_INIT,
+    split: Annotated[str, typer.Option("--split", help="Only questions of this split.")] = "dev",
+    sample: Annotated[int, typer.Option("--sample", min=2, help="Questions of each set, drawn at random.")] = 40,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_out: JsonOut = None,
+    plot_out: Annotated[Path | None, typer.Option("--plot", help="Write the curves to this PNG or SVG.")] = None,
+) -> None:
+    """Documents taught step by step, by continued pre-training and by a bank: what is known of them, and forgotten."""
+    from regrad_loaders.bench.drift import Kept, plot, report, study
+    from regrad_loaders.data.folders import read_folder
+    from regrad_loaders.evaluation.plan import select
+    from regrad_loaders.training.start import fresh_like
+    from regrad_qdrant.model.initialization import MetaInitialization
+
+    check_outputs(json_out, plot_out)
+    dataset, others = read_folder(data), read_folder(other)
+    asked = select(dataset.questions, split, sample=sample)
+    steps = sorted(size for size in whole_numbers(sizes, "--sizes") if size < len(dataset.passages))
+    steps.append(min(len(dataset.passages), max(whole_numbers(sizes, "--sizes"))))
+    initialization, model, tokenizer = load(init, None, device, dtype)
+    begun = start or Path(__file__).parents[3] / "benchmarks" / "baselines" / "ft-direct"
+    first = MetaInitialization.load(begun) if begun.is_dir() else fresh_like(model, initialization, "lora")
+    first.check_model(model)
+    kept = Kept(
+        [question.question for question in select(others.questions, None, sample=sample) if question.kind == "open"],
+        [passage.text for passage in others.passages[: 2 * sample]],
+    )
+    with progress("Teaching", len(steps)) as advance:
+        rows = study(model, tokenizer, initialization, first, dataset.passages, asked, kept, steps, advance)
+    unrelated = f"{len(kept.questions)} questions and {len(kept.texts)} texts of {others.name}"
+    table = Table(title=f"{len(asked)} questions of {dataset.name}; {unrelated} should stay as they were")
+    for heading in ("documents", "way", "F1", "other answers unchanged", "perplexity of other text"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        same, perplexity = f"{100 * row.unchanged:.0f}", f"{row.perplexity:.1f}"
+        table.add_row(str(row.documents), row.way, row.f1.in_percent(), same, perplexity)
+    console.print(table)
+    if plot_out is not None:
+        plot(rows, plot_out)
+    settings = {"command": "bench drift", "init": init, "start": str(begun), "set": dataset.name, "other": others.name}
+    write_json(json_out, report(rows, settings | {"split": split, "sample": sample, "sizes": steps}))
+
+
+@bench.command()
+def paper(
+    table: Annotated[str, typer.Option("--table", help="main, atoms, noise, protocol or drift.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of data sets.")] = Path("../shared/data"),
+    sets: Annotated[str | None, typer.Option("--sets", help="Of them, comma-separated; by default four.")] = None,
+    sample: Annotated[int, typer.Option("--sample", min=2, help="Questions of each set, drawn at random.")] = 80,
+    init: Init = DEFAULT_INIT,
+    out: Annotated[Path, typer.Option("--out", help="Folder of what was measured.")] = Path("benchmarks/paper"),
+) -> None:
+    """One of the paper's tables on your data: runs what has not been run, and goes on where it was stopped."""
+    from regrad_loaders.bench.paper import SETS, carry_out, runs
+
+    names = [name.strip() for name in sets.split(",")] if sets else list(SETS)
+    carry_out(runs(table, data, names, sample, out, init), lambda line: console.print(line, markup=False))
+
+
 for command in COMMANDS:
     bench.command()(command)
 

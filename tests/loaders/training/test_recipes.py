@@ -77,6 +77,7 @@ def test_a_llamas_recipe_runs_from_calibration_through_evaluation_and_a_resumed_
     recipe = replace(
         recipe, rank=4, basis_rank=min(recipe.basis_rank, 4), data=(Source(1.0, facts={"people": 12, "seed": 5}),),
         passages=3, passage_tokens=48, accumulate=1, steps=3, evaluate_every=2, checkpoint_every=1, max_length=64,
+        dev_questions=min(recipe.dev_questions, 3),
     )  # fmt: skip
 
     def trained(steps, resume=False):

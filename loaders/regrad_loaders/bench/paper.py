@@ -1,0 +1,109 @@
+"""The paper's tables and figures on one's own model and data, as runs of `regrad-qdrant`: one command a table.
+
+Each run is a command of its own, shown before it starts. What it has measured stands in a JSON file; a run that is there
+is not made again, and one that was stopped goes on from the answers that it had.
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from regrad_qdrant.errors import DataError
+
+SETS = ("nq_open", "phantomwiki", "hotpotqa", "squad2_dev")
+COMPARED = (
+    "direct", "rag", "rag-kv", "cpt", "instruction-cpt", "ft-direct", "ft-cpt", "prag", "ft-prag", "ft-rag",
+    "ft-rag-kv", "ft-rag-64", "ft-rag-128", "regrad", "regrad/grounded", "regrad+icl",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table: what `eval`, or another command, is asked for each set."""
+
+    shows: str
+    options: tuple[str, ...] = ()
+    variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})  # runs of a set, by their ending
+    command: tuple[str, ...] = ("eval",)
+
+
+TABLES = {
+    "main": Experiment(
+        "every baseline beside gradients",
+        ("--modes", ",".join(COMPARED), "--against", "regrad,regrad/grounded", "--batch", "8"),
+    ),
+    "atoms": Experiment(
+        "the number of atoms (5.4)",
+        ("--modes", "regrad,regrad/grounded,ft-rag", "--sweep", "1,5,10,20", "--batch", "4"),
+    ),
+    "noise": Experiment(
+        "random documents among those retrieved (appendix B)",
+        ("--modes", "regrad,regrad/grounded,ft-rag", "--batch", "4"),
+        {f"-{count}": ("--distractors", str(count)) for count in (0, 5, 10, 20)},
+    ),
+    "protocol": Experiment(
+        "the same questions put and scored as the paper does",
+        ("--modes", "direct,rag,ft-direct,ft-rag,regrad,random", "--against", "random", "--protocol", "paper"),
+    ),
+    "drift": Experiment("documents taught step by step (Table 2)", command=("bench", "drift")),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command and the file that it writes."""
+
+    arguments: tuple[str, ...]
+    out: Path
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["regrad-qdrant", *self.arguments])
+
+
+def runs(table: str, data: Path, sets: Sequence[str], sample: int, out: Path, init: str) -> list[Run]:
+    """The runs of a table, set by set.
+
+    Raises:
+        DataError: for a table that is none, or a set without its files.
+    """
+    if table not in TABLES:
+        raise DataError(f"table {table!r} is not one of {', '.join(TABLES)}")
+    experiment, found = TABLES[table], []
+    for number, name in enumerate(sets):
+        folder = data / name
+        if not (folder / "qa.jsonl").is_file():
+            raise DataError(f"{folder} has no qa.jsonl: --data DIR holds the sets, --sets names them")
+        for ending, options in experiment.variants.items():
+            file = out / table / f"{name}{ending}.json"
+            shared = ["--init", init, "--split", "dev", "--sample", str(sample), "--json", str(file)]
+            if experiment.command == ("eval",):
+                asked = ["--corpus", str(folder / "corpus.jsonl"), "--qa", str(folder / "qa.jsonl")]
+                shared += ["--resume", str(file.with_suffix(".answers.jsonl"))]
+            else:
+                asked = ["--data", str(folder), "--other", str(data / sets[(number + 1) % len(sets)])]
+            found.append(Run((*experiment.command, *asked, *experiment.options, *options, *shared), file))
+    return found
+
+
+def carry_out(todo: Sequence[Run], say: Callable[[str], None]) -> None:
+    """Run what has not been run.
+
+    Raises:
+        DataError: where a run fails; what it said stands above.
+    """
+    for run in todo:
+        if run.out.is_file():
+            say(f"{run.out} is there")
+            continue
+        run.out.parent.mkdir(parents=True, exist_ok=True)
+        say(run.command)
+        done = subprocess.run([sys.executable, "-m", "regrad_qdrant", *run.arguments], check=False)
+        if done.returncode:
+            raise DataError(f"it failed with {done.returncode}; started again, the table goes on from there")
+        run.out.with_suffix(".answers.jsonl").unlink(missing_ok=True)
