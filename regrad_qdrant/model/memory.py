@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def anonymous_megabytes() -> float:
     where the system does not say."""
     status = Path("/proc/self/status")
     return int(status.read_text(encoding="utf-8").split("RssAnon:")[1].split()[0]) / 1024 if status.exists() else 0.0
+
+
+def available_bytes() -> float:
+    """What this machine's processes can still take; without bound where the system does not say."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return math.inf
+    return int(info.read_text(encoding="utf-8").split("MemAvailable:")[1].split()[0]) * 1024.0
 
 
 def _libc() -> Any:

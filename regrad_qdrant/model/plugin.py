@@ -183,7 +183,8 @@ def lean_forward(layer: nn.Module, change: Callable[[Tensor, Tensor], Tensor] | 
         lora_a, lora_b = down.weight, up.weight
         x = x.to(lora_a.dtype)
         keys = linear(x, lora_a)
-        if result.dtype == keys.dtype and result.is_contiguous() and not torch.is_grad_enabled():
+        is_plain = result.dtype == keys.dtype == lora_b.dtype  # not inside autocast
+        if is_plain and result.is_contiguous() and not torch.is_grad_enabled():
             result.view(-1, result.shape[-1]).addmm_(keys.flatten(0, -2), lora_b.T, alpha=scaling)
             return result if change is None else result.add_(change(x, keys))
         added = scaling * linear(keys, lora_b)

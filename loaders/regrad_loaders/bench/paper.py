@@ -1,7 +1,7 @@
 """The paper's tables and figures on one's own model and data, as runs of `regrad-qdrant`: one command a table.
 
-Each run is a command of its own, shown before it starts. What it has measured stands in a JSON file; a run that is there
-is not made again, and one that was stopped goes on from the answers that it had.
+Each run is a command of its own, shown before it starts. What it has measured stands in a JSON file: a run that is
+there is not made again, and one that was stopped goes on from the answers that it had.
 """
 
 from __future__ import annotations

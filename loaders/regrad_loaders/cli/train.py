@@ -41,6 +41,10 @@ def train(
     init: Annotated[
         str | None, typer.Option("--init", help="Go on from this initialization instead of the recipe's `start`.")
     ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", help="Another model than the recipe's; the recipes lora and core are for any."),
+    ] = None,
     estimate: Annotated[
         bool,
         typer.Option("--estimate", help="Say what it would take on --gpu, by the model's configuration."),
@@ -55,16 +59,19 @@ def train(
 
     from regrad_loaders.training.recipe import Recipe
     from regrad_loaders.training.trainer import run
-    from regrad_qdrant.model.base_model import load_base_model
+    from regrad_qdrant.model.base_model import load_base_model, load_config
     from regrad_qdrant.model.identity import BaseModel
 
     settings = Recipe.load(recipe)
+    if base_model is not None:
+        settings = settings.of_model(base_model)
     if data_dir is not None:
         settings = replace(settings, data_dir=str(data_dir))
     if init is not None:
         settings = replace(settings, start=init)
     if refit_step_sizes:
         settings = replace(settings, start=settings.start or DEFAULT_INIT, learn="step_sizes")
+    settings = settings.fitted_to(load_config(settings.base_model))
     if estimate:
         _tell(settings, gpu, gpus)
         return

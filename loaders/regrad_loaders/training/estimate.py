@@ -103,14 +103,13 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
     atom, learned = sizes(recipe, adapted)
 
     layers = text.num_hidden_layers - first
-    graph = layers * saved(text, tokens) * BYTES * tokens
-    of_passage = graph * (SECOND if recipe.order == 2 and recipe.atoms else 1)
+    of_passage = graph_of_passage(recipe, config)
     in_batch = max(BATCH_TOKENS, QUESTION + in_prompt)
     of_answers = layers * saved(text, QUESTION + in_prompt) * BYTES * in_batch + 4 * in_batch * text.vocab_size / 8
     weights, optimizer = parameters * 2.0, learned * float(OPTIMIZER)
     free = GPUS[gpu].memory * RESERVE - weights - optimizer - of_answers
     fitting = math.floor(free / of_passage) if free > 0 else 0
-    batch = min(recipe.passages, fitting) if fitting >= 1 else None
+    batch = min(recipe.passage_batch or recipe.passages, recipe.passages, fitting) if fitting >= 1 else None
 
     passes = 1 + WORK_OF_ATOMS * share if recipe.atoms else 0.0
     if batch is not None and batch < recipe.passages and recipe.atoms:
@@ -128,6 +127,27 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
         parameters, len(adapted), atom, learned, weights, optimizer, of_passage, of_answers, batch, peak, flops,
         seconds, seconds * recipe.steps / 3600,
     )  # fmt: skip
+
+
+def graph_of_passage(recipe: Recipe, config: Any, wide: bool = False) -> float:
+    """Bytes that one passage's second order keeps.
+
+    Args:
+        wide: whether the model computes in float32, as on most processors.
+    """
+    text = config.get_text_config()
+    tokens = min(recipe.passage_tokens, recipe.max_length)
+    graph = (text.num_hidden_layers - recipe.layers[0]) * saved(text, tokens) * tokens * (4 if wide else BYTES)
+    return float(graph * (SECOND if recipe.order == 2 and recipe.atoms else 1))
+
+
+def fitting_passages(recipe: Recipe, config: Any, free: float, wide: bool = False) -> int | None:
+    """How many passages' second order so many free bytes hold, at least one; None where all of an episode's do.
+
+    Half of what is free is left for the answers and the optimizer.
+    """
+    fit = free / 2 / graph_of_passage(recipe, config, wide)
+    return None if fit >= recipe.passages else max(1, math.floor(fit))
 
 
 def skeleton(config: Any) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ class Recipe:
     rank: int
     lora_alpha: int
     targets: tuple[str, ...]
-    layers: tuple[int, int]  # first and last adapted layer
+    layers: tuple[int, int] | str  # first and last adapted layer, or upper: the upper half of the model's
     basis_rank: int = 0  # p of the core space
     max_length: int = 256  # tokens of a document at ingestion
     merge: str = "margin"
@@ -102,7 +102,7 @@ class Recipe:
     passage_label: bool = False  # passages carry in front what they have in a prompt ("Passage 1: ")
     questions_per_passage: int = 2
     top_k: tuple[int, ...] = (1, 2, 3, 5)
-    passage_batch: int | None = None  # passages whose second order is in memory at once, for one pass more; None: all
+    passage_batch: int | None = None  # passages whose second order is in memory at once; None: as many as fit
     accumulate: int = 1  # episodes of one step, on each process
     contrast: int = 0  # questions of an episode whose answer is also set against other spans (`training.contrast`)
     contrast_weight: float = 0.5  # of that loss beside the answers' own
@@ -133,8 +133,8 @@ class Recipe:
             object.__setattr__(self, "passages", max(self.top_k))
         for setting in fields(self):
             object.__setattr__(self, setting.name, _checked(setting.name, setting.type, getattr(self, setting.name)))
-        if len(self.layers) != 2 or self.layers[0] > self.layers[1]:
-            raise DataError(f"layers are the first and the last adapted layer, found {list(self.layers)}")
+        if self.layers != UPPER and (len(self.layers) != 2 or self.layers[0] > self.layers[1]):
+            raise DataError(f"layers are the first and the last adapted layer, or {UPPER}; found {self.layers}")
         if self.space not in SPACES:
             raise DataError(f"space {self.space!r} is not one of {', '.join(SPACES)}")
         if self.merge not in RULES:
@@ -203,16 +203,31 @@ class Recipe:
         try:
             values["data"] = tuple(Source(**source) for source in values.get("data") or ())
             for name in ("targets", "layers", "top_k", "codecs"):
-                if name in values:
+                if name in values and values[name] != UPPER:
                     values[name] = tuple(values[name])
             return cls(**values)
         except TypeError as error:
             raise DataError(f"{path}: {error}") from error
 
+    def of_model(self, name: str) -> Recipe:
+        """The same for another base model: the last part of its name goes before the recipe's, and in place of
+        `{model}` in what it starts from."""
+        short = name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf").lower()
+        start = None if self.start is None else self.start.replace("{model}", short)
+        return replace(self, base_model=name, name=f"{short}-{self.name}", start=start)
+
+    def fitted_to(self, config: Any) -> Recipe:
+        """The same with its layers as numbers, by the base model's configuration."""
+        if self.layers != UPPER:
+            return self
+        count = config.get_text_config().num_hidden_layers
+        return replace(self, layers=(count // 2, count - 1))
+
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
+UPPER = "upper"
 _CHOICES = {"step_size_kind": ("log", "raw"), "answers": ("any", "first"), "select_by": ("loss", "f1")}
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from regrad_loaders.data.episodes import Episode, EpisodeSource
 from regrad_loaders.training.calibration import calibrate
 from regrad_loaders.training.contrast import SpanContrast
+from regrad_loaders.training.estimate import fitting_passages
 from regrad_loaders.training.log import Log
 from regrad_loaders.training.meta_gradient import backward
 from regrad_loaders.training.meta_learner import MetaLearner
@@ -33,7 +34,7 @@ from regrad_loaders.training.written import mean_f1
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.initialization import MetaInitialization
-from regrad_qdrant.model.memory import keep_freed_memory
+from regrad_qdrant.model.memory import available_bytes, keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Trainer:
         self.dev_sources = load_dev_sources(recipe, tokenizer)
         initialization = begin(recipe, model, base, self.sources)
         self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode, recipe.step_size_kind)
+        self.passage_batch = recipe.passage_batch or self._fitting(model)
         self.contrast = SpanContrast(tokenizer, recipe.contrast) if recipe.contrast else None
         self.step = 0
         self.seen: set[str] = set()
@@ -92,6 +94,18 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
+
+    def _fitting(self, model: nn.Module) -> int | None:
+        """As many passages at once as the free memory holds, by the model's configuration; None: all."""
+        device = next(model.parameters()).device
+        if device.type not in ("cpu", "cuda") or not self.recipe.atoms:
+            return None
+        free = available_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+        wide = device.type == "cpu" and not self.recipe.autocast
+        try:
+            return fitting_passages(self.recipe, model.config, free, wide)
+        except AttributeError:  # a configuration without the usual names
+            return None
 
     def _decay(self, step: int) -> float:
         """Linear warm-up, then linear decay to zero."""
@@ -138,7 +152,7 @@ class Trainer:
                 codec=codec,
                 order=order,
                 atoms=recipe.atoms,
-                passage_batch=recipe.passage_batch,
+                passage_batch=self.passage_batch,
                 scale=1 / recipe.accumulate,
                 contrast=contrast,
                 contrast_weight=recipe.contrast_weight,

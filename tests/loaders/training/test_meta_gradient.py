@@ -1,14 +1,17 @@
 """The meta-gradient in parts is the whole one, at the memory of one part."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import tiny_initialization, tiny_model
+from test_meta_train import RECIPE, trainer
 
 from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.data.facts import generate
 from regrad_loaders.training import meta_gradient
+from regrad_loaders.training.estimate import fitting_passages, graph_of_passage
 from regrad_loaders.training.meta_gradient import backward
 from regrad_loaders.training.meta_learner import MetaLearner
 
@@ -97,3 +100,18 @@ def test_no_more_than_one_part_has_a_graph_at_a_time(learner, episode, monkeypat
             meta_gradient.backward(learner, episode, passage_batch=size)
         peaks[size] = most
     assert peaks[1] < 0.4 * peaks[None]
+
+
+def test_passages_go_through_in_parts_where_memory_is_short(tokenizer, tmp_path, monkeypatch):
+    whole = trainer(tokenizer, tmp_path / "whole")
+    assert whole.passage_batch is None
+    config = whole.learner.model[0].config
+    of_one = graph_of_passage(RECIPE, config, wide=True)
+    monkeypatch.setattr("regrad_loaders.training.trainer.available_bytes", lambda: 4.1 * of_one)
+    short = trainer(tokenizer, tmp_path / "short")
+    assert short.passage_batch == 2
+    assert trainer(tokenizer, tmp_path / "own", replace(RECIPE, passage_batch=1)).passage_batch == 1
+    assert fitting_passages(RECIPE, config, 0.0) == 1
+    found = [run.train_step() for run in (whole, short)]
+    assert found[0].loss == pytest.approx(found[1].loss, rel=1e-5)
+    assert found[0].grad_norm == pytest.approx(found[1].grad_norm, rel=1e-4)

@@ -94,3 +94,15 @@ def test_a_llamas_recipe_runs_from_calibration_through_evaluation_and_a_resumed_
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert '"calibration"' in lines and lines.count('"evaluation"') == 2 and "NaN" not in lines
     assert trained(3, resume=True).fingerprint == made.fingerprint
+
+
+def test_a_recipe_for_any_model_takes_its_upper_half(tmp_path):
+    both = {path.stem: Recipe.load(path) for path in RECIPES if path.stem in ("lora", "core")}
+    made = {stage: recipe.of_model("/models/Tiny-1B-Instruct") for stage, recipe in both.items()}
+    assert (made["lora"].name, made["core"].name) == ("tiny-1b-instruct-lora", "tiny-1b-instruct-core")
+    assert made["core"].start == "runs/tiny-1b-instruct-lora/initialization"
+    config = LlamaConfig(**TINY | {"num_hidden_layers": 10})
+    assert {recipe.fitted_to(config).layers for recipe in made.values()} == {(5, 9)}
+    assert replace(made["lora"], layers=(2, 3)).fitted_to(config).layers == (2, 3)
+    with pytest.raises(DataError, match="or upper"):
+        replace(made["lora"], layers="lower")
