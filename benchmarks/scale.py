@@ -1,4 +1,5 @@
-"""The table of docs/scale.md: what a bank of so many documents takes. Arithmetic, of the assumptions that it states.
+"""The tables of docs/scale.md: what a bank of so many documents takes, and what training for a model takes. Arithmetic,
+of the assumptions that they state.
 
 python benchmarks/scale.py
 """
@@ -13,6 +14,20 @@ from pathlib import Path
 from tables import table
 
 SECTION = re.compile(r"(<!-- benchmarks/scale\.py -->\n).*?(<!-- end -->)", re.DOTALL)
+TRAINING = re.compile(r"(<!-- training -->\n).*?(<!-- end training -->)", re.DOTALL)
+RECIPE = Path("loaders/recipes/core.yaml")
+# Of each model what its own configuration says: hidden, intermediate, layers, heads, the head's width, whether the
+# embeddings are tied, and the vocabulary.
+SHAPES = {
+    "Llama-3.2-1B": (2048, 8192, 16, 32, 64, True, 128_256),
+    "Llama-3.2-3B": (3072, 8192, 28, 24, 128, True, 128_256),
+    "Llama-3.1-8B": (4096, 14_336, 32, 32, 128, False, 128_256),
+    "Qwen3-0.6B": (1024, 3072, 28, 16, 128, True, 151_936),
+    "Qwen3-1.7B": (2048, 6144, 28, 16, 128, True, 151_936),
+    "Qwen3-4B": (2560, 9728, 36, 32, 128, True, 151_936),
+    "Qwen3-8B": (4096, 12_288, 36, 32, 128, False, 151_936),
+}
+MACHINES = {"one of 24 GB (l4)": ("l4", 1), "one of 80 GB (h100)": ("h100", 1), "eight of 80 GB": ("h100", 8)}
 TOKENS = 200  # of a document
 ATOM = 7_700  # bytes in the payload: 46,080 numbers of one bit
 TEXT = 1_000  # bytes
@@ -74,13 +89,39 @@ def section() -> str:
     return f"{table(heads, rows())}\n"
 
 
+def training() -> str:
+    """A line a model: memory, passages at once and hours of the recipe on each machine."""
+    from transformers import LlamaConfig, Qwen3Config
+
+    from regrad_loaders.training.estimate import estimate
+    from regrad_loaders.training.recipe import Recipe
+
+    found = []
+    for name, (hidden, wide, layers, heads, width, tied, vocabulary) in SHAPES.items():
+        kind = Qwen3Config if name.startswith("Qwen") else LlamaConfig
+        config = kind(
+            hidden_size=hidden, intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=8, head_dim=width, tie_word_embeddings=tied, vocab_size=vocabulary,
+        )  # fmt: skip
+        recipe = Recipe.load(RECIPE).fitted_to(config)
+        cells = []
+        for gpu, count in MACHINES.values():
+            of = estimate(recipe, config, gpu, count)
+            at_once = f"{of.passage_batch} of {recipe.passages}"
+            cells.append(f"{of.peak / 1e9:.0f} GB, {at_once}, {max(1, round(60 * of.hours))} min" if of.fits else "does not fit")
+            size = f"{of.atom * 0.167 / 1e3:.0f} KB"  # one bit a number, in base64
+        found.append([name, f"{recipe.layers[0]}–{recipe.layers[1]}", f"{of.atom:,}", size, *cells])
+    return table(["model", "layers", "numbers of an atom", "an atom", *MACHINES], found)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=Path("docs/scale.md"))
     arguments = parser.parse_args()
     page = arguments.page.read_text(encoding="utf-8")
     said = section()
-    arguments.page.write_text(SECTION.sub(lambda found: found[1] + said + found[2], page), encoding="utf-8")
+    page, trained = SECTION.sub(lambda found: found[1] + said + found[2], page), training()
+    arguments.page.write_text(TRAINING.sub(lambda found: found[1] + trained + found[2], page), encoding="utf-8")
 
 
 if __name__ == "__main__":
