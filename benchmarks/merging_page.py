@@ -80,8 +80,8 @@ def main() -> None:
     sets = " ".join(f"--set {name}" for name in of["sets"])
     page = PAGE.format(
         scores_command=f"regrad-qdrant bench scores {sets} -k {of['top_k']} --limit {of['limit']} "
-        f"--dense {of['dense']}",
-        lengths_command=f"regrad-qdrant bench lengths --limit {lengths['settings']['limit']}",
+        f"--dense {of['dense']} {' '.join(f'--init {name}' for name in of['inits'])}",
+        lengths_command="regrad-qdrant bench lengths --limit {limit} --init {init}".format(**lengths["settings"]),
         depth=DEPTH,
         short=SHORT,
         top_k=of["top_k"],

@@ -56,7 +56,7 @@ def main() -> None:
     window = f"--window-tokens {settings['window_tokens']} " if settings["window_tokens"] else ""
     command = (
         f"regrad-qdrant bench positions --data ../shared/data/{settings['set']} --limit {settings['limit']} {window}"
-        "--json benchmarks/positions.json --plot docs/long-texts.png"
+        f"--init {settings['init']} --json benchmarks/positions.json --plot docs/long-texts.png"
     )
     page = PAGE.format(
         command=command,

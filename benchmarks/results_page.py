@@ -105,6 +105,8 @@ def command(runs: dict[str, dict[str, Any]]) -> str:
     """The command line that made these runs, but for the set and the number of questions."""
     settings = next(iter(runs.values()))["settings"]
     given = " ".join(f"--{name} {_as_typed(settings[name])}" for name in ("split", "modes", "against"))
+    if settings.get("dtype", "auto") != "auto":
+        given = f"--dtype {settings['dtype']} {given}"
     return f"regrad-qdrant eval --corpus SET/corpus.jsonl --qa SET/qa.jsonl --sample N {given}"
 
 
@@ -218,7 +220,9 @@ def _shared(*families: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """
     names = ("init", "icl_init", "space", "codec", "top_k", "base_model")
     given = [[run["settings"] for run in runs.values()] for runs in families]
-    _alike([settings for family in given for settings in family], (*names, "split", "ft_direct", "ft_rag"))
+    _alike([settings for family in given for settings in family], ("icl_init", "codec", "top_k", "base_model", "split"))
+    asking = [settings for family in given for settings in family if set(settings["modes"]) - {"regrad+icl", "ft-rag"}]
+    _alike(asking, (*names, "ft_direct", "ft_rag"))  # readers never load what answers by gradients alone
     for family in given:
         _alike(family, ("modes", "against", "merge"))
     return {name: given[0][0][name] for name in names}

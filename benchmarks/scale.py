@@ -29,7 +29,7 @@ SHAPES = {
 }
 MACHINES = {"one of 24 GB (l4)": ("l4", 1), "one of 80 GB (h100)": ("h100", 1), "eight of 80 GB": ("h100", 8)}
 TOKENS = 200  # of a document
-ATOM = 7_700  # bytes in the payload: 46,080 numbers of one bit
+ATOM = 7_750  # bytes in the payload: 46,080 numbers of one bit
 TEXT = 1_000  # bytes
 VECTOR = 4_096  # bytes: 1,024 dimensions of float32, in RAM beside the index
 GRAPH = 128 + 2 * 16 * 4  # bytes of HNSW links and the like for a vector
@@ -108,7 +108,9 @@ def training() -> str:
         for gpu, count in MACHINES.values():
             of = estimate(recipe, config, gpu, count)
             at_once = f"{of.passage_batch} of {recipe.passages}"
-            cells.append(f"{of.peak / 1e9:.0f} GB, {at_once}, {max(1, round(60 * of.hours))} min" if of.fits else "does not fit")
+            cells.append(
+                f"{of.peak / 1e9:.0f} GB, {at_once}, {max(1, round(60 * of.hours))} min" if of.fits else "does not fit"
+            )
             size = f"{of.atom * 0.167 / 1e3:.0f} KB"  # one bit a number, in base64
         found.append([name, f"{recipe.layers[0]}–{recipe.layers[1]}", f"{of.atom:,}", size, *cells])
     return table(["model", "layers", "numbers of an atom", "an atom", *MACHINES], found)

@@ -136,6 +136,22 @@ def test_a_stream_has_the_same_answer_and_its_usage(client, own):
     assert events[-1].usage.completion_tokens > 0
 
 
+def test_langchains_and_llama_indexs_clients_get_it_too(server, own):
+    """They live in the library's own environment: LlamaIndex wants an older openai than vLLM."""
+    python = Path(__file__).parents[2] / ".venv" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("make setup: the clients are in .venv")
+    asked = {"url": f"{server.url}/v1", "models": MODES, "questions": own.questions[:4]}
+    done = subprocess.run(
+        [python, Path(__file__).with_name("clients.py")], input=json.dumps(asked), capture_output=True, text=True,
+        check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for mode in MODES:
+        for question in own.questions[:4]:
+            assert json.loads(done.stdout)[f"{mode} {question}"] == [own.answers[mode, question]] * 4
+
+
 def test_options_are_chosen_by_their_likelihood_as_the_library_does(client, own):
     for question, answer in own.yesno.items():
         assert said(client, question, extra_body={"regrad": {"type": "yesno"}}) == answer

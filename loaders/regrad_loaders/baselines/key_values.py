@@ -116,12 +116,11 @@ class KeyValueReader:
         whole = asking.render(replace(prompt, passages=prompt.passages[:1]), tokenizer)
         before, _, after = whole.partition(shown[0])
         begin = self._read(before, "", None)
-        between = [format.between_passages] * (len(shown) - 1)
-        if after.startswith(
-            format.between_passages
-        ):  # the last passage ends as the others do: one piece for all places
-            between, after = [*between, format.between_passages], after.removeprefix(format.between_passages)
-        ending = zip(shown, [*between, ""], strict=False)
+        between = format.between_passages
+        ends = [between] * (len(shown) - 1)
+        if after.startswith(between):  # the last passage ends as the others do: one piece for all places
+            ends, after = [*ends, between], after.removeprefix(between)
+        ending = zip(shown, [*ends, ""], strict=False)
         return begin, [self._read(before, text + end, begin) for text, end in ending], self._ids(after)
 
     def _ids(self, text: str) -> list[int]:
@@ -136,6 +135,8 @@ class KeyValueReader:
             return self._kept[key]
         started = time.perf_counter()
         ids = self._ids(text if begin is not None else before)
+        if not ids:
+            return self._empty()
         past, length = self.joined([] if begin is None else [begin])
         device = input_device(self._model)
         self._decoder(
