@@ -29,7 +29,7 @@ SHAPES = {
 }
 MACHINES = {"one of 24 GB (l4)": ("l4", 1), "one of 80 GB (h100)": ("h100", 1), "eight of 80 GB": ("h100", 8)}
 TOKENS = 200  # of a document
-ATOM = 7_750  # bytes in the payload: 46,080 numbers of one bit
+ATOM = 7_800  # bytes in the payload: 46,080 numbers of one bit
 TEXT = 1_000  # bytes
 VECTOR = 4_096  # bytes: 1,024 dimensions of float32, in RAM beside the index
 GRAPH = 128 + 2 * 16 * 4  # bytes of HNSW links and the like for a vector

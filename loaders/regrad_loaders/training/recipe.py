@@ -76,7 +76,7 @@ class Recipe:
     basis_rank: int = 0  # p of the core space
     max_length: int = 256  # tokens of a document at ingestion
     merge: str = "margin"
-    temperature: float = 0.2
+    temperature: float | None = None  # τ of the merge rule at first; None: that of `start`, or 0.2
     step_size: float | None = None  # the first; None: calibrated. {kind: raw, initial: 0.01} sets step_size_kind too
     step_size_kind: str = "log"  # log α is learned, so that α keeps its sign; raw: α itself, at learning_rate
     # where it starts, and what it learns

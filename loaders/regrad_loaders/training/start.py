@@ -24,6 +24,7 @@ from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.space import LoraModule
 from regrad_qdrant.model.spaces.registry import SPACES
 
+TEMPERATURE = 0.2  # τ that fresh tensors begin with
 SAMPLE = 48  # passages of each source whose atoms say which directions narrowing keeps
 
 
@@ -50,7 +51,7 @@ def begin(recipe: Recipe, model: nn.Module, base: BaseModel, sources: Sequence[E
             max_length=recipe.max_length,
             passages_in_prompt=recipe.passages_in_prompt > 0,
         )
-        return replace(made, merge=MergeRule(recipe.merge, recipe.temperature), prompt=prompt_of(recipe))
+        return replace(made, merge=MergeRule(recipe.merge, recipe.temperature or TEMPERATURE), prompt=prompt_of(recipe))
     start = MetaInitialization.load(recipe.start)
     if recipe.averaged_with is not None:
         start = mean_of(start, MetaInitialization.load(recipe.averaged_with), recipe.averaged_share)
@@ -74,7 +75,7 @@ def begin(recipe: Recipe, model: nn.Module, base: BaseModel, sources: Sequence[E
     differing = [name for name, (there, here) in found.items() if there != here]
     if differing:
         raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
-    merge = MergeRule(recipe.merge, start.merge.temperature)
+    merge = MergeRule(recipe.merge, recipe.temperature or start.merge.temperature)
     passages_in_prompt = recipe.passages_in_prompt > 0
     return replace(start, merge=merge, passages_in_prompt=passages_in_prompt, prompt=prompt_of(recipe))
 

@@ -294,7 +294,9 @@ class Trainer:
         return {"recipe": self.recipe.as_dict(), "steps": self.step, "questions_seen": len(self._seen_by_all())}
 
     def made(self) -> MetaInitialization:
-        """The initialization as learned so far."""
+        """The initialization as learned so far; before the first step what it began with, card and all."""
+        if not self.step:
+            return self.learner.initialization
         card = self.card()
         return self.learner.trained(card) if self.recipe.learn == "all" else self.learner.refitted(card)
 
