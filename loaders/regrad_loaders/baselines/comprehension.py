@@ -49,7 +49,7 @@ _COMPLETED = ("How does the text go on after this? {0}\nAnswer: {1}", "Complete 
 
 
 def comprehension_text(passage: Passage, seed: int = 0) -> str:
-    """A passage's text with at most `MOST` tasks below it, the same for every seed."""
+    """A passage's text with at most `MOST` tasks below it; of one seed always the same."""
     rng = random.Random(f"{seed}-{passage.id}")
     text = passage.text.strip()
     sentences = [sentence for sentence in _SENTENCE.split(text) if len(sentence.split()) > 4]

@@ -61,7 +61,7 @@ def continued(
         for batch in plan:
             with precision(device), torch.enable_grad():
                 ids, mask = pad([documents[i] for i in batch], tokenizer.pad_token_id or 0, device)
-                document_losses(peft_model, ids, mask).mean().backward()  # type: ignore[no-untyped-call] # torch
+                document_losses(peft_model, ids, mask).mean().backward()
             nn.utils.clip_grad_norm_(list(tensors.values()), 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

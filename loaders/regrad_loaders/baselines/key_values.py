@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrad_loaders.baselines.reader import Reader
 from regrad_qdrant.answer.generation import Generated, ends_of
 from regrad_qdrant.answer.pipeline import Merged, ReGrad, answer_of
 from regrad_qdrant.answer.query import BARE, Answer, Query, Timings
 from regrad_qdrant.answer.retrieval import Found
-from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.errors import UnsupportedModelError
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.plugin import base_of
@@ -46,7 +46,7 @@ class Piece:
         return sum(tensor.nbytes for pair in self.layers for tensor in pair)
 
 
-class KeyValueReader:
+class KeyValueReader(Reader):
     """Answers as `rag` and `init+icl` do, from keys and values instead of passages; a question at a time.
 
     Args:
@@ -58,7 +58,7 @@ class KeyValueReader:
     """
 
     def __init__(self, regrad: ReGrad, kept_bytes: int = KEPT_BYTES) -> None:
-        self.regrad = regrad
+        super().__init__(regrad)
         self._model = base_of(regrad.adapter.model)
         self._decoder: Any = self._model.get_decoder()
         config: Any = self._model.config.get_text_config()
@@ -71,20 +71,15 @@ class KeyValueReader:
         self.seconds: list[float] = []  # that each passage took to read
         self.sizes: list[int] = []  # bytes of each passage's keys and values
         self._kept: OrderedDict[tuple[str, str], Piece] = OrderedDict()
-        self._kept_bytes = kept_bytes
-
-    @property
-    def bank(self) -> GradientBank:
-        return self.regrad.bank
+        self._kept_bytes, self._held = kept_bytes, 0
 
     def answer_many(
         self, questions: Sequence[str | Query], *, top_k: int = 3, using: str | Sequence[str] | None = None
     ) -> list[Answer]:
         """As `ReGrad.answer_many`, each question by itself."""
-        asked = [question if isinstance(question, Query) else Query(question) for question in questions]
         started = time.perf_counter()
-        found = self.regrad.retrieval.retrieve(asked, top_k, using, 0)
-        search = (time.perf_counter() - started) / len(asked)
+        found = self.found(questions, top_k, using)
+        search = (time.perf_counter() - started) / len(found)
         return [self._answered(one, search) for one in found]
 
     def _answered(self, found: Found, search: float) -> Answer:
@@ -92,14 +87,9 @@ class KeyValueReader:
         with self._weights(found.asked), torch.inference_mode():
             begin, passages, asked = self._pieces(prompt)
             started = time.perf_counter()
-            past, length = self.joined([begin, *passages])
-            joined = time.perf_counter()
-            if prompt.options:
-                text = self._chosen(prompt, [begin, *passages], asked)
-            else:
-                text = self._said(prompt, past, length, asked)
-            ended = time.perf_counter()
-        timings = Timings(search=search, decode=joined - started, generate=ended - joined)
+            answered = self._chosen if prompt.options else self._said
+            text = answered(prompt, [begin, *passages], asked)
+            timings = Timings(search=search, generate=time.perf_counter() - started)
         return answer_of(Generated(text, len(asked)), found, Merged(None, {}, found.notes, {}), timings)
 
     def _weights(self, asked: Query) -> AbstractContextManager[Any]:
@@ -150,8 +140,9 @@ class KeyValueReader:
         if begin is not None:
             self.seconds.append(time.perf_counter() - started)
             self.sizes.append(piece.bytes)
-        while sum(kept.bytes for kept in self._kept.values()) > self._kept_bytes and len(self._kept) > 1:
-            self._kept.popitem(last=False)
+        self._held += piece.bytes
+        while self._held > self._kept_bytes and len(self._kept) > 1:
+            self._held -= self._kept.popitem(last=False)[1].bytes
         return piece
 
     def joined(self, pieces: Sequence[Piece]) -> tuple[Any, int]:
@@ -177,8 +168,9 @@ class KeyValueReader:
     def _empty(self) -> Piece:
         return Piece([], 0, 0)
 
-    def _said(self, prompt: Prompt, past: Any, length: int, asked: list[int]) -> str:
+    def _said(self, prompt: Prompt, pieces: Sequence[Piece], asked: list[int]) -> str:
         """What the model writes, greedily."""
+        past, length = self.joined(pieces)
         asking, tokenizer = self.regrad.asking, self.regrad.tokenizer
         ends, said, following = ends_of(self._model, tokenizer), list[int](), asked
         for _ in range(asking.length(prompt)):

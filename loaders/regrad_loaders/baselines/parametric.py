@@ -120,7 +120,7 @@ class DocumentAdapters(GradientComputer):
                 rows = [of_one[step % len(of_one)] for of_one in examples]
                 ids, mask = pad(rows, self.tokenizer.pad_token_id or 0, device)
                 with row_updates(self.model, self.space, changes), precision(device):
-                    document_losses(self.model, ids, mask).sum().backward()  # type: ignore[no-untyped-call] # torch
+                    document_losses(self.model, ids, mask).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             return self.space.flatten({name: change.detach().float() for name, change in changes.items()})

@@ -10,16 +10,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from regrad_loaders.baselines.reader import Reader
 from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.answer.query import Answer, Query
-from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bank.embed import Bm25
 
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])|\n+")
 
 
-class ShortenedReader:
+class ShortenedReader(Reader):
     """`ReGrad` with less of each passage in its prompts.
 
     Args:
@@ -27,18 +27,14 @@ class ShortenedReader:
     """
 
     def __init__(self, regrad: ReGrad, tokens: int) -> None:
-        self.regrad, self.tokens = regrad, tokens
-
-    @property
-    def bank(self) -> GradientBank:
-        return self.regrad.bank
+        super().__init__(regrad)
+        self.tokens = tokens
 
     def answer_many(
         self, questions: Sequence[str | Query], *, top_k: int = 3, using: str | Sequence[str] | None = None
     ) -> list[Answer]:
         """As `ReGrad.answer_many`; the hits of an answer are whole."""
-        asked = [question if isinstance(question, Query) else Query(question) for question in questions]
-        found = self.regrad.retrieval.retrieve(asked, top_k, using, 0)
+        found = self.found(questions, top_k, using)
         bm25, tokenizer = self.regrad.weighing.bm25, self.regrad.tokenizer
         short = [
             replace(one.asked, hits=shortened(one.hits, one.asked.question, bm25, tokenizer, self.tokens))

@@ -55,10 +55,9 @@ class Optimizer:
     warmup_from: float = 0.0  # of the rate, where warm-up begins; 0: its first step is one part of it
 
     def __post_init__(self) -> None:
-        for name, most in (("beta1", 1), ("beta2", 1), ("warmup_from", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < most:
-                raise DataError(f"the optimizer's {name} is at least 0 and below {most}, found {value!r}")
+        for name, value in asdict(self).items():
+            if not isinstance(value, int | float) or not 0 <= value < 1:
+                raise DataError(f"the optimizer's {name} is at least 0 and below 1, found {value!r}")
 
 
 @dataclass(frozen=True)
