@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 Way = Literal["chosen", "written", "grounded", "either"]
 SURER = 2.0  # by how much of mean log-probability the free answer must be likelier than the best span, to be given
+SURER_OF_COUNTS = 1.0  # … where it is a number of one or two digits: few texts say how many of something they name
+
+_COUNT = re.compile(r"\d{1,2}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Decoder:
         free = generate(self._model, self._tokenizer, prompts, self._asking)
         sure = mean_log_probabilities(self._model, self._tokenizer, prompts, [one.text for one in free], self._asking)
         return [
-            own if span.log_probability is None or likely - span.log_probability > SURER else span
+            own if _surer(own.text, likely, span) else span
             for own, span, likely in zip(free, grounded, sure, strict=True)
         ]
 
@@ -98,6 +102,14 @@ class Decoder:
     @cached_property
     def _reader(self) -> SpanReader:
         return SpanReader(self._tokenizer)
+
+
+def _surer(text: str, log_probability: float, span: Generated) -> bool:
+    """Whether a free answer of such a mean log-probability is given in place of the best span."""
+    if span.log_probability is None:
+        return True
+    least = SURER_OF_COUNTS if _COUNT.fullmatch(text.strip()) else SURER
+    return log_probability - span.log_probability > least
 
 
 def parts(tasks: Sequence[Task]) -> Iterator[list[int]]:

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerFast
 
 from regrad_qdrant import Query, ReGrad
 from regrad_qdrant.answer import decoding
-from regrad_qdrant.answer.generation import Asking, token_ids
+from regrad_qdrant.answer.generation import Asking, Generated, token_ids
 from regrad_qdrant.answer.grounding import ground
 from regrad_qdrant.answer.retrieval import NO_TEXT
-from regrad_qdrant.answer.spans import SpanReader
+from regrad_qdrant.answer.spans import Span, SpanReader
 from regrad_qdrant.errors import RegradError
 from regrad_qdrant.model.gradients import answer_losses
 from regrad_qdrant.model.prompts import Prompt
@@ -193,6 +193,7 @@ def test_the_free_answer_is_given_where_the_model_is_much_surer_of_it(regrad, mo
     sure = []
     for margin, expected in ((1e9, spans), (-1e9, free)):
         monkeypatch.setattr(decoding, "SURER", margin)
+        monkeypatch.setattr(decoding, "SURER_OF_COUNTS", margin)
         queries = [Query(question, grounded="auto") for question in QUESTIONS]
         together = regrad.answer_many(queries)
         assert [(a.text, a.source) for a in together] == [(a.text, a.source) for a in expected]
@@ -200,6 +201,18 @@ def test_the_free_answer_is_given_where_the_model_is_much_surer_of_it(regrad, mo
     assert sure == [spans[0].text, free[0].text]
     with pytest.raises(RegradError, match="auto"):
         regrad.answer(QUESTIONS[0], grounded="maybe")
+
+
+def test_a_count_need_not_be_as_sure_as_words():
+    span = Generated("her two brothers", 10, Span(0, 0, 16), -1.9)
+    assert [decoding._surer(text, -0.4, span) for text in ("2", " 12 ", "1998", "two", "2 men")] == [
+        True,
+        True,
+        *[False] * 3,
+    ]
+    assert decoding._surer("two", 0.2, span)
+    assert not decoding._surer("2", -1.0, span)
+    assert decoding._surer("2", -9.0, Generated("", 10))
 
 
 def test_where_nothing_is_retrieved_the_answer_is_the_models_own_and_a_note_says_so(regrad):

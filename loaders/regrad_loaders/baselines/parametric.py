@@ -15,6 +15,7 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,6 +40,10 @@ MERGE = MergeRule("sum")
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 
+def _unseen(_: int) -> AbstractContextManager[Callable[[int], None]]:
+    return nullcontext(lambda _: None)
+
+
 class DocumentAdapters(GradientComputer):
     """Trains an adapter for each text, where a `GradientComputer` takes its gradient.
 
@@ -48,6 +53,8 @@ class DocumentAdapters(GradientComputer):
     Args:
         adapter: of an initialization in the space `values` whose step sizes are 1.
         format: of the prompts that questions are put in.
+        progress: a block that shows a training, from the number of its steps, each document's counted; it yields what
+            advances it.
     """
 
     def __init__(
@@ -59,9 +66,11 @@ class DocumentAdapters(GradientComputer):
         epochs: int = EPOCHS,
         learning_rate: float = LEARNING_RATE,
         seed: int = 0,
+        progress: Callable[[int], AbstractContextManager[Callable[[int], None]]] = _unseen,
     ) -> None:
         super().__init__(adapter.model, tokenizer, adapter.space, adapter.initialization.max_length, adapter.initial)
         self.format, self.epochs, self.learning_rate, self.seed = format, epochs, learning_rate, seed
+        self._progress = progress
         self.seconds: list[float] = []  # that each document took
 
     def windows(self, text: str, most: int | None = None) -> list[EncodedDocument]:
@@ -78,13 +87,14 @@ class DocumentAdapters(GradientComputer):
         examples = [self.examples(document) for document in documents]
         lengths = [max(map(len, of_one)) for of_one in examples]
         found = torch.empty(len(documents), self.space.numel)
-        for batch in batches(lengths, max_tokens):
-            started = time.perf_counter()
-            trained = self._trained([examples[i] for i in batch]).cpu()
-            self.seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
-            for i, change in zip(batch, trained, strict=True):  # a short text's atom is weighed down: not an adapter
-                found[i] = -change / length_weight(len(documents[i].ids))
-            on_batch(len(batch))
+        with self._progress(self.epochs * sum(map(len, examples))) as advance:
+            for batch in batches(lengths, max_tokens):
+                started = time.perf_counter()
+                trained = self._trained([examples[i] for i in batch], advance).cpu()
+                self.seconds += [(time.perf_counter() - started) / len(batch)] * len(batch)
+                for i, change in zip(batch, trained, strict=True):  # a short text's atom is weighed down; this is none
+                    found[i] = -change / length_weight(len(documents[i].ids))
+                on_batch(len(batch))
         return found
 
     def examples(self, document: EncodedDocument) -> list[list[int]]:
@@ -107,7 +117,7 @@ class DocumentAdapters(GradientComputer):
         asked: list[int] = self.tokenizer(prompt, add_special_tokens=False).input_ids
         return [*asked, *self.format.target(self.tokenizer, answer, 40)]
 
-    def _trained(self, examples: Sequence[Sequence[list[int]]]) -> Tensor:
+    def _trained(self, examples: Sequence[Sequence[list[int]]], advance: Callable[[int], None]) -> Tensor:
         """The change (documents, numel) that each document's examples teach, one of each a step."""
         device = input_device(base_of(self.model))
         with self._turn(), torch.inference_mode(False), torch.enable_grad():
@@ -123,6 +133,7 @@ class DocumentAdapters(GradientComputer):
                     document_losses(self.model, ids, mask).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+                advance(len(examples))
             return self.space.flatten({name: change.detach().float() for name, change in changes.items()})
 
 

@@ -275,7 +275,7 @@ def evaluation(
                     regrad = regrad_of(
                         base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=coded, prompt=asking
                     )
-                    answerer = answerer_of(party, regrad)
+                    answerer = answerer_of(party, regrad, progress)
                     if is_new and passages is not None:
                         add_passages(regrad, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and party.fills:

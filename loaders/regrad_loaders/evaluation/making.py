@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from statistics import mean, median
@@ -26,9 +26,10 @@ from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.initialization import MetaInitialization
 
 CALIBRATED_ON = 8  # passages that the step size of `raw` is chosen on
-INJECTED = 1000  # passages that continued pre-training learns, at most
-FOUND = 3  # of them, for each question
+FOUND = 3  # passages for each question, that continued pre-training learns
 
+# A block with a progress bar, from its title and how far it goes, that yields what advances it.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 Answerer = ReGrad | KeyValueReader | ShortenedReader
 
 
@@ -39,7 +40,7 @@ def initialization_of(
     tokenizer: Any,
     passages: Sequence[Passage] | None,
     questions: Sequence[str],
-    progress: Callable[[str, int], AbstractContextManager[Callable[[int], None]]],
+    progress: Progress,
 ) -> MetaInitialization:
     """What a party answers with: the initialization of its folder, or what is made of it.
 
@@ -48,7 +49,7 @@ def initialization_of(
         model: the plain base model; it is plain again afterwards.
         passages: of the corpus.
         questions: that will be asked.
-        progress: a block with a progress bar, from its title and how far it goes, that yields what advances it.
+        progress: shows how far the training is.
 
     Raises:
         DataError: for something that is made of the corpus, without one.
@@ -77,21 +78,21 @@ def initialization_of(
         return continued(model, tokenizer, start, texts, on_step=advance)
 
 
-def injected(passages: Sequence[Passage], questions: Sequence[str], most: int = INJECTED) -> list[Passage]:
-    """What continued pre-training learns: what BM25 finds for the questions, best first, then others at random."""
-    texts = {passage.id: passage.text for passage in passages}
-    found = [list(hits) for hits in bm25_hits(texts, questions, FOUND)] if len(passages) > most else []
-    wanted = dict.fromkeys(hits[rank] for rank in range(FOUND) for hits in found if rank < len(hits))
-    others = [passage.id for passage in passages if passage.id not in wanted]
-    random.Random(0).shuffle(others)
-    kept = set([*wanted, *others][:most])
-    return [passage for passage in passages if passage.id in kept]
+def injected(passages: Sequence[Passage], questions: Sequence[str]) -> list[Passage]:
+    """What continued pre-training learns: what BM25 finds for the questions (the paper's section 5.3). More documents
+    make it drift (`regrad-qdrant bench drift`)."""
+    found = bm25_hits({passage.id: passage.text for passage in passages}, questions, FOUND)
+    wanted = {key for hits in found for key in hits}
+    return [passage for passage in passages if passage.id in wanted]
 
 
-def answerer_of(party: Party, regrad: ReGrad) -> Answerer:
+def answerer_of(party: Party, regrad: ReGrad, progress: Progress) -> Answerer:
     """What answers a party's questions, with what it reads in place of passages or of gradients."""
     if party.made == "prag":
-        regrad.filling.gradients = DocumentAdapters(regrad.adapter, regrad.tokenizer, regrad.asking.format)
+        shown = functools.partial(progress, "Training adapters")
+        regrad.filling.gradients = DocumentAdapters(
+            regrad.adapter, regrad.tokenizer, regrad.asking.format, progress=shown
+        )
     if party.reads == "key values":
         return KeyValueReader(regrad)
     return regrad if party.reads is None else ShortenedReader(regrad, party.reads)

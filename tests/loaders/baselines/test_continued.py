@@ -65,10 +65,10 @@ def test_tasks_are_found_by_rules():
     assert comprehension_text(Passage("b", "Rain.")) == "Rain."
 
 
-def test_what_questions_find_is_injected_first():
+def test_what_questions_find_is_injected():
     passages = generate("train", 30, 1).passages
     asked = [f"Where does {passages[20].text.split(' is ')[0]} live?"]
-    chosen = injected(passages, asked, most=4)
-    assert len(chosen) == 4
+    chosen = injected(passages, asked)
+    assert len(chosen) <= 3
     assert passages[20] in chosen
-    assert injected(passages, asked, most=100) == list(passages)
+    assert injected(passages, []) == []
