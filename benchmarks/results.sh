@@ -5,7 +5,7 @@
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
 data=${DATA:-../shared/data}
-mkdir -p benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default
+mkdir -p benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default benchmarks/results/unseen
 
 asked() { # NAME SET QUESTIONS OPTIONS…
     name=$1 set=$2 count=$3
@@ -28,12 +28,21 @@ passages() { # SET QUESTIONS: what is trained with the passages in the prompt
     asked "passages/$1" "$1" "$2" --modes regrad+icl,ft-rag --against ft-rag
 }
 
-shipped() { # SET: the default, in bfloat16, which processors with AVX512_BF16 multiply in half the time
-    asked "default/$1" "$1" 80 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against random,random/grounded \
-        --modes regrad,regrad/grounded,random,random/grounded
+# The default, in bfloat16, which processors with AVX512_BF16 multiply in half the time.
+rivals=random,random/grounded,ft-direct,ft-direct/grounded,ft-rag
+
+shipped() { # SET
+    asked "default/$1" "$1" 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against "regrad,$rivals,ft-rag/grounded" \
+        --modes "regrad,regrad/grounded,regrad/auto,$rivals,ft-rag/grounded"
+}
+
+unseen() { # SET: none of its texts was trained on
+    asked "unseen/$1" "$1" 80 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against "regrad,$rivals" \
+        --modes "regrad,regrad/grounded,$rivals"
 }
 
 for set in nq_open phantomwiki squad2_dev hotpotqa squadshifts_wiki; do shipped $set; done
+for set in medquad timeqa tatqa onestopqa; do unseen $set; done
 [ -f benchmarks/merge.json ] || regrad-qdrant bench merge --init smollm2-135m-instruct-few --set facts --set "$data/phantomwiki:direct" --limit 60 \
     --noise 3 --json benchmarks/merge.json
 run squad2_dev squad2_dev 160

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,9 @@ class Run:
         return shlex.join(["regrad-qdrant", *self.arguments])
 
 
-def runs(table: str, data: Path, sets: Sequence[str], sample: int, out: Path, init: str) -> list[Run]:
+def runs(
+    table: str, data: Path, sets: Sequence[str], sample: int, out: Path, init: str, dtype: str = "auto"
+) -> list[Run]:
     """The runs of a table, set by set.
 
     Raises:
@@ -82,6 +85,8 @@ def runs(table: str, data: Path, sets: Sequence[str], sample: int, out: Path, in
         for ending, options in experiment.variants.items():
             file = out / table / f"{name}{ending}.json"
             shared = ["--init", init, "--split", "dev", "--sample", str(sample), "--json", str(file)]
+            if dtype != "auto":
+                shared += ["--dtype", dtype]
             if experiment.command == ("eval",):
                 asked = ["--corpus", str(folder / "corpus.jsonl"), "--qa", str(folder / "qa.jsonl")]
                 shared += ["--resume", str(file.with_suffix(".answers.jsonl"))]
@@ -103,7 +108,9 @@ def carry_out(todo: Sequence[Run], say: Callable[[str], None]) -> None:
             continue
         run.out.parent.mkdir(parents=True, exist_ok=True)
         say(run.command)
+        started = time.perf_counter()
         done = subprocess.run([sys.executable, "-m", "regrad_qdrant", *run.arguments], check=False)
         if done.returncode:
             raise DataError(f"it failed with {done.returncode}; started again, the table goes on from there")
         run.out.with_suffix(".answers.jsonl").unlink(missing_ok=True)
+        say(f"{run.out} after {(time.perf_counter() - started) / 60:.1f} minutes")

@@ -350,13 +350,14 @@ def paper(
     sets: Annotated[str | None, typer.Option("--sets", help="Of them, comma-separated; by default four.")] = None,
     sample: Annotated[int, typer.Option("--sample", min=2, help="Questions of each set, drawn at random.")] = 80,
     init: Init = DEFAULT_INIT,
+    dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option("--out", help="Folder of what was measured.")] = Path("benchmarks/paper"),
 ) -> None:
     """One of the paper's tables on your data: runs what has not been run, and goes on where it was stopped."""
     from regrad_loaders.bench.paper import SETS, carry_out, runs
 
     names = [name.strip() for name in sets.split(",")] if sets else list(SETS)
-    carry_out(runs(table, data, names, sample, out, init), lambda line: console.print(line, markup=False))
+    carry_out(runs(table, data, names, sample, out, init, dtype), lambda line: console.print(line, markup=False))
 
 
 for command in COMMANDS:

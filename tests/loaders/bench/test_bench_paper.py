@@ -30,6 +30,9 @@ def test_a_table_is_runs_of_its_sets(data, table):
             "regrad-qdrant bench drift --data " if table == "drift" else "regrad-qdrant eval "
         )
         assert "--init small --split dev --sample 40 --json" in run.command
+        assert "--dtype" not in run.command
+    [first, *_] = runs(table, data, ["one", "two"], 40, data / "out", "small", "bfloat16")
+    assert "--dtype bfloat16" in first.command
 
 
 def test_what_is_wrong_is_named(data):
@@ -60,7 +63,7 @@ def test_a_run_that_is_there_is_not_made_again(data, monkeypatch):
     carry_out(todo, said.append)
     carry_out(todo, said.append)
     assert len(started) == len(todo) == 4
-    assert [line.endswith("is there") for line in said] == [False] * 4 + [True] * 4
+    assert [line.endswith("is there") for line in said] == [False] * 8 + [True] * 4
     assert not list((data / "out" / "noise").glob("*.answers.jsonl"))
     Done.returncode = 3
     todo[0].out.unlink()
