@@ -114,6 +114,21 @@ def grounding(
     _run(lambda: _grounding(data, rounds, tokens, Subject(init, device, dtype), codec), json_out, plot_out)
 
 
+def crossover(
+    data: Set = None,
+    rounds: Rounds = 12,
+    tokens: Tokens = "",
+    init: Init = DEFAULT_INIT,
+    codec: CodecName = DEFAULT_CODEC,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    json_out: JsonOut = None,
+    plot_out: PlotOut = None,
+) -> None:
+    """After how many questions a document's atom has paid for itself, and what storing only the head's is worth."""
+    _run(lambda: _crossover(data, rounds, tokens, Subject(init, device, dtype), codec), json_out, plot_out)
+
+
 def serving(
     data: Set = None,
     clients: Annotated[str, typer.Option("--clients", help="At once, comma-separated.")] = "1,8,32,100",
@@ -187,7 +202,7 @@ def speed(
     _report(result, json_out, plot_out, shown=True)
 
 
-COMMANDS = (gradients, query, batch, grounding, serving, growth, training, speed)
+COMMANDS = (gradients, query, batch, grounding, crossover, serving, growth, training, speed)
 
 
 def _gradients(data: Path | None, limit: int, subject: Subject) -> dict[str, Any]:
@@ -221,6 +236,13 @@ def _grounding(data: Path | None, rounds: int, tokens: str, subject: Subject, co
         questions = [question.question for question in bench.questions]
         found = bench_grounding(bench.regrad, questions, rounds, on_round=advance)
         return _result("grounding", found, subject, data)
+
+
+def _crossover(data: Path | None, rounds: int, tokens: str, subject: Subject, codec: str) -> dict[str, Any]:
+    from regrad_loaders.bench.crossover import bench_crossover
+
+    with _bench(data, tokens, subject, codec) as bench, progress("Answers", rounds) as advance:
+        return _result("crossover", bench_crossover(bench, codec, rounds, advance), subject, data)
 
 
 def _serving(data: Path | None, counts: Sequence[int], seconds: float, subject: Subject, codec: str) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 from conftest import tiny_initialization, tiny_model
 
+from regrad_loaders.bench.crossover import bench_crossover, head_hits, paid_after
 from regrad_loaders.bench.figures import Figure, flops, in_turns, plot
 from regrad_loaders.bench.gradients import bench_gradients
 from regrad_loaders.bench.grounding import bench_grounding
@@ -102,6 +104,17 @@ def test_grounded_answers_are_measured_beside_free_ones(parties):
     assert len(figures) == 6 and all(figure.value > 0 for figure in figures.values())
     assert all(0 < figures[name].value < 1 for name in figures if name.startswith("own work"))
     assert len(details) == 2 and regrad.decoder is decoder
+
+
+def test_an_atom_pays_for_itself_after_some_questions(parties):
+    figures, details = bench_crossover(parties, "sign", rounds=2)
+    assert set(figures) == {"crossover.questions_in_seconds", "crossover.questions_in_operations"}
+    assert 0 < figures["crossover.questions_in_operations"].value < 10  # a pass and a half of what RAG reads each time
+    kept = details["zipf"]["kept"]
+    assert kept[-1]["hits"] == 1 and kept[-1]["ms"] == pytest.approx(details["ms"]["stored"])
+    assert all(a["hits"] < b["hits"] and a["megabytes"] < b["megabytes"] for a, b in itertools.pairwise(kept))
+    assert paid_after(3.0, 2.0, 1.5) == 6 and paid_after(3.0, 1.0, 1.0) == math.inf
+    assert head_hits(0.5, documents=4) == pytest.approx((1 + 1 / 2) / (1 + 1 / 2 + 1 / 3 + 1 / 4))
 
 
 def test_growth_is_measured_from_small_to_large(tmp_path):

@@ -1,0 +1,97 @@
+"""When a document's atom has paid for itself, and what it is worth to store only those of documents that are asked for
+often (the paper's section 6 and appendix D).
+
+An atom costs one forward and half a backward pass over its document, once; RAG reads the document again in every
+prompt. So the atoms of a question's documents have paid after
+
+    questions = what the atoms cost ÷ (what RAG's answer costs − what the answer with stored atoms costs)
+
+about the same documents, in seconds as measured and in floating-point operations as counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+from regrad_loaders.bench.figures import Figure, flops, in_turns, milliseconds
+from regrad_loaders.bench.query import ANSWER_TOKENS, TOP_K, Bench
+from regrad_loaders.data.folders import Question
+from regrad_qdrant.atoms.record import make_records
+
+SHARES = (0.001, 0.01, 0.1, 0.5, 1.0)  # of the documents, whose atoms are stored
+DOCUMENTS = 1_000_000
+EXPONENT = 1.0  # of Zipf's law: the document of rank i is retrieved as often as 1/i
+
+
+def bench_crossover(
+    bench: Bench, codec: str, rounds: int, on_round: Callable[[int], None] = lambda _: None
+) -> tuple[dict[str, Figure], dict[str, Any]]:
+    """Answers from stored atoms, from atoms computed at query time and from passages, and what making the atoms takes.
+
+    Args:
+        codec: of the atoms that are made, as ingestion makes them.
+    """
+    regrad, sizes = bench.regrad, list[int]()
+
+    def asked(turn: int) -> Question:
+        return bench.questions[turn % len(bench.questions)]
+
+    def build(turn: int) -> None:
+        texts = [hit.text for hit in bench.search(asked(turn), with_records=False)]
+        with regrad.adapter.initial():
+            atoms = regrad.gradients.atoms([regrad.gradients.encode(text) for text in texts])
+        layout = regrad.adapter.space.layout
+        records = make_records(atoms, texts, regrad.bank.space, codec, layout)
+        sizes.extend(len(record.atom) for record in records)
+
+    work: dict[str, Callable[[int], Any]] = {
+        "rag": lambda turn: bench.rag(asked(turn), ANSWER_TOKENS),
+        "stored": lambda turn: bench.cached(asked(turn), ANSWER_TOKENS),
+        "online": lambda turn: bench.online(asked(turn), ANSWER_TOKENS),
+        "making the atoms": build,
+    }
+    operations = {name: flops(lambda party=party: party(0)) for name, party in work.items()}
+    in_turns(work, 2)  # warm up
+    seconds = in_turns(work, rounds, on_round)
+    turns = zip(seconds["making the atoms"], seconds["rag"], seconds["stored"], strict=True)
+    in_seconds = [paid_after(*turn) for turn in turns]
+    in_operations = paid_after(operations["making the atoms"], operations["rag"], operations["stored"])
+    figures = {
+        "crossover.questions_in_seconds": Figure.of(in_seconds, "questions about the same documents"),
+        "crossover.questions_in_operations": Figure.of([in_operations], "questions about the same documents"),
+    }
+    ms = milliseconds(seconds)
+    kept = [
+        {
+            "stored_share": share,
+            "hits": (found := head_hits(share)),
+            "megabytes": share * DOCUMENTS * median(sizes) / 1e6,
+            "ms": ms["stored"] + (1 - found) * (ms["online"] - ms["stored"]),
+        }
+        for share in SHARES
+    ]
+    details = {
+        "ms": ms,
+        "gflop": {name: count / 1e9 for name, count in operations.items()},
+        "documents_a_question": TOP_K,
+        "answer_tokens": ANSWER_TOKENS,
+        "zipf": {"documents": DOCUMENTS, "exponent": EXPONENT, "kept": kept},
+    }
+    return figures, details
+
+
+def paid_after(making: float, rag: float, stored: float) -> float:
+    """Questions until what was made once is less than what RAG's prompts have cost more; infinite where they cost no
+    more."""
+    return making / (rag - stored) if rag > stored else math.inf
+
+
+def head_hits(share: float, documents: int = DOCUMENTS, exponent: float = EXPONENT) -> float:
+    """The share of all retrievals that meets the most retrieved `share` of the documents, by Zipf's law."""
+    import numpy as np
+
+    weights = np.arange(1, documents + 1, dtype=float) ** -exponent
+    return float(weights[: max(1, round(share * documents))].sum() / weights.sum())
