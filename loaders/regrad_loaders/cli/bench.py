@@ -340,7 +340,8 @@ def drift(
     if plot_out is not None:
         plot(rows, plot_out)
     settings = {"command": "bench drift", "init": init, "start": str(begun), "set": dataset.name, "other": others.name}
-    write_json(json_out, report(rows, settings | {"split": split, "sample": sample, "sizes": steps}))
+    settings |= {"split": split, "sample": sample, "sizes": steps, "dtype": dtype}
+    write_json(json_out, report(rows, settings))
 
 
 @bench.command()
