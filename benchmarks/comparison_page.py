@@ -203,6 +203,7 @@ def main() -> None:
             DRAWN[name](runs, arguments.out.with_name(f"{name}.png"))
             picture = f"![{title}]({name}.png)\n\n"
         sections += f"## {title}\n\n    {command}\n\n{what}{of}\n\n{picture}{SHOWN[name](runs)}\n"
+    model = model or f"`{settings['init']}`'s model"
     reading = arguments.reading.read_text(encoding="utf-8").strip()
     page = PAGE.format(model=model, sections=sections, reading=reading)
     arguments.out.write_text(page.replace("\n\n\n", "\n\n"), encoding="utf-8")
