@@ -98,14 +98,22 @@ def sweep(runs: Mapping[str, Mapping[str, Any]]) -> str:
     return table(["set", "mode", *(f"k = {k}" for k in ks)], rows) + "\n"
 
 
+def by_count(runs: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, float]]:
+    """Of each set and mode the F1 with so many random documents."""
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for key, run in runs.items():
+        name, _, count = key.rpartition("-")
+        for mode, value in f1(run).items():
+            found.setdefault((name, mode), {})[int(count)] = value
+    return found
+
+
 def noise(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    counts = sorted({int(name.rsplit("-", 1)[1]) for name in runs})
-    sets = dict.fromkeys(name.rsplit("-", 1)[0] for name in runs)
-    rows = []
-    for name in sets:
-        by_count = {count: f1(runs[f"{name}-{count}"]) for count in counts if f"{name}-{count}" in runs}
-        for mode in next(iter(by_count.values())):
-            rows.append([name, mode, *(f"{by_count[c][mode]:.1f}" if c in by_count else "" for c in counts)])
+    lines = by_count(runs)
+    counts = sorted({count for points in lines.values() for count in points})
+    rows = [
+        [*of, *(f"{points[count]:.1f}" if count in points else "" for count in counts)] for of, points in lines.items()
+    ]
     return table(["set", "mode", *(f"{count} random" for count in counts)], rows) + "\n"
 
 
@@ -158,12 +166,7 @@ def draw_noise(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """F1 against the random documents among those retrieved."""
     figure = new_figure(7, 3.2)
     panel = figure.subplots()
-    lines: dict[tuple[str, str], dict[int, float]] = {}
-    for key, run in runs.items():
-        name, _, count = key.rpartition("-")
-        for mode, value in f1(run).items():
-            lines.setdefault((name, mode), {})[int(count)] = value
-    for (name, mode), points in lines.items():
+    for (name, mode), points in by_count(runs).items():
         panel.plot(sorted(points), [points[count] for count in sorted(points)], marker="o", label=f"{name}, {mode}")
     panel.set(xlabel="random documents among those retrieved", ylabel="F1", ylim=(0, None))
     panel.legend()
@@ -179,6 +182,18 @@ def draw_drift(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 DRAWN = {"noise": draw_noise, "drift": draw_drift}
 
 
+def asked(name: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """The command line that makes a table, and which questions it asks of which initialization."""
+    settings = next(iter(runs.values()))["settings"]
+    if name == "latency":
+        return settings["command"], ""
+    sets = dict.fromkeys(key.rpartition("-")[0] if name == "noise" else key for key in runs)
+    command = f"regrad-qdrant bench paper --table {name} --sample {settings['sample']} --sets {','.join(sets)}"
+    if settings.get("dtype", "auto") != "auto":
+        command += f" --dtype {settings['dtype']}"
+    return command, f" `{settings['init']}`, {settings['sample']} questions of each set's dev split."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("benchmarks/paper"))
@@ -191,22 +206,15 @@ def main() -> None:
             continue
         settings = next(iter(runs.values()))["settings"]
         model = model or f"`{settings['base_model']}`" if "base_model" in settings else model
-        command, of = settings["command"], ""
-        if name != "latency":
-            of = f" `{settings['init']}`, {settings['sample']} questions of each set's dev split."
-            sets = ",".join(dict.fromkeys(key.rsplit("-", 1)[0] if name == "noise" else key for key in runs))
-            command = f"regrad-qdrant bench paper --table {name} --sample {settings['sample']} --sets {sets}"
-            if settings.get("dtype", "auto") != "auto":
-                command += f" --dtype {settings['dtype']}"
+        command, of = asked(name, runs)
         picture = ""
         if name in DRAWN:
             DRAWN[name](runs, arguments.out.with_name(f"{name}.png"))
             picture = f"![{title}]({name}.png)\n\n"
-        sections += f"## {title}\n\n    {command}\n\n{what}{of}\n\n{picture}{SHOWN[name](runs)}\n"
+        sections += f"## {title}\n\n    {command}\n\n{what}{of}\n\n{picture}{SHOWN[name](runs).strip()}\n\n"
     model = model or f"`{settings['init']}`'s model"
     reading = arguments.reading.read_text(encoding="utf-8").strip()
-    page = PAGE.format(model=model, sections=sections, reading=reading)
-    arguments.out.write_text(page.replace("\n\n\n", "\n\n"), encoding="utf-8")
+    arguments.out.write_text(PAGE.format(model=model, sections=sections, reading=reading), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -143,9 +143,9 @@ def command(runs: dict[str, dict[str, Any]]) -> str:
 def averages(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     """What is averaged: the four sets, and all where there are more. A run of one type of questions is in none."""
     whole = [name for name, run in runs.items() if run["settings"]["type"] is None]
-    four = {"average of four": [name for name in MAIN if name in whole]}
-    everything = {f"average of all {len(whole)}": whole} if len(whole) != len(four["average of four"]) else {}
-    return everything if not four["average of four"] else four | everything
+    four = [name for name in MAIN if name in whole]
+    averaged = {"average of four": four} if four else {}
+    return averaged | ({f"average of all {len(whole)}": whole} if len(whole) > len(four) else {})
 
 
 def kinds(runs: dict[str, dict[str, Any]], least: int = 10) -> str:
@@ -153,10 +153,8 @@ def kinds(runs: dict[str, dict[str, Any]], least: int = 10) -> str:
     rows, modes = [], [found["mode"] for found in next(iter(runs.values()))["intervals"]]
     for name, run in runs.items():
         of = {(row["type"], row["mode"]): row for row in [*run["results"], *run.get("types", ())]}
-        several = {kind: of[kind, modes[0]]["n"] for kind, _ in of if kind != "all"}
-        whole = of["all", modes[0]]["n"]
-        for kind, count in several.items():
-            if least <= count < whole:
+        for kind in dict.fromkeys(kind for kind, _ in of):
+            if least <= (count := of[kind, modes[0]]["n"]) < of["all", modes[0]]["n"]:
                 rows.append([name, kind, str(count), *(f"{100 * of[kind, mode]['f1']:.1f}" for mode in modes)])
     return table(["set", "kind", "questions", *modes], rows)
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from regrad_loaders.bench.figures import Figure, flops, in_turns, milliseconds
 from regrad_loaders.bench.query import ANSWER_TOKENS, TOP_K, Bench
-from regrad_loaders.data.folders import Question
 from regrad_qdrant.atoms.record import make_records
 
 SHARES = (0.001, 0.01, 0.1, 0.5, 1.0)  # of the documents, whose atoms are stored
@@ -34,17 +33,12 @@ def bench_crossover(
     Args:
         codec: of the atoms that are made, as ingestion makes them.
     """
-    regrad, sizes = bench.regrad, list[int]()
-
-    def asked(turn: int) -> Question:
-        return bench.questions[turn % len(bench.questions)]
+    space, layout, sizes = bench.regrad.bank.space, bench.regrad.adapter.space.layout, list[int]()
+    asked = bench.asked
 
     def build(turn: int) -> None:
-        texts = [hit.text for hit in bench.search(asked(turn), with_records=False)]
-        with regrad.adapter.initial():
-            atoms = regrad.gradients.atoms([regrad.gradients.encode(text) for text in texts])
-        layout = regrad.adapter.space.layout
-        records = make_records(atoms, texts, regrad.bank.space, codec, layout)
+        hits = bench.search(asked(turn), with_records=False)
+        records = make_records(bench.atoms(hits), [hit.text for hit in hits], space, codec, layout)
         sizes.extend(len(record.atom) for record in records)
 
     work: dict[str, Callable[[int], Any]] = {

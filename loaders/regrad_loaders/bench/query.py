@@ -40,6 +40,10 @@ class Bench:
     bare: Any
     questions: Sequence[Question]
 
+    def asked(self, turn: int) -> Question:
+        """The question of a round."""
+        return self.questions[turn % len(self.questions)]
+
     def prompt(self, question: Question, hits: Sequence[Hit] = ()) -> Prompt:
         return Prompt(question.question, question.kind, question.choices, tuple(hit.text for hit in hits))
 
@@ -84,9 +88,7 @@ class Bench:
     def online(self, question: Question, tokens: int) -> None:
         """The gradients of the retrieved passages, all in one pass, and the answer with them."""
         hits = self.search(question, with_records=False)
-        documents = [self.regrad.gradients.encode(hit.text) for hit in hits]
-        with self.regrad.adapter.initial():
-            atoms = self.regrad.gradients.atoms(documents)
+        atoms = self.atoms(hits)
         weights = torch.tensor(self.regrad.weighing.merge.weights(relevances(hits)), device=atoms.device)
         with self.regrad.adapter.applied_sum(weights @ atoms):
             self.speak(self.regrad.adapter.model, [self.prompt(question)], tokens)
@@ -97,6 +99,12 @@ class Bench:
         Floor(self.bare, self.regrad.initialization.layers[0]).run(
             [self.regrad.gradients.encode(hit.text) for hit in hits]
         )
+
+    def atoms(self, hits: Sequence[Hit]) -> Tensor:
+        """The gradients (documents, numel) of retrieved documents, all in one pass."""
+        documents = [self.regrad.gradients.encode(hit.text) for hit in hits]
+        with self.regrad.adapter.initial():
+            return self.regrad.gradients.atoms(documents)
 
     def sum(self, hits: Sequence[Hit]) -> Tensor:
         """Σ wᵢ·g(dᵢ) of retrieved documents."""
@@ -109,9 +117,7 @@ def bench_query(
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
     """One question after another through every mode."""
     parts: list[dict[str, float]] = []
-
-    def asked(turn: int) -> Question:
-        return bench.questions[turn % len(bench.questions)]
+    asked = bench.asked
 
     def whole(turn: int) -> None:
         parts.append(bench.cached(asked(turn), ANSWER_TOKENS))
@@ -166,8 +172,7 @@ def bench_batch(
     adapter = bench.regrad.adapter
 
     def asked(turn: int) -> list[Question]:
-        start = turn * size
-        return [bench.questions[(start + i) % len(bench.questions)] for i in range(size)]
+        return [bench.asked(turn * size + i) for i in range(size)]
 
     sums = [
         [bench.sum(bench.search(question, with_records=True)) for question in asked(turn)] for turn in range(rounds)
