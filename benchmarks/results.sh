@@ -1,7 +1,7 @@
 #!/bin/sh
-# The runs behind docs/results.md: every set of ../shared/data with a dev split, the modes side by side. Those with the
-# baselines are of the initialization that shipped before.
-# An hour or two on two cores. A run that is there already is not made again.
+# The runs behind docs/results.md: every set of ../shared/data with a dev split, the modes side by side: of the default
+# initialization in default/ and unseen/, elsewhere of the one that shipped before.
+# Some hours on two cores. A run that is there already is not made again.
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
 data=${DATA:-../shared/data}
