@@ -17,6 +17,7 @@ from tables import table
 
 from regrad_loaders.bench.drift import Row
 from regrad_loaders.bench.drift import plot as plot_drift
+from regrad_loaders.bench.paper import DOMAINS, TABLES
 from regrad_loaders.data.scores import Interval
 from regrad_loaders.evaluation.plots import new_figure
 
@@ -32,6 +33,11 @@ paper's comparisons, and what one would take instead of gradients, on {model}, t
 """
 WHATS = {
     "main": ("Beside every baseline", "F1, 0 to 100; the average over sets, each counting alike."),
+    "adapters": (
+        "An adapter a document",
+        "F1 of PRAG, which trains a LoRA adapter on each document's augmented text, on the bare model (prag) and on "
+        "ft-direct (ft-prag).",
+    ),
     "atoms": ("The number of atoms", "F1 with so many documents retrieved."),
     "noise": ("Noise", "F1 with so many random documents among those retrieved."),
     "protocol": ("As the paper asks and scores", "F1 by `--protocol paper`: free answers, letters, yes and no."),
@@ -40,6 +46,12 @@ WHATS = {
         "Documents taught step by step: into the weights of ft-direct by continued pre-training (cpt), or into a bank "
         "(regrad). What should stay are ft-direct's answers to questions of another set, and its perplexity of that "
         "set's texts.",
+    ),
+    "domains": (
+        "Other domains",
+        "F1 of the initialization as it is (general), after a short training more on general text (longer), on "
+        "medical, financial and legal text alone (domain), and on both (mixed). No text of medquad and tatqa was in "
+        "the general training; nq_open and squad2_dev show what is forgotten.",
     ),
     "latency": (
         "Latency, storage and what pays",
@@ -159,7 +171,31 @@ def drift(runs: Mapping[str, Mapping[str, Any]]) -> str:
     return table(heads, rows) + "\n"
 
 
-SHOWN = {"main": scores, "atoms": sweep, "noise": noise, "protocol": scores, "drift": drift, "latency": latency}
+def domains(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A table a mode: a line an initialization, a column a set."""
+    parts = []
+    for mode in f1(next(iter(runs.values()))):
+        lines = by_initialization(runs, mode)
+        sets = list(next(iter(lines.values())))
+        rows = [[name, *(f"{points[of]:.1f}" for of in sets)] for name, points in lines.items()]
+        parts.append(table([mode, *sets], rows))
+    return "\n".join(parts)
+
+
+def by_initialization(runs: Mapping[str, Mapping[str, Any]], mode: str) -> dict[str, dict[str, float]]:
+    """Of each initialization the F1 of every set; keys of runs are SET, of the general one, or SET-INITIALIZATION."""
+    order = ["general", *TABLES["domains"].recipes]
+    found: dict[str, dict[str, float]] = {name: {} for name in order}
+    for key, run in runs.items():
+        of, _, name = key.partition("-")
+        found[name or "general"][of] = f1(run)[mode]
+    return {name: {of: points[of] for of in DOMAINS if of in points} for name, points in found.items() if points}
+
+
+SHOWN = {
+    "main": scores, "adapters": scores, "atoms": sweep, "noise": noise, "protocol": scores, "drift": drift,
+    "domains": domains, "latency": latency,
+}  # fmt: skip
 
 
 def draw_noise(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -173,13 +209,40 @@ def draw_noise(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_atoms(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """F1 against k, a panel a set."""
+    figure = new_figure(3.5 * len(runs), 3.2)
+    for panel, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
+        for mode in dict.fromkeys(row["mode"] for row in run["sweep"]):
+            points = sorted((row["top_k"], 100 * row["f1"]) for row in run["sweep"] if row["mode"] == mode)
+            panel.plot(*zip(*points, strict=True), marker="o", label=mode)
+        panel.set(title=name, xlabel="documents retrieved", ylabel="F1", ylim=(0, None))
+        panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+def draw_domains(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Bars of grounded answers, a group a set."""
+    lines = by_initialization(runs, "regrad/grounded")
+    figure = new_figure(8, 3.2)
+    panel = figure.subplots()
+    sets = list(next(iter(lines.values())))
+    for number, (name, points) in enumerate(lines.items()):
+        places = [at + 0.2 * (number - (len(lines) - 1) / 2) for at in range(len(sets))]
+        panel.bar(places, [points[of] for of in sets], width=0.18, label=name)
+    panel.set(ylabel="F1 of regrad/grounded", xticks=range(len(sets)))
+    panel.set_xticklabels(sets, fontsize=8)
+    panel.legend()
+    figure.savefig(path, dpi=120)
+
+
 def draw_drift(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """The curves of the first set."""
     rows = [Row(**{**row, "f1": Interval(**row["f1"])}) for row in next(iter(runs.values()))["rows"]]
     plot_drift(rows, path)
 
 
-DRAWN = {"noise": draw_noise, "drift": draw_drift}
+DRAWN = {"atoms": draw_atoms, "noise": draw_noise, "drift": draw_drift, "domains": draw_domains}
 
 
 def asked(name: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
@@ -187,8 +250,10 @@ def asked(name: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     settings = next(iter(runs.values()))["settings"]
     if name == "latency":
         return settings["command"], ""
-    sets = dict.fromkeys(key.rpartition("-")[0] if name == "noise" else key for key in runs)
-    command = f"regrad-qdrant bench paper --table {name} --sample {settings['sample']} --sets {','.join(sets)}"
+    sets = list(dict.fromkeys(key.partition("-")[0] for key in runs))
+    command = f"regrad-qdrant bench paper --table {name} --sample {settings['sample']}"
+    if set(sets) != set(TABLES[name].sets):
+        command += f" --sets {','.join(sets)}"
     if settings.get("dtype", "auto") != "auto":
         command += f" --dtype {settings['dtype']}"
     return command, f" `{settings['init']}`, {settings['sample']} questions of each set's dev split."

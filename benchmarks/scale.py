@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tables import table
@@ -27,7 +27,12 @@ SHAPES = {
     "Qwen3-4B": (2560, 9728, 36, 32, 128, True, 151_936),
     "Qwen3-8B": (4096, 12_288, 36, 32, 128, False, 151_936),
 }
-MACHINES = {"one of 24 GB (l4)": ("l4", 1), "one of 80 GB (h100)": ("h100", 1), "eight of 80 GB": ("h100", 8)}
+MACHINES = {  # a GPU, how many, and how many of them hold the base model together
+    "one of 24 GB (l4)": ("l4", 1, 1),
+    "four of 24 GB that share the model": ("l4", 4, 4),
+    "one of 80 GB (h100)": ("h100", 1, 1),
+    "eight of 80 GB": ("h100", 8, 1),
+}
 TOKENS = 200  # of a document
 ATOM = 7_800  # bytes in the payload: 46,080 numbers of one bit
 TEXT = 1_000  # bytes
@@ -105,8 +110,8 @@ def training() -> str:
         )  # fmt: skip
         recipe = Recipe.load(RECIPE).fitted_to(config)
         cells = []
-        for gpu, count in MACHINES.values():
-            of = estimate(recipe, config, gpu, count)
+        for gpu, count, shards in MACHINES.values():
+            of = estimate(replace(recipe, shards=shards), config, gpu, count)
             at_once = f"{of.passage_batch} of {recipe.passages}"
             cells.append(
                 f"{of.peak / 1e9:.0f} GB, {at_once}, {max(1, round(60 * of.hours))} min" if of.fits else "does not fit"

@@ -17,9 +17,11 @@ from pathlib import Path
 from regrad_qdrant.errors import DataError
 
 SETS = ("nq_open", "phantomwiki", "hotpotqa", "squad2_dev")
+DOMAINS = ("medquad", "tatqa", "bioasq", "pubmedqa", "housing_yesno", "nq_open", "squad2_dev")
+SHARED_FIELD = {"housing_yesno": "state"}  # of a question and of what is retrieved for it
 COMPARED = (
-    "direct", "rag", "rag-kv", "cpt", "instruction-cpt", "ft-direct", "ft-cpt", "prag", "ft-prag", "ft-rag",
-    "ft-rag-kv", "ft-rag-64", "ft-rag-128", "regrad", "regrad/grounded", "regrad+icl",
+    "direct", "rag", "rag-kv", "cpt", "instruction-cpt", "ft-direct", "ft-cpt", "ft-rag", "ft-rag-kv", "ft-rag-64",
+    "ft-rag-128", "regrad", "regrad/grounded", "regrad/auto", "regrad+icl",
 )  # fmt: skip
 
 
@@ -31,12 +33,19 @@ class Experiment:
     options: tuple[str, ...] = ()
     variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})  # runs of a set, by their ending
     command: tuple[str, ...] = ("eval",)
+    sets: tuple[str, ...] = SETS
+    recipes: tuple[str, ...] = ()  # of the table's folder: each is trained first, from --init, and asked beside it
 
 
 TABLES = {
     "main": Experiment(
         "every baseline beside gradients",
         ("--modes", ",".join(COMPARED), "--against", "regrad,regrad/grounded", "--batch", "8"),
+    ),
+    "adapters": Experiment(
+        "an adapter trained for each document (PRAG), half a minute of training a question",
+        ("--modes", "ft-direct,prag,ft-prag,regrad", "--against", "regrad,ft-direct", "--batch", "8"),
+        sets=("nq_open", "phantomwiki"),
     ),
     "atoms": Experiment(
         "the number of atoms (5.4)",
@@ -51,7 +60,13 @@ TABLES = {
         "the same questions put and scored as the paper does",
         ("--modes", "direct,rag,ft-direct,ft-rag,regrad,random", "--against", "random", "--protocol", "paper"),
     ),
-    "drift": Experiment("documents taught step by step (Table 2)", command=("bench", "drift")),
+    "drift": Experiment("documents taught step by step (Table 2)", command=("bench", "drift"), sets=("nq_open",)),
+    "domains": Experiment(
+        "an initialization carried to other domains (5.5)",
+        ("--modes", "regrad,regrad/grounded", "--batch", "8"),
+        sets=DOMAINS,
+        recipes=("longer", "domain", "mixed"),
+    ),
 }
 
 
@@ -68,32 +83,55 @@ class Run:
 
 
 def runs(
-    table: str, data: Path, sets: Sequence[str], sample: int, out: Path, init: str, dtype: str = "auto"
+    table: str, data: Path, sets: Sequence[str] | None, sample: int, out: Path, init: str, dtype: str = "auto"
 ) -> list[Run]:
-    """The runs of a table, set by set.
+    """The runs of a table, set by set, after the trainings that it needs; `sets` None are the table's own.
 
     Raises:
-        DataError: for a table that is none, or a set without its files.
+        DataError: for a table that is none, a set without its files, or a recipe that is missing.
     """
     if table not in TABLES:
         raise DataError(f"table {table!r} is not one of {', '.join(TABLES)}")
     experiment, found = TABLES[table], []
-    for number, name in enumerate(sets):
+    names = sets or experiment.sets
+    variants, typed = dict(experiment.variants), () if dtype == "auto" else ("--dtype", dtype)
+    for name in experiment.recipes:
+        found.append(_training(out / table / f"{name}.yaml", f"{table}-{name}", init, data, typed))
+        variants[f"-{name}"] = ("--init", str(found[-1].out.parent))
+    for number, name in enumerate(names):
         folder = data / name
         if not (folder / "qa.jsonl").is_file():
             raise DataError(f"{folder} has no qa.jsonl: --data DIR holds the sets, --sets names them")
-        for ending, options in experiment.variants.items():
+        for ending, options in variants.items():
             file = out / table / f"{name}{ending}.json"
-            shared = ["--init", init, "--split", "dev", "--sample", str(sample), "--json", str(file)]
-            if dtype != "auto":
-                shared += ["--dtype", dtype]
+            shared = ["--split", "dev", "--sample", str(sample), "--json", str(file), *typed]
+            if "--init" not in options:
+                shared += ["--init", init]
             if experiment.command == ("eval",):
                 asked = ["--corpus", str(folder / "corpus.jsonl"), "--qa", str(folder / "qa.jsonl")]
                 shared += ["--resume", str(file.with_suffix(".answers.jsonl"))]
+                if name in SHARED_FIELD:
+                    shared += ["--filter-field", SHARED_FIELD[name]]
             else:
-                asked = ["--data", str(folder), "--other", str(data / sets[(number + 1) % len(sets)])]
+                asked = ["--data", str(folder), "--other", str(data / _other(names, number))]
             found.append(Run((*experiment.command, *asked, *experiment.options, *options, *shared), file))
     return found
+
+
+def _training(recipe: Path, name: str, init: str, data: Path, typed: Sequence[str]) -> Run:
+    """The run of a recipe from an initialization, or what is left of it."""
+    if not recipe.is_file():
+        raise DataError(f"{recipe} is not there: the recipes of this table are in benchmarks/paper of the repository")
+    folder = Path("runs") / name
+    resumed = ["--resume"] if (folder / "checkpoint.pt").is_file() else []
+    asked = ("train", "--recipe", str(recipe), "--init", init, "--data-dir", str(data), "--out", str(folder))
+    return Run((*asked, *typed, *resumed), folder / "initialization" / "regrad.json")
+
+
+def _other(names: Sequence[str], number: int) -> str:
+    """A set beside the one that is taught, of which nothing should be forgotten."""
+    others = [name for name in (*names[number + 1 :], *names[:number], *SETS) if name != names[number]]
+    return others[0]
 
 
 def carry_out(todo: Sequence[Run], say: Callable[[str], None]) -> None:

@@ -346,18 +346,20 @@ def drift(
 
 @bench.command()
 def paper(
-    table: Annotated[str, typer.Option("--table", help="main, atoms, noise, protocol or drift.")],
+    table: Annotated[str, typer.Option("--table", help="main, adapters, atoms, noise, protocol, drift or domains.")],
     data: Annotated[Path, typer.Option("--data", help="Folder of data sets.")] = Path("../shared/data"),
-    sets: Annotated[str | None, typer.Option("--sets", help="Of them, comma-separated; by default four.")] = None,
+    sets: Annotated[
+        str | None, typer.Option("--sets", help="Of them, comma-separated; by default the table's.")
+    ] = None,
     sample: Annotated[int, typer.Option("--sample", min=2, help="Questions of each set, drawn at random.")] = 80,
     init: Init = DEFAULT_INIT,
     dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option("--out", help="Folder of what was measured.")] = Path("benchmarks/paper"),
 ) -> None:
     """One of the paper's tables on your data: runs what has not been run, and goes on where it was stopped."""
-    from regrad_loaders.bench.paper import SETS, carry_out, runs
+    from regrad_loaders.bench.paper import carry_out, runs
 
-    names = [name.strip() for name in sets.split(",")] if sets else list(SETS)
+    names = [name.strip() for name in sets.split(",")] if sets else None
     carry_out(runs(table, data, names, sample, out, init, dtype), lambda line: console.print(line, markup=False))
 
 

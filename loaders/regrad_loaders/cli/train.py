@@ -57,6 +57,8 @@ def train(
     """Meta-train an initialization for a base model: the gradients' own learning to be useful."""
     from dataclasses import replace
 
+    import torch
+
     from regrad_loaders.training.recipe import Recipe
     from regrad_loaders.training.trainer import run
     from regrad_qdrant.model.base_model import load_base_model, load_config
@@ -80,8 +82,13 @@ def train(
         raise DataError(f"{folder} holds a checkpoint: go on from it with --resume, or choose another --out")
     for name, value in settings.as_dict().items():
         console.print(f"  {name:<24} {value}", highlight=False, markup=False)
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"  # each process loads it to its own
+    shared = settings.shards > 1  # each process takes its rows of what it has read
     with console.status("Loading the base model"):
-        model, tokenizer = load_base_model(settings.base_model, device=device, dtype=dtype)
+        model, tokenizer = load_base_model(
+            settings.base_model, device=device, dtype=dtype, **({"device_map": "cpu"} if shared else {})
+        )
     base = BaseModel.of(model, settings.base_model)
     console.quiet = errors.quiet = os.environ.get("RANK", "0") != "0"  # the first of several processes speaks
 
@@ -89,7 +96,17 @@ def train(
         console.print(line, highlight=False, markup=False)
 
     with progress("Training", settings.steps) as advance:
-        initialization = run(settings, model, tokenizer, base, folder, resume=resume, on_step=advance, say=say)
+        initialization = run(
+            settings,
+            model,
+            tokenizer,
+            base,
+            folder,
+            resume=resume,
+            on_processor=not device.startswith("cuda") if shared else None,
+            on_step=advance,
+            say=say,
+        )
     console.print(
         f"{folder / 'initialization'}: space {initialization.fingerprint}, {initialization.space.numel} numbers an atom"
     )

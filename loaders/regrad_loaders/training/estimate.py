@@ -79,16 +79,19 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
     Args:
         config: of the base model, as `transformers` has it.
         gpu: a key of `GPUS`.
-        gpus: of them; the meta-batch is split over them, and the base model is whole on each.
+        gpus: of them. The meta-batch is split over them; the base model is whole on each, or in so many of them
+            together as the recipe has `shards`.
 
     Raises:
-        DataError: for a GPU that is not known.
+        DataError: for a GPU that is not known, or a number of them that is no multiple of the shards.
         InitializationError: if the model has no layers like the recipe's targets.
     """
     from regrad_loaders.training.start import adapted_layers
 
     if gpu not in GPUS:
         raise DataError(f"GPU {gpu!r} is not one of {', '.join(GPUS)}")
+    if gpus % recipe.shards:
+        raise DataError(f"the recipe's {recipe.shards} shards need --gpus {recipe.shards}, or a multiple of it")
     text = config.get_text_config()
     model = skeleton(config)
     first, last = recipe.layers
@@ -106,7 +109,8 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
     of_passage = graph_of_passage(recipe, config)
     in_batch = max(BATCH_TOKENS, QUESTION + in_prompt)
     of_answers = layers * saved(text, QUESTION + in_prompt) * BYTES * in_batch + 4 * in_batch * text.vocab_size / 8
-    weights, optimizer = parameters * 2.0, learned * float(OPTIMIZER)
+    weights = 2.0 * (parameters - in_layers(model) * (1 - 1 / recipe.shards))
+    optimizer = learned * float(OPTIMIZER)
     free = GPUS[gpu].memory * RESERVE - weights - optimizer - of_answers
     fitting = math.floor(free / of_passage) if free > 0 else 0
     batch = min(recipe.passage_batch or recipe.passages, recipe.passages, fitting) if fitting >= 1 else None
@@ -148,6 +152,14 @@ def fitting_passages(recipe: Recipe, config: Any, free: float, wide: bool = Fals
     """
     fit = free / 2 / graph_of_passage(recipe, config, wide)
     return None if fit >= recipe.passages else max(1, math.floor(fit))
+
+
+def in_layers(model: Any) -> int:
+    """Parameters of the linear layers below the head, which processes can hold together."""
+    from torch import nn
+
+    head = model.get_output_embeddings()
+    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
 
 
 def skeleton(config: Any) -> nn.Module:

@@ -103,6 +103,7 @@ class Recipe:
     top_k: tuple[int, ...] = (1, 2, 3, 5)
     passage_batch: int | None = None  # passages whose second order is in memory at once; None: as many as fit
     accumulate: int = 1  # episodes of one step, on each process
+    shards: int = 1  # processes that hold one base model's weights together, where it is too large for each
     contrast: int = 0  # questions of an episode whose answer is also set against other spans (`training.contrast`)
     contrast_weight: float = 0.5  # of that loss beside the answers' own
     # optimisation
@@ -159,8 +160,9 @@ class Recipe:
             raise DataError("contrast counts questions and contrast_weight is a weight: neither is below 0")
         if self.passage_batch is not None and self.passage_batch < 1:
             raise DataError(f"passage_batch must be at least 1, found {self.passage_batch}")
-        if self.accumulate < 1:
-            raise DataError(f"accumulate must be at least 1, found {self.accumulate}")
+        for name in ("accumulate", "shards"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.patience and not self.dev_questions:
             raise DataError("patience needs dev_questions to evaluate on")
         if self.learn == "step_sizes" and not self.atoms:

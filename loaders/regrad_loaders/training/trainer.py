@@ -1,7 +1,8 @@
 """A meta-training run: a recipe's steps, with metrics, checkpoints and exact resumption.
 
 Under `accelerate launch` every process draws its own episodes and the gradients are averaged; alone it is one process.
-What a step draws depends on the seed, the process and the number of the step alone.
+Where processes hold the base model together (`shards`), each group of them draws its own. What a step draws depends on
+the seed, the process and the number of the step alone.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from regrad_loaders.training.meta_gradient import backward
 from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_loaders.training.mixture import load_dev_sources, load_sources
 from regrad_loaders.training.recipe import Recipe
+from regrad_loaders.training.sharded import Share, share_weights
 from regrad_loaders.training.start import begin
 from regrad_loaders.training.written import mean_f1
 from regrad_qdrant.errors import DataError
@@ -59,21 +61,40 @@ class StepMetrics:
 
 
 class Trainer:
-    """One run of a recipe: steps, checkpoints and metrics in a folder."""
+    """One run of a recipe: steps, checkpoints and metrics in a folder.
 
-    def __init__(self, recipe: Recipe, model: nn.Module, tokenizer: Any, base: BaseModel, out: Path) -> None:
+    Args:
+        on_processor: whether it stays on the processor, and not on this process's accelerator; None: as the model does.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        tokenizer: Any,
+        base: BaseModel,
+        out: Path,
+        on_processor: bool | None = None,
+    ) -> None:
         self.recipe, self.out = recipe, out
-        on_processor = next(model.parameters()).device.type == "cpu"
+        if on_processor is None:
+            on_processor = next(model.parameters()).device.type == "cpu"
         self.accelerator = Accelerator(cpu=on_processor)
         if not on_processor:
             torch.set_float32_matmul_precision("high")  # TF32, with which no loss was seen to differ by more than 0.003
-        if self.accelerator.num_processes > 1 and not on_processor:
+        if recipe.shards == 1 and self.accelerator.num_processes > 1 and not on_processor:
             model.to(self.accelerator.device)
         self.sources, self.weights = load_sources(recipe, tokenizer)
         self.dev_sources = load_dev_sources(recipe, tokenizer)
         initialization = begin(recipe, model, base, self.sources)
+        if recipe.shards > 1:
+            share = Share(self.accelerator.process_index, self.accelerator.num_processes, recipe.shards)
+            share_weights(model, share)
+            model.to(self.accelerator.device)
         self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode, recipe.step_size_kind)
         self.passage_batch = recipe.passage_batch or self._fitting(model)
+        if recipe.shards > 1:
+            self.passage_batch = share.smallest(self.passage_batch, self.learner.device)
         self.contrast = SpanContrast(tokenizer, recipe.contrast) if recipe.contrast else None
         self.step = 0
         self.seen: set[str] = set()
@@ -141,7 +162,8 @@ class Trainer:
         contrasted: list[float] = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(recipe.accumulate):
-            rng = random.Random(f"{recipe.seed}-{self.accelerator.process_index}-{self.step}-{part}")
+            group = self.accelerator.process_index // recipe.shards
+            rng = random.Random(f"{recipe.seed}-{group}-{self.step}-{part}")
             episode, codec = self._draw(rng), rng.choice(recipe.codecs)
             contrast = None
             if self.contrast is not None:
@@ -309,17 +331,18 @@ def run(
     out: Path,
     *,
     resume: bool = False,
+    on_processor: bool | None = None,
     on_step: Callable[[int], None] = lambda _: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> MetaInitialization:
     """Train as the recipe says, in the folder `out`: metrics.jsonl (and TensorBoard's events, where it is installed),
     checkpoint.pt and the initialization itself: the best on dev questions, or the last without any.
 
-    `on_step` is called with the number of steps just done, those before a resume included, and `say` with a line now
-    and then.
+    `on_processor` is that of `Trainer`. `on_step` is called with the number of steps just done, those before a resume
+    included, and `say` with a line now and then.
     """
     keep_freed_memory()
-    trainer = Trainer(recipe, model, tokenizer, base, out)
+    trainer = Trainer(recipe, model, tokenizer, base, out, on_processor)
     out.mkdir(parents=True, exist_ok=True)
     resumed = resume and trainer.resume()
     with Log(out, trainer.step if resumed else -1, trainer.accelerator.is_main_process) as log:

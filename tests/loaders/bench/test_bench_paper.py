@@ -1,11 +1,13 @@
 """The paper's tables as runs: which commands, and that none is run twice."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from regrad_loaders.bench.paper import COMPARED, TABLES, carry_out, runs
 from regrad_loaders.evaluation.plan import EVALUATION_MODES
+from regrad_loaders.training.recipe import Recipe
 from regrad_qdrant.errors import DataError
 
 
@@ -23,20 +25,69 @@ def test_every_mode_that_is_compared_is_one():
 
 @pytest.mark.parametrize("table", TABLES)
 def test_a_table_is_runs_of_its_sets(data, table):
+    for recipe in TABLES[table].recipes:
+        path = data / "out" / table / f"{recipe}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     found = runs(table, data, ["one", "two"], 40, data / "out", "small")
     assert len({run.out for run in found}) == len(found) >= 2
-    for run in found:
+    asked = found[len(TABLES[table].recipes) :]
+    for run in asked:
         assert run.command.startswith(
             "regrad-qdrant bench drift --data " if table == "drift" else "regrad-qdrant eval "
         )
-        assert "--init small --split dev --sample 40 --json" in run.command
+        assert "--split dev --sample 40 --json" in run.command
+        assert run.command.count("--init ") == 1
         assert "--dtype" not in run.command
+    assert asked[0].command.endswith("--init small") or "--init small --resume" in asked[0].command
     [first, *_] = runs(table, data, ["one", "two"], 40, data / "out", "small", "bfloat16")
     assert "--dtype bfloat16" in first.command
 
 
+def test_initializations_are_trained_before_they_are_asked(data, monkeypatch):
+    monkeypatch.chdir(data)
+    with pytest.raises(DataError, match=r"longer\.yaml is not there: the recipes of this table"):
+        runs("domains", data, ["one"], 40, data / "out", "small")
+    for recipe in TABLES["domains"].recipes:
+        path = data / "out" / "domains" / f"{recipe}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = runs("domains", data, ["one"], 40, data / "out", "small")
+    longer, domain, mixed, *asked = found
+    assert longer.command == (
+        f"regrad-qdrant train --recipe {data}/out/domains/longer.yaml --init small --data-dir {data} "
+        "--out runs/domains-longer"
+    )
+    assert [run.out.stem for run in asked] == ["one", "one-longer", "one-domain", "one-mixed"]
+    assert "--init runs/domains-mixed/initialization" in asked[-1].command
+    (data / "runs" / "domains-domain").mkdir(parents=True)
+    (data / "runs" / "domains-domain" / "checkpoint.pt").touch()
+    assert [run.command.endswith("--resume") for run in runs("domains", data, ["one"], 40, data / "out", "small")[:3]] \
+        == [False, True, False]  # fmt: skip
+
+
+def test_recipes_of_the_repository_are_whole():
+    folder = Path(__file__).parents[3] / "benchmarks" / "paper" / "domains"
+    for name in TABLES["domains"].recipes:
+        recipe = Recipe.load(folder / f"{name}.yaml")
+        assert recipe.name == name
+        assert sum(source.weight for source in recipe.data) == pytest.approx(1)
+
+
+def test_a_set_is_filtered_and_another_is_what_stays(data):
+    (data / "housing_yesno").mkdir()
+    (data / "housing_yesno" / "qa.jsonl").touch()
+    [run, one] = runs("main", data, ["housing_yesno", "one"], 40, data / "out", "small")
+    assert "--filter-field state" in run.command and "--filter-field" not in one.command
+    first, last = runs("drift", data, ["one", "two"], 40, data / "out", "small")
+    assert f"--data {data}/one --other {data}/two" in first.command
+    assert f"--data {data}/two --other {data}/one" in last.command
+    [alone] = runs("drift", data, ["one"], 40, data / "out", "small")
+    assert f"--other {data}/nq_open" in alone.command
+
+
 def test_what_is_wrong_is_named(data):
-    with pytest.raises(DataError, match="table 'mine' is not one of main, atoms"):
+    with pytest.raises(DataError, match="table 'mine' is not one of main, adapters"):
         runs("mine", data, ["one"], 40, data, "small")
     with pytest.raises(DataError, match="three has no qa.jsonl"):
         runs("main", data, ["three"], 40, data, "small")

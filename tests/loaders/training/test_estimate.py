@@ -28,6 +28,15 @@ RECIPE = Recipe(
 )  # fmt: skip
 
 
+def test_a_shared_model_takes_its_part_of_the_memory():
+    whole, shared = estimate(RECIPE, LLAMA_8B, "h100", 4), estimate(replace(RECIPE, shards=4), LLAMA_8B, "h100", 4)
+    of_embeddings = 2 * 2.0 * 128256 * 4096  # bytes of the input's and the head's, which each process has
+    assert shared.weights == pytest.approx((whole.weights - of_embeddings) / 4 + of_embeddings, rel=1e-3)
+    assert shared.passage_batch > whole.passage_batch
+    with pytest.raises(DataError, match="4 shards need --gpus 4"):
+        estimate(replace(RECIPE, shards=4), LLAMA_8B, "h100", 2)
+
+
 @pytest.mark.parametrize("space", ["lora", "core", "tied", "values"])
 def test_sizes_are_those_of_the_tensors(space):
     recipe = replace(RECIPE, space=space, basis_rank=4, rank=2, layers=(0, 1))

@@ -541,7 +541,8 @@ def test_recipes_are_checked(tmp_path):
         ("data: [{folder: x, weight: 1.0}]\ncodecs: [int3]\n", "codec 'int3'"),
         ("data: [{folder: x, weight: 1.0}]\nstep_size_mode: each\n", "tensor, one, full, fixed"),
         ("data: [{folder: x, weight: 1.0}]\npatience: 3\n", "needs dev_questions"),
-        ("data: [{folder: x, weight: 1.0}]\naccumulate: 0\n", "at least 1"),
+        ("data: [{folder: x, weight: 1.0}]\naccumulate: 0\n", "accumulate must be at least 1"),
+        ("data: [{folder: x, weight: 1.0}]\nshards: 0\n", "shards must be at least 1"),
         ("data: [{folder: x, weight: 1.0}]\nsteps: many\n", "steps must be a number"),
         ("data: [{folder: x, weight: 1.0}]\nwarmup: 0.5\n", "warmup must be a whole number"),
     ):
