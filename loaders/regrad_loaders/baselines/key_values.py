@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +81,17 @@ class KeyValueReader(Reader):
         found = self.found(questions, top_k, using)
         search = (time.perf_counter() - started) / len(found)
         return [self._answered(one, search) for one in found]
+
+    def speak(self, prompt: Prompt, tokens: int) -> list[int]:
+        """Exactly so many tokens of the bare model, greedily, for timings."""
+        with self.regrad.adapter.disabled(), torch.inference_mode():
+            begin, passages, asked = self._pieces(prompt)
+            return self._written([begin, *passages], asked, tokens, frozenset())
+
+    def forget(self) -> None:
+        """Drop all that is kept."""
+        self._kept.clear()
+        self._held = 0
 
     def _answered(self, found: Found, search: float) -> Answer:
         prompt = found.asked.prompt(found.hits)
@@ -170,10 +181,15 @@ class KeyValueReader(Reader):
 
     def _said(self, prompt: Prompt, pieces: Sequence[Piece], asked: list[int]) -> str:
         """What the model writes, greedily."""
-        past, length = self.joined(pieces)
         asking, tokenizer = self.regrad.asking, self.regrad.tokenizer
-        ends, said, following = ends_of(self._model, tokenizer), list[int](), asked
-        for _ in range(asking.length(prompt)):
+        said = self._written(pieces, asked, asking.length(prompt), ends_of(self._model, tokenizer))
+        return asking.said(prompt, tokenizer.decode(said, skip_special_tokens=True))
+
+    def _written(self, pieces: Sequence[Piece], asked: list[int], most: int, ends: Collection[int]) -> list[int]:
+        """The likeliest tokens one after the other, as many or until one that ends."""
+        past, length = self.joined(pieces)
+        said, following = list[int](), asked
+        for _ in range(most):
             logits = self._next(past, length, following)[-1]
             length += len(following)
             token = int(logits.argmax())
@@ -181,7 +197,7 @@ class KeyValueReader(Reader):
                 break
             said.append(token)
             following = [token]
-        return asking.said(prompt, tokenizer.decode(said, skip_special_tokens=True))
+        return said
 
     def _chosen(self, prompt: Prompt, pieces: Sequence[Piece], asked: list[int]) -> str:
         """The likeliest option, by the mean log-probability of its tokens and its end."""

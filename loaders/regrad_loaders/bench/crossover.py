@@ -16,6 +16,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
+from regrad_loaders.baselines.key_values import KeyValueReader
 from regrad_loaders.bench.figures import Figure, flops, in_turns, milliseconds
 from regrad_loaders.bench.query import ANSWER_TOKENS, TOP_K, Bench
 from regrad_qdrant.atoms.record import make_records
@@ -28,11 +29,16 @@ EXPONENT = 1.0  # of Zipf's law: the document of rank i is retrieved as often as
 def bench_crossover(
     bench: Bench, codec: str, rounds: int, on_round: Callable[[int], None] = lambda _: None
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
-    """Answers from stored atoms, from atoms computed at query time and from passages, and what making the atoms takes.
+    """Answers from the question alone, from passages, from their keys and values, from stored atoms and from atoms
+    computed at query time, and what making the atoms takes.
 
     Args:
         codec: of the atoms that are made, as ingestion makes them.
+
+    Raises:
+        UnsupportedModelError: for a model whose keys can't be set to another place.
     """
+    reader, reading = KeyValueReader(bench.regrad), KeyValueReader(bench.regrad)
     space, layout, sizes = bench.regrad.bank.space, bench.regrad.adapter.space.layout, list[int]()
     asked = bench.asked
 
@@ -41,8 +47,21 @@ def bench_crossover(
         records = make_records(bench.atoms(hits), [hit.text for hit in hits], space, codec, layout)
         sizes.extend(len(record.atom) for record in records)
 
+    def from_keys(turn: int, by: KeyValueReader) -> None:
+        hits = bench.search(asked(turn), with_records=False)
+        by.speak(bench.prompt(asked(turn), hits), ANSWER_TOKENS)
+
+    def read_again(turn: int) -> None:
+        reading.forget()
+        from_keys(turn, reading)
+
+    for turn in range(rounds):  # all that will be asked for is kept
+        from_keys(turn, reader)
     work: dict[str, Callable[[int], Any]] = {
+        "direct": lambda turn: bench.direct(asked(turn), ANSWER_TOKENS),
         "rag": lambda turn: bench.rag(asked(turn), ANSWER_TOKENS),
+        "rag-kv": lambda turn: from_keys(turn, reader),
+        "rag-kv, none kept": read_again,
         "stored": lambda turn: bench.cached(asked(turn), ANSWER_TOKENS),
         "online": lambda turn: bench.online(asked(turn), ANSWER_TOKENS),
         "making the atoms": build,
@@ -57,17 +76,22 @@ def bench_crossover(
         "crossover.questions_in_seconds": Figure.of(in_seconds, "questions about the same documents"),
         "crossover.questions_in_operations": Figure.of([in_operations], "questions about the same documents"),
     }
-    ms = milliseconds(seconds)
-    kept = [
-        {
-            "stored_share": share,
-            "hits": (found := head_hits(share)),
-            "megabytes": share * DOCUMENTS * median(sizes) / 1e6,
-            "ms": ms["stored"] + (1 - found) * (ms["online"] - ms["stored"]),
-        }
-        for share in SHARES
-    ]
+    ms, of_atom, of_keys = milliseconds(seconds), median(sizes), median(reader.sizes)
+    kept = []
+    for share in SHARES:
+        hits, of_as_many = head_hits(share), head_hits(share * of_atom / of_keys)
+        kept.append(
+            {
+                "stored_share": share,
+                "hits": hits,
+                "megabytes": share * DOCUMENTS * of_atom / 1e6,
+                "ms": ms["stored"] + (1 - hits) * (ms["online"] - ms["stored"]),
+                "hits_of_keys": of_as_many,  # where as many bytes hold keys and values
+                "ms_of_keys": ms["rag-kv"] + (1 - of_as_many) * (ms["rag-kv, none kept"] - ms["rag-kv"]),
+            }
+        )
     details = {
+        "bytes_a_document": {"stored": of_atom, "rag-kv": of_keys},
         "ms": ms,
         "gflop": {name: count / 1e9 for name, count in operations.items()},
         "documents_a_question": TOP_K,

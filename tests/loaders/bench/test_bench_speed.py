@@ -113,6 +113,12 @@ def test_an_atom_pays_for_itself_after_some_questions(parties):
     kept = details["zipf"]["kept"]
     assert kept[-1]["hits"] == 1 and kept[-1]["ms"] == pytest.approx(details["ms"]["stored"])
     assert all(a["hits"] < b["hits"] and a["megabytes"] < b["megabytes"] for a, b in itertools.pairwise(kept))
+    assert all(row["hits_of_keys"] < row["hits"] for row in kept)  # an atom of this model is smaller than its keys
+    assert set(details["ms"]) == set(details["gflop"]) == {
+        "direct", "rag", "rag-kv", "rag-kv, none kept", "stored", "online", "making the atoms"
+    }  # fmt: skip
+    gflop = details["gflop"]
+    assert gflop["rag-kv"] < gflop["rag"] <= gflop["rag-kv, none kept"]
     assert paid_after(3.0, 2.0, 1.5) == 6 and paid_after(3.0, 1.0, 1.0) == math.inf
     assert head_hits(0.5, documents=4) == pytest.approx((1 + 1 / 2) / (1 + 1 / 2 + 1 / 3 + 1 / 4))
 
