@@ -15,8 +15,9 @@ from typing import Any
 import typer
 
 from regrad_qdrant.cli.ask import ask
-from regrad_qdrant.cli.bank import drop, ingest, migrate, recode, status
+from regrad_qdrant.cli.bank import drop, migrate, recode, status
 from regrad_qdrant.cli.console import errors
+from regrad_qdrant.cli.ingest import ingest
 from regrad_qdrant.cli.models import models
 from regrad_qdrant.cli.serve import serve
 from regrad_qdrant.errors import MissingExtraError, RegradError

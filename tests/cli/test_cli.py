@@ -346,7 +346,7 @@ def test_atoms_beside_the_documents(run, folder, tmp_path):
 
 
 def test_a_servers_large_collection_gets_a_sidecar_unless_told_otherwise(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("regrad_qdrant.cli.bank.IN_PLACE", 10)
+    monkeypatch.setattr("regrad_qdrant.cli.ingest.IN_PLACE", 10)
     monkeypatch.setattr("regrad_qdrant.bank.stores.edge.EdgeStore.copies_points", True)
     ingest(run, folder)
     run("drop", "--collection", "docs", "--path", "bank", "--yes")
