@@ -363,6 +363,20 @@ def test_a_servers_large_collection_gets_a_sidecar_unless_told_otherwise(run, fo
     assert code == 0 and "Consider --sidecar docs-regrad" in out and "12 present" in out
 
 
+def test_a_cluster_warns_and_reports_as_one_process_does(run, folder, monkeypatch):
+    from regrad_qdrant.bank.cluster import ClusterReport
+
+    def done(bank, initialization, load, opening, codec, cluster, advance, **options):
+        return ClusterReport(atoms_written=11, skipped={"p3": "can't be computed"}, workers=2, waiting=0.25, restarts=1)
+
+    monkeypatch.setattr("regrad_qdrant.bank.cluster.attach_on_cluster", done)
+    filled = ("--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
+    code, out, err = run("ingest", *filled, "--ray", "local", "--workers", "2", "--codec", "ternary")
+    assert code == 1, err
+    assert "not through ternary" in out and "11 atoms written" in out
+    assert "2 workers, which had nothing to do 25% of the time; 1 batches begun anew" in out
+
+
 def test_a_repeated_using_searches_by_several_vectors(run, folder):
     ingest(run, folder)
     asked = ("ask", "Who is Ida?", "--collection", "docs", "--path", "bank")
