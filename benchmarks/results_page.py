@@ -141,11 +141,16 @@ def command(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def averages(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
-    """What is averaged: the four sets, and all where there are more. A run of one type of questions is in none."""
-    whole = [name for name, run in runs.items() if run["settings"]["type"] is None]
+    """What is averaged: the four sets, and all where there are more. A run of one type of questions is in none, nor
+    one of choices alone, whose F1 is the overlap with a wrong option."""
+    whole = [name for name, run in runs.items() if run["settings"]["type"] is None and _kinds(run) != {"choice"}]
     four = [name for name in MAIN if name in whole]
     averaged = {"average of four": four} if four else {}
-    return averaged | ({f"average of all {len(whole)}": whole} if len(whole) > len(four) else {})
+    return averaged | ({f"average of {len(whole)}": whole} if len(whole) > len(four) else {})
+
+
+def _kinds(run: dict[str, Any]) -> set[str]:
+    return {row["type"] for row in run["results"]} - {"all"}
 
 
 def kinds(runs: dict[str, dict[str, Any]], least: int = 10) -> str:

@@ -34,7 +34,6 @@ MACHINES = {  # a GPU, how many, and how many of them hold the base model togeth
     "eight of 80 GB": ("h100", 8, 1),
 }
 TOKENS = 200  # of a document
-ATOM = 7_800  # bytes in the payload: 46,080 numbers of one bit
 TEXT = 1_000  # bytes
 VECTOR = 4_096  # bytes: 1,024 dimensions of float32, in RAM beside the index
 GRAPH = 128 + 2 * 16 * 4  # bytes of HNSW links and the like for a vector
@@ -51,6 +50,7 @@ class Model:
     name: str
     parameters: float
     kv_bytes: int  # of keys and values for each token, in bf16
+    atom: int  # bytes in the payload: numbers of one bit, as `training` counts them
 
     @property
     def atoms_per_second(self) -> float:
@@ -59,8 +59,8 @@ class Model:
 
 
 MODELS = (
-    Model("1B", 1.24e9, 2 * 16 * 8 * 64 * 2),  # Llama-3.2-1B: 16 layers, 8 key-value heads of 64
-    Model("8B", 8.03e9, 2 * 32 * 8 * 128 * 2),  # Llama-3.1-8B: 32 layers, 8 of 128
+    Model("1B", 1.24e9, 2 * 16 * 8 * 64 * 2, 4_373),  # Llama-3.2-1B: 16 layers, 8 key-value heads of 64
+    Model("8B", 8.03e9, 2 * 32 * 8 * 128 * 2, 8_350),  # Llama-3.1-8B: 32 layers, 8 of 128
 )
 
 
@@ -69,7 +69,7 @@ def rows() -> list[list[str]]:
     for count in (1e6, 10e6, 100e6, 1e9):
         for model in MODELS:
             seconds = count / model.atoms_per_second
-            atoms, embeddings = count * ATOM, count * (VECTOR + GRAPH)
+            atoms, embeddings = count * model.atom, count * (VECTOR + GRAPH)
             keys = count * TOKENS * model.kv_bytes
             found.append(
                 [

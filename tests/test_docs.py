@@ -199,7 +199,9 @@ def as_here(command):
     if "--url" in words:
         at = words.index("--url")
         del words[at : at + 2]
-    if words[1] in WITH_INIT and "--init" not in words:
+    if "--init" in words and words[words.index("--init") + 1].startswith("smollm2"):
+        words[words.index("--init") + 1] = "init"
+    elif words[1] in WITH_INIT and "--init" not in words:
         words += ["--init", "init"]
     return words
 

@@ -50,7 +50,8 @@ def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
     collection: Collection,
     mode: Annotated[
-        str, typer.Option("--mode", "-m", help="direct, rag, regrad, regrad+icl, online, random or init.")
+        str,
+        typer.Option("--mode", "-m", help="direct, rag, pe-rag, regrad, regrad+icl, online, random, init or init+icl."),
     ] = "regrad",
     top_k: TopK = 3,
     type: Annotated[str, typer.Option("--type", help="open, yesno or choice.")] = "open",

@@ -85,8 +85,9 @@ def evaluation(
             "per query), random (atoms of documents that other questions found), init and init+icl (no atoms), "
             "raw (regrad without meta-training), ft-direct and ft-rag (fine-tuned), cpt, instruction-cpt and ft-cpt "
             "(continued pre-training), prag and ft-prag (an adapter a document), rag-kv and ft-rag-kv (passages as "
-            "keys and values), ft-rag-64 and ft-rag-128 (cut to so many tokens); each also as MODE/grounded, whose "
-            "answers are spans of the retrieved texts, and as MODE/auto (the span or the free answer).",
+            "keys and values), ft-rag-64 and ft-rag-128 (cut to so many tokens); each but the -kv also as "
+            "MODE/grounded, whose answers are spans of the retrieved texts, and as MODE/auto (the span or the free "
+            "answer).",
         ),
     ] = "direct,rag,regrad,regrad+icl,random",
     split: Annotated[str | None, typer.Option("--split", help="Only questions of this split.")] = None,
