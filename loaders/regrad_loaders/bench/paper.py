@@ -34,7 +34,8 @@ class Experiment:
     variants: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})  # runs of a set, by their ending
     command: tuple[str, ...] = ("eval",)
     sets: tuple[str, ...] = SETS
-    recipes: tuple[str, ...] = ()  # of the table's folder: each is trained first, from --init, and asked beside it
+    recipes: tuple[str, ...] = ()  # of the table's folder: each is trained first and asked
+    from_nothing: bool = False  # and not from --init, which is asked beside them
 
 
 TABLES = {
@@ -67,6 +68,13 @@ TABLES = {
         sets=DOMAINS,
         recipes=("longer", "domain", "mixed"),
     ),
+    "settings": Experiment(
+        "short trainings from nothing, as the paper's authors ran theirs and as we do",
+        ("--modes", "direct,random,regrad", "--against", "random,direct", "--batch", "8"),
+        sets=("nq_open", "squad2_dev", "hotpotqa"),
+        recipes=("published", "ours"),
+        from_nothing=True,
+    ),
 }
 
 
@@ -94,9 +102,11 @@ def runs(
         raise DataError(f"table {table!r} is not one of {', '.join(TABLES)}")
     experiment, found = TABLES[table], []
     names = sets or experiment.sets
-    variants, typed = dict(experiment.variants), () if dtype == "auto" else ("--dtype", dtype)
+    variants: dict[str, Sequence[str]] = {} if experiment.from_nothing else dict(experiment.variants)
+    typed = () if dtype == "auto" else ("--dtype", dtype)
+    begun = () if experiment.from_nothing else ("--init", init)
     for name in experiment.recipes:
-        found.append(_training(out / table / f"{name}.yaml", f"{table}-{name}", init, data, typed))
+        found.append(_training(out / table / f"{name}.yaml", f"{table}-{name}", data, (*begun, *typed)))
         variants[f"-{name}"] = ("--init", str(found[-1].out.parent))
     for number, name in enumerate(names):
         folder = data / name
@@ -118,14 +128,14 @@ def runs(
     return found
 
 
-def _training(recipe: Path, name: str, init: str, data: Path, typed: Sequence[str]) -> Run:
-    """The run of a recipe from an initialization, or what is left of it."""
+def _training(recipe: Path, name: str, data: Path, options: Sequence[str]) -> Run:
+    """The run of a recipe, or what is left of it."""
     if not recipe.is_file():
         raise DataError(f"{recipe} is not there: the recipes of this table are in benchmarks/paper of the repository")
     folder = Path("runs") / name
     resumed = ["--resume"] if (folder / "checkpoint.pt").is_file() else []
-    asked = ("train", "--recipe", str(recipe), "--init", init, "--data-dir", str(data), "--out", str(folder))
-    return Run((*asked, *typed, *resumed), folder / "initialization" / "regrad.json")
+    asked = ("train", "--recipe", str(recipe), "--data-dir", str(data), "--out", str(folder))
+    return Run((*asked, *options, *resumed), folder / "initialization" / "regrad.json")
 
 
 def _other(names: Sequence[str], number: int) -> str:

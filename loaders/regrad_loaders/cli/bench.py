@@ -346,7 +346,10 @@ def drift(
 
 @bench.command()
 def paper(
-    table: Annotated[str, typer.Option("--table", help="main, adapters, atoms, noise, protocol, drift or domains.")],
+    table: Annotated[
+        str,
+        typer.Option("--table", help="main, adapters, atoms, noise, protocol, drift, domains or settings."),
+    ],
     data: Annotated[Path, typer.Option("--data", help="Folder of data sets.")] = Path("../shared/data"),
     sets: Annotated[
         str | None, typer.Option("--sets", help="Of them, comma-separated; by default the table's.")

@@ -39,9 +39,20 @@ def test_a_table_is_runs_of_its_sets(data, table):
         assert "--split dev --sample 40 --json" in run.command
         assert run.command.count("--init ") == 1
         assert "--dtype" not in run.command
-    assert asked[0].command.endswith("--init small") or "--init small --resume" in asked[0].command
+    assert ("--init small" in asked[0].command) is not TABLES[table].from_nothing
     [first, *_] = runs(table, data, ["one", "two"], 40, data / "out", "small", "bfloat16")
     assert "--dtype bfloat16" in first.command
+
+
+def test_trainings_from_nothing_have_no_start(data):
+    for recipe in TABLES["settings"].recipes:
+        path = data / "out" / "settings" / f"{recipe}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    published, ours, *asked = runs("settings", data, ["one"], 40, data / "out", "small")
+    assert "--init" not in published.command and "--init" not in ours.command
+    assert [run.out.stem for run in asked] == ["one-published", "one-ours"]
+    assert "--init runs/settings-ours/initialization" in asked[-1].command
 
 
 def test_initializations_are_trained_before_they_are_asked(data, monkeypatch):
@@ -55,8 +66,8 @@ def test_initializations_are_trained_before_they_are_asked(data, monkeypatch):
     found = runs("domains", data, ["one"], 40, data / "out", "small")
     longer, domain, mixed, *asked = found
     assert longer.command == (
-        f"regrad-qdrant train --recipe {data}/out/domains/longer.yaml --init small --data-dir {data} "
-        "--out runs/domains-longer"
+        f"regrad-qdrant train --recipe {data}/out/domains/longer.yaml --data-dir {data} "
+        "--out runs/domains-longer --init small"
     )
     assert [run.out.stem for run in asked] == ["one", "one-longer", "one-domain", "one-mixed"]
     assert "--init runs/domains-mixed/initialization" in asked[-1].command
@@ -67,11 +78,11 @@ def test_initializations_are_trained_before_they_are_asked(data, monkeypatch):
 
 
 def test_recipes_of_the_repository_are_whole():
-    folder = Path(__file__).parents[3] / "benchmarks" / "paper" / "domains"
-    for name in TABLES["domains"].recipes:
-        recipe = Recipe.load(folder / f"{name}.yaml")
-        assert recipe.name == name
-        assert sum(source.weight for source in recipe.data) == pytest.approx(1)
+    for table, experiment in TABLES.items():
+        for name in experiment.recipes:
+            recipe = Recipe.load(Path(__file__).parents[3] / "benchmarks" / "paper" / table / f"{name}.yaml")
+            assert recipe.name == name
+            assert sum(source.weight for source in recipe.data) == pytest.approx(1)
 
 
 def test_a_set_is_filtered_and_another_is_what_stays(data):
