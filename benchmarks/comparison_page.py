@@ -19,7 +19,7 @@ from tables import table
 from regrad_loaders.bench.drift import Row
 from regrad_loaders.bench.drift import plot as plot_drift
 from regrad_loaders.bench.paper import TABLES
-from regrad_loaders.data.scores import Interval
+from regrad_loaders.data.scores import Interval, pooled
 from regrad_loaders.evaluation.plots import new_figure
 
 PAGE = """# Comparison
@@ -94,16 +94,20 @@ def scores(runs: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def differences(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    pairs = [(d["mode"], d["minus"]) for d in next(iter(runs.values())).get("differences", ())]
+    """A line a mode: how far it is from each of the modes that all are compared with, on the average over sets."""
+    found: dict[tuple[str, str], list[Interval]] = {}
+    for run in runs.values():
+        for row in run.get("differences", ()):
+            found.setdefault((row["mode"], row["minus"]), []).append(Interval(row["f1"], *row["f1_interval"]))
+    if not found:
+        return ""
+    others = list(dict.fromkeys(minus for _, minus in found))
     rows = []
-    for mode, minus in pairs:
-        cells = []
-        for run in runs.values():
-            found = next(d for d in run["differences"] if (d["mode"], d["minus"]) == (mode, minus))
-            low, high = found["f1_interval"]
-            cells.append(f"{100 * found['f1']:+.1f} ({100 * low:+.1f} … {100 * high:+.1f})")
-        rows.append([f"{mode} − {minus}", *cells])
-    return table(["paired, with its 95 % interval", *runs], rows) + "\n" if rows else ""
+    for mode in dict.fromkeys(mode for mode, _ in found):
+        pairs = [pooled(found[mode, minus]) if (mode, minus) in found else None for minus in others]
+        cells = [f"{100 * d.mean:+.1f} ({100 * d.low:+.1f} … {100 * d.high:+.1f})" if d else "" for d in pairs]
+        rows.append([mode, *cells])
+    return table(["average, paired, with its 95 % interval", *(f"− {other}" for other in others)], rows) + "\n"
 
 
 def sweep(runs: Mapping[str, Mapping[str, Any]]) -> str:
