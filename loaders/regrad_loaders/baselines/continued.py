@@ -20,8 +20,8 @@ from regrad_qdrant.model.gradients import batches, document_losses, pad
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.plugin import base_of, lora_layers, lora_weight, plug_in
 
-LEARNING_RATE = 1e-3
-EPOCHS = 3
+LEARNING_RATE = 1e-3  # of 3e-4, 1e-3 and 3e-3, on 24 dev questions of Natural Questions (cpt: 3.4, 4.4, 3.7 F1; ft-cpt:
+EPOCHS = 3  # 6.9, 8.8, 4.8); ten epochs have 2.7 and 7.1
 BATCH_TOKENS = 1024  # of one step, with padding
 MAX_TOKENS = 512  # of a text that is learned from; longer ones are cut
 
