@@ -68,7 +68,9 @@ WHATS = {
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    """The runs of a table by their names, SET or SET-VARIANT, in the order of its sets."""
+    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    return {name: found[name] for name in order_of(folder.name, found)}
 
 
 def f1(run: Mapping[str, Any]) -> dict[str, float]:
@@ -144,9 +146,12 @@ def latency(runs: Mapping[str, Mapping[str, Any]]) -> str:
     parts = []
     for name, run in runs.items():
         found, figures = run["details"]["crossover"], run["figures"]
-        kilobytes = {way: f"{size / 1e3:,.1f} KB" for way, size in found["bytes_a_document"].items()}
+        sizes = {
+            way: f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} KB"
+            for way, size in found["bytes_a_document"].items()
+        }
         rows = [
-            [WAYS.get(way, way), f"{found['ms'][way]:.0f}", f"{found['gflop'][way]:.1f}", kilobytes.get(way, "")]
+            [WAYS.get(way, way), f"{found['ms'][way]:.0f}", f"{found['gflop'][way]:.1f}", sizes.get(way, "")]
             for way in found["ms"]
         ]
         paid = [figures[f"crossover.questions_in_{unit}"]["value"] for unit in ("seconds", "operations")]
@@ -213,10 +218,11 @@ def by_initialization(table_name: str, runs: Mapping[str, Mapping[str, Any]], mo
     return {name: {of: points[of] for of in order_of(table_name, points)} for name, points in found.items() if points}
 
 
-def order_of(table_name: str, sets: Iterable[str]) -> list[str]:
-    """The table's own sets first, in its order."""
-    order = {name: number for number, name in enumerate(TABLES[table_name].sets)}
-    return sorted(sets, key=lambda name: order.get(name, len(order)))
+def order_of(table_name: str, runs: Iterable[str]) -> list[str]:
+    """The runs of the table's own sets first, in its order."""
+    sets = TABLES[table_name].sets if table_name in TABLES else ()
+    order = {name: number for number, name in enumerate(sets)}
+    return sorted(runs, key=lambda name: order.get(name.partition("-")[0], len(order)))
 
 
 WAYS = {
