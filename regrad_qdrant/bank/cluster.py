@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from regrad_qdrant.model.initialization import MetaInitialization
 
 READERS = 8  # tasks that read, at most
-IN_FILE = 256  # documents of a file, where they go through files: a worker's share, at least
+IN_FILE = 256  # documents of a file, where they go through files
+BLOCK_BYTES = 2**16  # of texts that Ray hands on at a time: some sixty passages; its own 128 MiB go to one worker whole
 BATCH = 64  # documents that a worker is given at a time, and may lose
 LETHAL = 2  # workers that a document may end before it is left out
 Row = dict[str, Any]  # a batch as Ray Data has it: a column, an array or a list, by name
@@ -275,7 +276,7 @@ class Worker:
 class _Outbox:
     """Stands in a worker for the bank that another process writes: it keeps what is to be written."""
 
-    one_thread = True
+    one_thread = False  # records are coded while the next gradients are computed
 
     def __init__(self, space: str) -> None:
         self.space = space
@@ -359,7 +360,18 @@ def _add(report: IngestReport, part: IngestReport) -> None:
 
 @contextmanager
 def _connected(ray: Any, cluster: Cluster) -> Iterator[None]:
-    """A connection to the cluster; one that was there before stays."""
+    """A connection to the cluster, in small blocks; one that was there before stays."""
+    with _started(ray, cluster):
+        context = ray.data.DataContext.get_current()
+        former, context.target_max_block_size = context.target_max_block_size, BLOCK_BYTES
+        try:
+            yield
+        finally:
+            context.target_max_block_size = former
+
+
+@contextmanager
+def _started(ray: Any, cluster: Cluster) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return

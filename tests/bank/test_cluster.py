@@ -19,7 +19,7 @@ from qdrant_client import QdrantClient
 
 from regrad_loaders.data.facts import generate
 from regrad_qdrant import Adapter, Document, GradientBank
-from regrad_qdrant.bank.cluster import Cluster, Ledger, _connected, attach_on_cluster
+from regrad_qdrant.bank.cluster import Cluster, Ledger, _connected, _lacking, attach_on_cluster
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.bank.shard import Shard
@@ -199,6 +199,21 @@ def test_a_server_that_is_gone_is_said_and_the_next_run_does_the_rest(shared, in
     report = attach(bank, initialization, opening)
     assert (report.atoms_written, report.present) == (40 - there + 3, there - 3)
     assert states(bank) == ["current"] * 40
+
+
+@pytest.mark.parametrize("by_tasks", [False, True])
+def test_the_work_comes_in_small_blocks(shared, tmp_path, by_tasks):
+    """As Ray has it by itself, all of a reader's documents would be one block, and go to one worker."""
+    bank, opening = shared
+    bank.add(Document(f"long{i}", {"id": f"long{i}", "text": "A word and another. " * 50}) for i in range(300))
+    cluster = Cluster("local", 2)
+    with _connected(ray, cluster):
+        rows = _lacking(ray, bank, opening if by_tasks else None, cluster, tmp_path)
+        sizes = [
+            row["count"]
+            for row in rows.map_batches(lambda rows: {"count": [len(rows["id"])]}, batch_size=None).iter_rows()
+        ]
+    assert sum(sizes) == 340 and max(sizes) <= 100, sizes
 
 
 def test_atoms_of_another_space_are_not_written_over(embedded, initialization, tokenizer):
