@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 SECTION = re.compile(r"(<!-- benchmarks/cluster\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 A_SECOND = 171.0  # atoms of a 1B model on one H200 (docs/scale.md)
 PROCESSES = 8  # of workers, at most: 0.4 GB each
-SECONDS = 40  # that the workers alone would need, at least
-MOST = 40_000  # documents of a run
+SECONDS = 20  # that the workers alone would need, at least
+MOST = 12_000  # documents of a run
 
 
 class Sleeping(GradientComputer):

@@ -43,6 +43,7 @@ READERS = 8  # tasks that read, at most
 IN_FILE = 256  # documents of a file, where they go through files
 BLOCK_BYTES = 2**16  # of texts that Ray hands on at a time: some sixty passages; its own 128 MiB go to one worker whole
 BATCH = 64  # documents that a worker is given at a time, and may lose
+IN_FLIGHT = 2  # batches that wait at a worker or are computed there: the first one that is ready must not take all
 LETHAL = 2  # workers that a document may end before it is left out
 Row = dict[str, Any]  # a batch as Ray Data has it: a column, an array or a list, by name
 
@@ -108,7 +109,7 @@ def attach_on_cluster(
         done = rows.map_batches(
             Worker,
             batch_size=BATCH,
-            compute=ray.data.ActorPoolStrategy(size=cluster.workers),
+            compute=ray.data.ActorPoolStrategy(size=cluster.workers, max_tasks_in_flight_per_actor=IN_FLIGHT),
             num_gpus=cluster.gpus_per_worker or None,
             fn_constructor_args=(work, ledger),
         )
