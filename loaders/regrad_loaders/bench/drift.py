@@ -152,7 +152,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         panels[1].plot(documents, [100 * row.unchanged for row in own], marker="o", label=way)
         panels[2].plot(documents, [row.perplexity for row in own], marker="o", label=way)
     for panel, title in zip(panels, ("F1", "other answers, unchanged (F1)", "perplexity of other text"), strict=True):
-        panel.set(title=title, xlabel="documents taught", xscale="log")
+        panel.set(title=title, xlabel="documents taught", xlim=(0, None), ylim=(0, None))
     panels[0].legend()
     figure.savefig(path, dpi=120)
 
