@@ -60,7 +60,7 @@ class Model:
 
 MODELS = (
     Model("1B", 1.24e9, 2 * 16 * 8 * 64 * 2, 4_373),  # Llama-3.2-1B: 16 layers, 8 key-value heads of 64
-    Model("8B", 8.03e9, 2 * 32 * 8 * 128 * 2, 8_350),  # Llama-3.1-8B: 32 layers, 8 of 128
+    Model("8B", 8.03e9, 2 * 32 * 8 * 128 * 2, 8_597),  # Llama-3.1-8B: 32 layers, 8 of 128
 )
 
 
