@@ -241,7 +241,8 @@ def draw_noise(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     panel = figure.subplots()
     for (name, mode), points in by_count(runs).items():
         panel.plot(sorted(points), [points[count] for count in sorted(points)], marker="o", label=f"{name}, {mode}")
-    panel.set(xlabel="random documents among those retrieved", ylabel="F1", ylim=(0, None))
+    counts = sorted({count for points in by_count(runs).values() for count in points})
+    panel.set(xlabel="random documents among those retrieved", ylabel="F1", ylim=(0, None), xticks=counts)
     panel.legend()
     figure.savefig(path, dpi=120)
 
