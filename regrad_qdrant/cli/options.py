@@ -202,18 +202,13 @@ def regrad_of(
 
 def ingest_corpus(regrad: ReGrad, passages: Any, codec: str, **options: Any) -> IngestReport:
     """Add the passages and attach their atoms; options as those of `attach_atoms`."""
-    added = add_passages(regrad, passages)
-    report = attach(regrad, codec, **options)
-    report.points_added, report.points_updated = added
-    return report
-
-
-def add_passages(regrad: ReGrad, passages: Any) -> tuple[int, int]:
-    """Add or update the passages without their atoms; returns how many of each."""
     from regrad_qdrant.bank.ingest import add_corpus
 
     with console.status("Adding passages"):
-        return add_corpus(regrad.bank, passages, regrad.gradients)
+        added = add_corpus(regrad.bank, passages, regrad.gradients)
+    report = attach(regrad, codec, **options)
+    report.points_added, report.points_updated = added
+    return report
 
 
 def attach(regrad: ReGrad, codec: str, **options: Any) -> IngestReport:

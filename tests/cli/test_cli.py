@@ -194,6 +194,17 @@ def test_a_new_bank_is_filled_for_the_gradients_and_not_for_a_baseline(run, fold
     assert status["atoms"] == status["points"] == 12
 
 
+def test_a_passage_that_can_have_no_atom_does_not_end_an_eval(run, folder, tmp_path):
+    rows = (folder / "corpus.jsonl").read_text() + "\n" + json.dumps({"id": "title", "text": "Ida"})
+    (tmp_path / "with_title.jsonl").write_text(rows)
+    code, _, err = run(
+        "eval", "--corpus", "with_title.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--top-k", "13",
+        "--modes", "regrad,random", "--json", "out.json",
+    )  # fmt: skip
+    assert code == 0, err
+    assert json.loads((tmp_path / "out.json").read_text())["recall_at_k"] == 1
+
+
 def test_eval_asks_with_further_k(run, folder, tmp_path):
     code, out, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3", "--top-k", "2",
