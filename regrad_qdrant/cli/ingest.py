@@ -30,6 +30,7 @@ from regrad_qdrant.cli.options import (
     Sidecar,
     TextPath,
     Url,
+    add_passages,
     attach,
     bank_of,
     check_outputs,
@@ -257,13 +258,11 @@ def _on_cluster(
         model: --init, --model, --device, --dtype: each worker loads it.
     """
     from regrad_qdrant.bank.cluster import attach_on_cluster, load_gradients
-    from regrad_qdrant.bank.documents import Document
 
     added = (0, 0)
     if passages is not None:
         bank.create()
-        with console.status("Adding passages"):
-            added = bank.sync(Document(passage.id, passage.payload) for passage in passages)
+        added = add_passages(bank, passages)
     here = cluster.workers if cluster.address == "local" else 1
     load = functools.partial(load_gradients, *model, here)
     with progress("Computing atoms", bank.store.count() - bank.count_atoms()) as advance:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from regrad_qdrant.errors import DataError
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
     from regrad_qdrant.bank.bank import GradientBank
+    from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.ingest import IngestReport
     from regrad_qdrant.bank.stores.base import Store
     from regrad_qdrant.model.initialization import MetaInitialization
@@ -209,6 +210,14 @@ def ingest_corpus(regrad: ReGrad, passages: Any, codec: str, **options: Any) -> 
     report = attach(regrad, codec, **options)
     report.points_added, report.points_updated = added
     return report
+
+
+def add_passages(bank: GradientBank, passages: Iterable[Passage]) -> tuple[int, int]:
+    """Add or update passages without their atoms, also those whose text can have none; returns how many of each."""
+    from regrad_qdrant.bank.documents import Document
+
+    with console.status("Adding passages"):
+        return bank.sync(Document(passage.id, passage.payload) for passage in passages)
 
 
 def attach(regrad: ReGrad, codec: str, **options: Any) -> IngestReport:

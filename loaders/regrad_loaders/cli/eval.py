@@ -38,6 +38,7 @@ from regrad_qdrant.cli.options import (
     TopK,
     Url,
     Using,
+    add_passages,
     bank_of,
     check_outputs,
     check_vector,
@@ -200,7 +201,6 @@ def evaluation(
     from regrad_loaders.evaluation.protocol import protocol_of
     from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
-    from regrad_qdrant.bank.documents import Document
     from regrad_qdrant.model.prompts import PromptFormat
 
     answer_style = style_of(style)
@@ -278,8 +278,7 @@ def evaluation(
                     )
                     answerer = answerer_of(party, regrad, progress)
                     if is_new and passages is not None:
-                        with console.status("Adding passages"):  # their atoms are computed when they are retrieved,
-                            bank.sync(Document(one.id, one.payload) for one in passages)  # where a text can have one
+                        add_passages(bank, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and party.fills:
                         report = ingest_corpus(regrad, passages, codec)
                     _check_filter(bank, questions[0], filter_field)

@@ -155,11 +155,10 @@ def fitting_passages(recipe: Recipe, config: Any, free: float, wide: bool = Fals
 
 
 def in_layers(model: Any) -> int:
-    """Parameters of the linear layers below the head, which processes can hold together."""
-    from torch import nn
+    """Parameters that processes can hold together."""
+    from regrad_loaders.training.sharded import layers_to_share
 
-    head = model.get_output_embeddings()
-    return sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return sum(layer.weight.numel() for layer in layers_to_share(model).values())
 
 
 def skeleton(config: Any) -> nn.Module:

@@ -104,18 +104,21 @@ class ShardedLinear(nn.Linear):
         return result if self.bias is None else result + self.bias.to(dtype)
 
 
+def layers_to_share(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear layers by their names, but for the language-model head, which is tied to the input embedding in many
+    models and read in chunks."""
+    head = cast("Any", model).get_output_embeddings()
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    return {name: layer for name, layer in found.items() if layer is not head}
+
+
 def share_weights(model: nn.Module, share: Share) -> None:
-    """Leave of every linear layer's weight this process's rows, but of the language-model head's, which is tied to the
-    input embedding in many models and read in chunks.
+    """Leave of these layers' weights this process's rows.
 
     Raises:
         DataError: for a model in 4 bits, whose rows can't be taken apart.
     """
-    head = cast("Any", model).get_output_embeddings()
-    linears = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    for name, layer in linears:
-        if layer is head:
-            continue
+    for name, layer in layers_to_share(model).items():
         if type(layer) is not nn.Linear:
             raise DataError(f"{name} is a {type(layer).__name__}: shards are of weights in 16 or 32 bits (--dtype)")
         parent, _, child = name.rpartition(".")
