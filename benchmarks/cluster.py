@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
-from tables import table
+from tables import renew, table
 
 from regrad_loaders.data.facts import generate
 from regrad_qdrant import Document, GradientBank, MetaInitialization
@@ -32,7 +31,6 @@ from regrad_qdrant.model.gradients import EncodedDocument, GradientComputer
 if TYPE_CHECKING:
     from torch import Tensor
 
-SECTION = re.compile(r"(<!-- benchmarks/cluster\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 A_SECOND = 171.0  # atoms of a 1B model on one H200 (docs/scale.md)
 PROCESSES = 8  # of workers, at most: 0.4 GB each
 SECONDS = 20  # that the workers alone would need, at least
@@ -166,9 +164,7 @@ def main() -> None:
         ]
         rows.append([str(row["workers"]), f"{could:,.0f}", *cells])
     heads = ["workers", "atoms a second that they could make", "into an embedded bank", "writing by themselves"]
-    said = table(heads, rows)
-    page = arguments.page.read_text(encoding="utf-8")
-    arguments.page.write_text(SECTION.sub(lambda at: at[1] + said + at[2], page), encoding="utf-8")
+    renew(arguments.page, "<!-- benchmarks/cluster.py -->\n", table(heads, rows))
 
 
 if __name__ == "__main__":

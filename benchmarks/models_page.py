@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import table
+from tables import renew, table
 
-SECTION = re.compile(r"(<!-- benchmarks/models_page\.py -->\n).*?(<!-- end -->)", re.DOTALL)
 SETS = {
     "nq_open": "Natural Questions",
     "squad2_dev": "SQuAD",
@@ -74,9 +72,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--page", type=Path, default=Path("docs/models.md"))
     arguments = parser.parse_args()
-    page = arguments.page.read_text(encoding="utf-8")
-    said = section(arguments.results)
-    arguments.page.write_text(SECTION.sub(lambda found: found[1] + said + found[2], page), encoding="utf-8")
+    renew(arguments.page, "<!-- benchmarks/models_page.py -->\n", section(arguments.results))
 
 
 if __name__ == "__main__":

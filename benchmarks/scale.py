@@ -7,14 +7,11 @@ python benchmarks/scale.py
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tables import table
+from tables import renew, table
 
-SECTION = re.compile(r"(<!-- benchmarks/scale\.py -->\n).*?(<!-- end -->)", re.DOTALL)
-TRAINING = re.compile(r"(<!-- training -->\n).*?(<!-- end training -->)", re.DOTALL)
 RECIPE = Path("loaders/recipes/core.yaml")
 # Of each model what its own configuration says: hidden, intermediate, layers, heads, the head's width, whether the
 # embeddings are tied, and the vocabulary.
@@ -125,10 +122,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, default=Path("docs/scale.md"))
     arguments = parser.parse_args()
-    page = arguments.page.read_text(encoding="utf-8")
-    said = section()
-    page, trained = SECTION.sub(lambda found: found[1] + said + found[2], page), training()
-    arguments.page.write_text(TRAINING.sub(lambda found: found[1] + trained + found[2], page), encoding="utf-8")
+    renew(arguments.page, "<!-- benchmarks/scale.py -->\n", section())
+    renew(arguments.page, "<!-- training -->\n", training())
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from pathlib import Path
 from typing import Any
 
-from tables import table
-
-SECTION = re.compile(r"(## Under load\n\n).*?(\n## )", re.DOTALL)
+from tables import renew, table
 
 
 def section(result: dict[str, Any]) -> str:
@@ -48,8 +45,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/serving.md"))
     arguments = parser.parse_args()
     said = section(json.loads(arguments.result.read_text(encoding="utf-8")))
-    page = arguments.page.read_text(encoding="utf-8")
-    arguments.page.write_text(SECTION.sub(lambda found: found[1] + said + found[2], page), encoding="utf-8")
+    renew(arguments.page, "## Under load\n\n", said, "\n## ")
 
 
 if __name__ == "__main__":
