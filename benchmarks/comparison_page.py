@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import table
+from tables import alike, table
 
 from regrad_loaders.bench.drift import Row
 from regrad_loaders.bench.drift import plot as plot_drift
@@ -46,7 +46,8 @@ WHATS = {
         "Drift",
         "Documents taught step by step: into the weights of ft-direct by continued pre-training (cpt), or into a bank "
         "(regrad). What should stay are ft-direct's answers to questions of another set, and its perplexity of that "
-        "set's texts.",
+        "set's texts: of regrad they are taken after its answers, whose gradients are undone, so that nothing of them "
+        "can be left.",
     ),
     "domains": (
         "Other domains",
@@ -112,10 +113,16 @@ def differences(runs: Mapping[str, Mapping[str, Any]]) -> str:
     return table(["average, paired, with its 95 % interval", *(f"− {other}" for other in others)], rows) + "\n"
 
 
+def by_k(run: Mapping[str, Any]) -> dict[tuple[int, str], float]:
+    """The F1 of each number of documents and mode: those of --sweep, and the run's own."""
+    own = {(run["settings"]["top_k"], mode): value for mode, value in f1(run).items()}
+    return own | {(row["top_k"], row["mode"]): 100 * row["f1"] for row in run["sweep"]}
+
+
 def sweep(runs: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for name, run in runs.items():
-        at = {(row["top_k"], row["mode"]): 100 * row["f1"] for row in run["sweep"]}
+        at = by_k(run)
         ks = sorted({k for k, _ in at})
         for mode in dict.fromkeys(mode for _, mode in at):
             rows.append([name, mode, *(f"{at[k, mode]:.1f}" for k in ks)])
@@ -251,8 +258,9 @@ def draw_atoms(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """F1 against k, a panel a set."""
     figure = new_figure(3.5 * len(runs), 3.2)
     for panel, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
-        for mode in dict.fromkeys(row["mode"] for row in run["sweep"]):
-            points = sorted((row["top_k"], 100 * row["f1"]) for row in run["sweep"] if row["mode"] == mode)
+        at = by_k(run)
+        for mode in dict.fromkeys(mode for _, mode in at):
+            points = sorted((k, value) for (k, of), value in at.items() if of == mode)
             panel.plot(*zip(*points, strict=True), marker="o", label=mode)
         panel.set(title=name, xlabel="documents retrieved", ylabel="F1", ylim=(0, None))
         panel.legend()
@@ -308,6 +316,7 @@ def main() -> None:
         if not (runs := read(arguments.runs / name)):
             continue
         settings = next(iter(runs.values()))["settings"]
+        alike([run["settings"] for run in runs.values()], ("sample", "dtype", "base_model", "modes"))
         model = model or f"`{settings['base_model']}`" if "base_model" in settings else model
         command, of = asked(name, runs)
         picture = ""

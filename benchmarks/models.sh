@@ -1,6 +1,6 @@
 #!/bin/sh
 # The runs behind docs/models.md: the same dev questions as benchmarks/results.sh asks, by a larger model.
-# Half an hour on two cores with AVX512_BF16; goes on where it was stopped.
+# An hour on two cores with AVX512_BF16; goes on where it was stopped.
 #   regrad-qdrant models qwen2.5-coder-0.5b-instruct
 #   sh benchmarks/models.sh && python benchmarks/models_page.py
 set -eu
@@ -16,4 +16,13 @@ for set in ${SETS:-nq_open squad2_dev hotpotqa squadshifts_wiki phantomwiki}; do
         --modes regrad,random,direct,regrad/grounded,random/grounded,rag \
         --resume "$out/$set.part.jsonl" --json "$out/$set.json"
     rm "$out/$set.part.jsonl"
+done
+
+# What an atom and an answer take of each.
+mkdir -p "$out/cost"
+for name in smollm2-135m-instruct "$init"; do
+    for part in "gradients --limit 32" "query --rounds 8"; do
+        file="$out/cost/${part%% *}-$name.json"
+        [ -f "$file" ] || regrad-qdrant bench $part --set "$data/squad2_dev" --init "$name" --dtype bfloat16 --json "$file"
+    done
 done

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import table
+from tables import alike, table
 
 from regrad_loaders.data.scores import Interval, pooled
 from regrad_qdrant.cli.options import DEFAULT_INIT
@@ -228,6 +228,10 @@ def main() -> None:
     runs, readers = read(arguments.runs), read(arguments.runs / "passages")
     spans, ships = read(arguments.runs / "grounded"), read(arguments.runs / "default")
     unseen = read(arguments.runs / "unseen")
+    for family in (ships, unseen):
+        alike(
+            [run["settings"] for run in family.values()], ("init", "space", "merge", "codec", "dtype", "top_k", "split")
+        )
     merged = json.loads(arguments.merge.read_text(encoding="utf-8"))
     of_merge = merged["settings"]
     merge_options = (("top-k", "top_k"), ("noise", "noise"), ("rules", "rules"), ("codec", "codec"), ("limit", "limit"))
@@ -275,18 +279,12 @@ def _shared(*families: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """
     names = ("init", "icl_init", "space", "codec", "top_k", "base_model")
     given = [[run["settings"] for run in runs.values()] for runs in families]
-    _alike([settings for family in given for settings in family], ("icl_init", "codec", "top_k", "base_model", "split"))
+    alike([settings for family in given for settings in family], ("icl_init", "codec", "top_k", "base_model", "split"))
     asking = [settings for family in given for settings in family if set(settings["modes"]) - {"regrad+icl", "ft-rag"}]
-    _alike(asking, (*names, "ft_direct", "ft_rag"))  # readers never load what answers by gradients alone
+    alike(asking, (*names, "ft_direct", "ft_rag"))  # readers never load what answers by gradients alone
     for family in given:
-        _alike(family, ("modes", "against", "merge"))
+        alike(family, ("modes", "against", "merge"))
     return {name: given[0][0][name] for name in names}
-
-
-def _alike(given: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
-    for name in names:
-        if any(settings[name] != given[0][name] for settings in given):
-            raise SystemExit(f"the runs differ in {name}")
 
 
 if __name__ == "__main__":

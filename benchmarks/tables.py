@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -20,3 +21,14 @@ def renew(page: Path, begin: str, said: str, end: str = "<!-- end -->") -> None:
     text = page.read_text(encoding="utf-8")
     start = text.index(begin) + len(begin)
     page.write_text(text[:start] + said + text[text.index(end, start) :], encoding="utf-8")
+
+
+def alike(given: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Check that runs which stand in one table had these settings in common.
+
+    Raises:
+        SystemExit: where they had not.
+    """
+    for name in names:
+        if any(settings.get(name) != given[0].get(name) for settings in given):
+            raise SystemExit(f"the runs differ in {name}")

@@ -255,7 +255,7 @@ class MetaInitialization:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        folder = _find(name_or_folder)
+        folder = folder_of(name_or_folder)
         try:
             regrad = json.loads((folder / "regrad.json").read_text(encoding="utf-8"))
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
@@ -369,7 +369,12 @@ def _read_basis(name: str, own: Mapping[str, Tensor]) -> Tensor | None:
     return basis.float() if scales is None else _decoded(basis, scales)
 
 
-def _find(name_or_folder: str | Path) -> Path:
+def folder_of(name_or_folder: str | Path) -> Path:
+    """Where an initialization is: a folder, or a shipped one by its name.
+
+    Raises:
+        InitializationError: if there is none.
+    """
     for folder in (Path(name_or_folder), SHIPPED / str(name_or_folder), OF_CLONE / str(name_or_folder)):
         if (folder / "regrad.json").is_file():
             return folder

@@ -242,6 +242,17 @@ def test_eval_goes_on_from_what_was_answered_before_it_was_stopped(run, folder, 
     assert code == 2 and "is no journal" in err
 
 
+def test_eval_does_not_go_on_with_other_contents(run, folder, tmp_path):
+    (tmp_path / "corpus.jsonl").write_bytes((folder / "corpus.jsonl").read_bytes())
+    asked = ("eval", "--corpus", "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "2", "--modes", "direct",
+             "--resume", "kept.jsonl")  # fmt: skip
+    assert run(*asked)[0] == 0
+    with (tmp_path / "corpus.jsonl").open("a") as file:
+        file.write('\n{"id": "more", "text": "One more."}')
+    code, _, err = run(*asked)
+    assert code == 2 and "of other settings (contents)" in err
+
+
 def test_random_atoms_are_of_documents_that_other_questions_found(run, folder, tmp_path):
     code, _, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--top-k", "2",

@@ -46,7 +46,7 @@ class ShortenedReader(Reader):
 
 def shortened(hits: Sequence[Hit], question: str, bm25: Bm25, tokenizer: Any, tokens: int) -> list[Hit]:
     """The hits with those of their sentences that together have at most so many tokens, the best for the question
-    first to be kept; in their order, without those of which nothing is left."""
+    first to be kept, and cut where it alone has more; in their order, without those of which nothing is left."""
     sentences = [(i, text) for i, hit in enumerate(hits) for text in _SENTENCE.split(hit.text) if text.strip()]
     if not sentences:
         return list(hits)
@@ -54,15 +54,13 @@ def shortened(hits: Sequence[Hit], question: str, bm25: Bm25, tokenizer: Any, to
     scores, left = bm25.scores(question, texts), tokens
     kept: set[int] = set()
     for at in sorted(range(len(texts)), key=lambda i: -scores[i]):
-        length = len(tokenizer(texts[at], add_special_tokens=False, verbose=False).input_ids)
-        if length <= left:
+        ids = tokenizer(texts[at], add_special_tokens=False, verbose=False).input_ids
+        if not kept and len(ids) > left:  # the best sentence alone
+            ids = ids[:left]
+            texts[at] = tokenizer.decode(ids)
+        if len(ids) <= left:
             kept.add(at)
-            left -= length
-    if not kept:  # the best sentence alone is longer
-        best = max(range(len(texts)), key=lambda i: scores[i])
-        ids = tokenizer(texts[best], add_special_tokens=False, verbose=False).input_ids[:tokens]
-        texts[best] = tokenizer.decode(ids)
-        kept = {best}
+            left -= len(ids)
     of_hit = [" ".join(texts[at] for at, (i, _) in enumerate(sentences) if i == number and at in kept)
               for number in range(len(hits))]  # fmt: skip
     return [replace(hit, text=text) for hit, text in zip(hits, of_hit, strict=True) if text]

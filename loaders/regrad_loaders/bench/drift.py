@@ -26,6 +26,7 @@ from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import Document
 from regrad_qdrant.bank.stores.opening import open_store
+from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.gradients import batches, document_losses, pad
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.plugin import plug_in
@@ -73,10 +74,21 @@ def study(
     Args:
         initialization: ReGrad's.
         start: what continued pre-training begins with, such as the fine-tuned `ft-direct`.
-        corpus: at least the largest size of passages; every size is at least as many as the questions find.
+        corpus: at least the largest size of passages.
+
+    Returns:
+        First a row of `start` as it is, with no document; then two of each size. What `regrad` keeps is measured on
+        `start` again, after the answers from the bank: their gradients are taken back.
+
+    Raises:
+        DataError: where the first size leaves out documents that the questions find.
     """
-    ordered = _ordered(corpus, [question.question for question in questions])
-    rows, learned, (before, _) = [], start, _kept(model, tokenizer, start, kept)
+    ordered, found = _ordered(corpus, [question.question for question in questions])
+    if sizes[0] < found:
+        raise DataError(f"the questions find {found} documents: begin with as many (--sizes), or ask fewer (--sample)")
+    learned, (before, perplexity) = start, _kept(model, tokenizer, start, kept)
+    untaught = _f1(model, tokenizer, start, ordered[: sizes[0]], questions, "init")
+    rows = [Row("cpt", 0, untaught, 1.0, perplexity)]
     for done, size in zip([0, *sizes], sizes, strict=False):
         texts = [passage.text for passage in ordered[done:size]]
         learned = continued(model, tokenizer, learned, texts, epochs=epochs, seed=size)
@@ -90,14 +102,14 @@ def study(
     return rows
 
 
-def _ordered(corpus: Sequence[Passage], questions: Sequence[str]) -> list[Passage]:
-    """What the questions find, then the others at random."""
+def _ordered(corpus: Sequence[Passage], questions: Sequence[str]) -> tuple[list[Passage], int]:
+    """What the questions find, then the others at random; and how many the questions find."""
     passages = {passage.id: passage for passage in corpus}
     hits = bm25_hits({key: passage.text for key, passage in passages.items()}, questions, TOP_K)
     found = dict.fromkeys(key for of_one in hits for key in of_one)
     others = [key for key in passages if key not in found]
     random.Random(0).shuffle(others)
-    return [passages[key] for key in [*found, *others]]
+    return [passages[key] for key in [*found, *others]], len(found)
 
 
 def _f1(

@@ -6,6 +6,7 @@ there is not made again, and one that was stopped goes on from the answers that 
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from regrad_qdrant.errors import DataError
 
@@ -84,10 +86,24 @@ class Run:
 
     arguments: tuple[str, ...]
     out: Path
+    settings: dict[str, Any] = field(default_factory=dict)  # some of those that the file must name
 
     @property
     def command(self) -> str:
         return shlex.join(["regrad-qdrant", *self.arguments])
+
+    def is_made(self) -> bool:
+        """Whether the file is there.
+
+        Raises:
+            DataError: for one of other settings.
+        """
+        if not self.out.is_file():
+            return False
+        there = json.loads(self.out.read_text(encoding="utf-8"))["settings"] if self.settings else {}
+        if differing := sorted(name for name, value in self.settings.items() if there.get(name) != value):
+            raise DataError(f"{self.out} was made with another {differing[0]}: remove it, or choose another --out")
+        return True
 
 
 def runs(
@@ -115,6 +131,8 @@ def runs(
         for ending, options in variants.items():
             file = out / table / f"{name}{ending}.json"
             shared = ["--split", "dev", "--sample", str(sample), "--json", str(file), *typed]
+            begins = init if "--init" not in options else options[options.index("--init") + 1]
+            made_with = {"init": begins, "sample": sample, "dtype": dtype}
             if "--init" not in options:
                 shared += ["--init", init]
             if experiment.command == ("eval",):
@@ -124,7 +142,7 @@ def runs(
                     shared += ["--filter-field", SHARED_FIELD[name]]
             else:
                 asked = ["--data", str(folder), "--other", str(data / _other(names, number))]
-            found.append(Run((*experiment.command, *asked, *experiment.options, *options, *shared), file))
+            found.append(Run((*experiment.command, *asked, *experiment.options, *options, *shared), file, made_with))
     return found
 
 
@@ -148,10 +166,11 @@ def carry_out(todo: Sequence[Run], say: Callable[[str], None]) -> None:
     """Run what has not been run.
 
     Raises:
-        DataError: where a run fails; what it said stands above.
+        DataError: where a run fails; what it said stands above. Before the first, for a file of other settings.
     """
+    made = {run.out: run.is_made() for run in todo}
     for run in todo:
-        if run.out.is_file():
+        if made[run.out]:
             say(f"{run.out} is there")
             continue
         run.out.parent.mkdir(parents=True, exist_ok=True)

@@ -186,7 +186,7 @@ def evaluation(
     from regrad_loaders.data.augmented import read_augmented
     from regrad_loaders.data.folders import read_questions
     from regrad_loaders.evaluation.evaluate import evaluate
-    from regrad_loaders.evaluation.journal import Journal
+    from regrad_loaders.evaluation.journal import Journal, digest
     from regrad_loaders.evaluation.making import answerer_of, initialization_of, stored_of
     from regrad_loaders.evaluation.plan import (
         EVALUATION_MODES,
@@ -201,6 +201,7 @@ def evaluation(
     from regrad_loaders.evaluation.protocol import protocol_of
     from regrad_loaders.evaluation.results import Evaluation, write_predictions
     from regrad_qdrant.bank.corpus import read_corpus
+    from regrad_qdrant.model.initialization import folder_of
     from regrad_qdrant.model.prompts import PromptFormat
 
     answer_style = style_of(style)
@@ -249,24 +250,30 @@ def evaluation(
         asking = None if prompt_file is None else PromptFormat.load(prompt_file)
         initialization, base, tokenizer = load(init, model, device, dtype)
         settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
-        asked_codec = {"asked_codec": codec, "asked_merge": merge}
-        journal = None if resume is None else stack.enter_context(Journal(resume, settings | asked_codec))
+        journal = None
+        if resume is not None:
+            read = [file for file in (qa, corpus, prompt_file) if file is not None]
+            read += [folder_of(name) for name in (init, icl_init, *fine_tuned.values()) if name is not None]
+            further_settings = {
+                "asked_codec": codec, "asked_merge": merge, "text_path": text_path, "device": device,
+                "contents": [digest(file) for file in read],
+            }  # fmt: skip
+            journal = stack.enter_context(Journal(resume, settings | further_settings))
         found: list[Evaluation] = []
         report = None
         swept: dict[int, list[Evaluation]] = {k: [] for k in further}
         asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
-        asks = [question.question for question in questions]
         asked_by = protocol_of(protocol == "paper", questions, asking or initialization.prompt)
         owners = [
             initialization
             if party.init == init and party.made is None
-            else initialization_of(party, initialization, base, tokenizer, passages, asks, progress)
+            else initialization_of(party, initialization, base, tokenizer, passages, questions, filter_field, progress)
             for party in answering
         ]
         stored: dict[str, Any] = {}
         with progress("Answering", asked) as advance:
             for party, ours in zip(answering, owners, strict=True):
-                key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}"
+                key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}_{party.made or 'own'}"
                 on_missing = "store" if collection is None else "skip" if party.fills else "compute"
                 with bank_of(opened(), ours, key, dense, text_path, using, sidecar, id_field) as bank:
                     is_new = collection is None and not bank.store.exists()

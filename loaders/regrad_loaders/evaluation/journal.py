@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,7 +13,17 @@ from typing import Any, Self
 from regrad_loaders.evaluation.results import Prediction
 from regrad_qdrant.errors import DataError
 
-FREE = ("modes", "against", "batch", "sweep", "top_k")  # settings that change no answer, or stand beside each
+# Settings that change no answer (a batch in 16 bits may, by rounding, as other hardware does), or stand beside each.
+FREE = ("modes", "against", "batch", "sweep", "top_k")
+
+
+def digest(path: Path) -> str:
+    """Of a file, or of the files of a folder."""
+    hashed = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        if file.is_file():
+            hashed.update(f"{file.name}\0{file.stat().st_size}\0".encode() + file.read_bytes())
+    return hashed.hexdigest()[:16]
 
 
 class Journal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from statistics import mean, median
@@ -16,12 +17,14 @@ from regrad_loaders.baselines.key_values import KeyValueReader
 from regrad_loaders.baselines.parametric import DocumentAdapters, without_steps
 from regrad_loaders.baselines.shortened import ShortenedReader
 from regrad_loaders.data.episodes import bm25_hits
-from regrad_loaders.evaluation.plan import Party
+from regrad_loaders.data.folders import Question
+from regrad_loaders.evaluation.plan import Party, own_value
 from regrad_loaders.evaluation.results import Stored
 from regrad_loaders.training.narrow import values_of
 from regrad_loaders.training.start import fresh_like, raw_initialization
 from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.bank.corpus import Passage
+from regrad_qdrant.bank.layouts import value_at
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.initialization import MetaInitialization
 
@@ -39,7 +42,8 @@ def initialization_of(
     model: nn.Module,
     tokenizer: Any,
     passages: Sequence[Passage] | None,
-    questions: Sequence[str],
+    questions: Sequence[Question],
+    filter_field: str | None,
     progress: Progress,
 ) -> MetaInitialization:
     """What a party answers with: the initialization of its folder, or what is made of it.
@@ -49,6 +53,7 @@ def initialization_of(
         model: the plain base model; it is plain again afterwards.
         passages: of the corpus.
         questions: that will be asked.
+        filter_field: restricts what is found for each question to passages with its own value of this field.
         progress: shows how far the training is.
 
     Raises:
@@ -72,17 +77,26 @@ def initialization_of(
         return raw_initialization(model, like, ids)
     if not party.starts:
         start = fresh_like(model, like, "lora")
-    chosen = injected(passages, questions)
+    chosen = injected(passages, questions, filter_field)
     texts = [comprehension_text(one) if party.made == "instruction-cpt" else one.text for one in chosen]
     with progress(f"Training {name}", EPOCHS * len(texts)) as advance:
         return continued(model, tokenizer, start, texts, on_step=advance)
 
 
-def injected(passages: Sequence[Passage], questions: Sequence[str]) -> list[Passage]:
-    """What continued pre-training learns: what BM25 finds for the questions (the paper's section 5.3). More documents
-    make it drift (`regrad-qdrant bench drift`)."""
-    found = bm25_hits({passage.id: passage.text for passage in passages}, questions, FOUND)
-    wanted = {key for hits in found for key in hits}
+def injected(
+    passages: Sequence[Passage], questions: Sequence[Question], filter_field: str | None = None
+) -> list[Passage]:
+    """What continued pre-training learns: what BM25 finds for the questions (the paper's section 5.3), of each among
+    the passages with its own value of the field. More documents make it drift (`regrad-qdrant bench drift`)."""
+    asked: dict[Any, list[str]] = defaultdict(list)
+    for question in questions:
+        asked[None if filter_field is None else own_value(question, filter_field)].append(question.question)
+    wanted: set[str] = set()
+    for value, texts in asked.items():
+        of_value = {
+            p.id: p.text for p in passages if filter_field is None or value_at(p.payload, filter_field) == value
+        }
+        wanted.update(key for hits in bm25_hits(of_value, texts, FOUND) for key in hits)
     return [passage for passage in passages if passage.id in wanted]
 
 

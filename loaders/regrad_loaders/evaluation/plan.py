@@ -150,15 +150,25 @@ def field_filter(question: Question, field: str | None) -> Any:
     """The filter on passages that share the question's own value of a field; dots descend into objects.
 
     Raises:
-        DataError: if the question has no such field, or no text, whole number or truth value there.
+        DataError: as `own_value`.
     """
     from qdrant_client import models
 
     if field is None:
         return None
+    match = models.MatchValue(value=own_value(question, field))
+    return models.Filter(must=[models.FieldCondition(key=field, match=match)])
+
+
+def own_value(question: Question, field: str) -> str | int:
+    """What a question has in a field; dots descend into objects.
+
+    Raises:
+        DataError: if the question has no such field, or no text, whole number or truth value there.
+    """
     value = question.fields[field] if field in question.fields else value_at(question.fields, field)
     if value is None:
         raise DataError(f"question {question.id!r} has no field {field!r}; it has {sorted(question.fields)}")
     if not isinstance(value, str | int):
         raise DataError(f"question {question.id!r}: can't filter on {field!r} = {value!r}")
-    return models.Filter(must=[models.FieldCondition(key=field, match=models.MatchValue(value=value))])
+    return value

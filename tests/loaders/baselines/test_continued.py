@@ -1,5 +1,7 @@
 """Continued pre-training, on raw texts and on reading comprehension made of them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import tiny_initialization, tiny_model
@@ -7,6 +9,7 @@ from conftest import tiny_initialization, tiny_model
 from regrad_loaders.baselines.comprehension import MOST, comprehension_text
 from regrad_loaders.baselines.continued import continued
 from regrad_loaders.data.facts import generate
+from regrad_loaders.data.folders import Question
 from regrad_loaders.evaluation.making import injected
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.errors import DataError
@@ -67,8 +70,10 @@ def test_tasks_are_found_by_rules():
 
 def test_what_questions_find_is_injected():
     passages = generate("train", 30, 1).passages
-    asked = [f"Where does {passages[20].text.split(' is ')[0]} live?"]
+    asked = [Question("q", f"Where does {passages[20].text.split(' is ')[0]} live?", ("Oslo",), fields={"land": "no"})]
     chosen = injected(passages, asked)
     assert len(chosen) <= 3
     assert passages[20] in chosen
     assert injected(passages, []) == []
+    of_land = [replace(p, payload={"land": "no" if i < 10 else "it"}) for i, p in enumerate(passages)]
+    assert {p.payload["land"] for p in injected(of_land, asked, "land")} == {"no"}

@@ -95,6 +95,10 @@ def test_the_best_sentences_are_kept_in_their_order(tokenizer):
     [cut] = shortened(hits, "Where does Ada live in Oslo?", Bm25(), tokenizer, 2)
     assert cut.text
     assert hits[0].text.startswith(cut.text)
+    long = [Hit("a", 2.0, "Ada lives in Oslo, and there she paints, and paints again.", {}), hits[1]]
+    room = len(tokenizer("He rows.", add_special_tokens=False).input_ids) + 1
+    [best] = shortened(long, "Where does Ada live in Oslo?", Bm25(), tokenizer, room)  # not the shorter "He rows."
+    assert best.text and long[0].text.startswith(best.text)
     assert shortened([], "Where?", Bm25(), tokenizer, 10) == []
 
 

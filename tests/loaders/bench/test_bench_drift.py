@@ -5,6 +5,7 @@ from conftest import tiny_initialization, tiny_model
 
 from regrad_loaders.bench.drift import Kept, plot, report, study
 from regrad_loaders.data.facts import generate
+from regrad_qdrant.errors import DataError
 
 
 def test_weights_drift_and_a_bank_does_not(tokenizer, tmp_path):
@@ -16,12 +17,16 @@ def test_weights_drift_and_a_bank_does_not(tokenizer, tmp_path):
         model, tokenizer, tiny_initialization(model), start, world.passages, world.questions[:3], kept, [9, 12],
         told.append, epochs=8,
     )  # fmt: skip
-    assert [(row.way, row.documents) for row in rows] == [("cpt", 9), ("regrad", 9), ("cpt", 12), ("regrad", 12)]
+    ways = [(row.way, row.documents) for row in rows]
+    assert ways == [("cpt", 0), ("cpt", 9), ("regrad", 9), ("cpt", 12), ("regrad", 12)]
     assert told == [1, 1]
     bank = [row for row in rows if row.way == "regrad"]
     assert all(row.unchanged == 1 for row in bank)
     assert bank[0].perplexity == bank[1].perplexity
-    assert rows[0].perplexity != pytest.approx(bank[0].perplexity, rel=1e-3)
+    assert rows[0].perplexity == bank[0].perplexity
+    assert rows[1].perplexity != pytest.approx(bank[0].perplexity, rel=1e-3)
     plot(rows, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 1000
-    assert len(report(rows, {"set": "facts"})["rows"]) == 4
+    assert len(report(rows, {"set": "facts"})["rows"]) == 5
+    with pytest.raises(DataError, match="the questions find . documents: begin with as many"):
+        study(model, tokenizer, start, start, world.passages, world.questions[:3], kept, [2, 12])

@@ -114,7 +114,7 @@ def test_a_run_that_is_there_is_not_made_again(data, monkeypatch):
         started.append(arguments)
         out = arguments[arguments.index("--json") + 1]
         with open(out, "w") as file:
-            json.dump({}, file)
+            json.dump({"settings": {"init": "small", "sample": 40, "dtype": "auto"}}, file)
         with open(out.replace(".json", ".answers.jsonl"), "w") as file:
             file.write("{}")
         return Done()
@@ -127,6 +127,8 @@ def test_a_run_that_is_there_is_not_made_again(data, monkeypatch):
     assert len(started) == len(todo) == 4
     assert [line.endswith("is there") for line in said] == [False] * 8 + [True] * 4
     assert not list((data / "out" / "noise").glob("*.answers.jsonl"))
+    with pytest.raises(DataError, match=r"one-0\.json was made with another sample: remove it"):
+        carry_out(runs("noise", data, ["one"], 80, data / "out", "small"), said.append)
     Done.returncode = 3
     todo[0].out.unlink()
     with pytest.raises(DataError, match="failed with 3; started again"):
