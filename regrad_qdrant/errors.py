@@ -99,7 +99,11 @@ class UnindexedFilterError(BankError):
 
 
 class RecordTooLargeError(BankError):
-    """One record is larger than a request may be."""
+    """One record is larger than a request may be; `id` is its point's."""
+
+    def __init__(self, message: str, id: int | str | None = None) -> None:
+        super().__init__(message)
+        self.id = id
 
 
 class AdapterError(RegradError):

@@ -18,7 +18,7 @@ from regrad_qdrant.model.prompts import Prompt
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from regrad_qdrant.bank.embed import Bm25
+    from regrad_qdrant.answer.weighing import Weighing
 
 
 Way = Literal["chosen", "written", "grounded", "either"]
@@ -53,15 +53,15 @@ class Decoder:
     """Finds answers with a model as it is at the moment: the caller applies updates to it.
 
     Args:
-        bm25: of the bank's language, for the sentences of a grounded answer.
+        weighing: its BM25 is for the sentences of a grounded answer.
         beams: of the search for one.
     """
 
-    def __init__(self, model: PeftModel, tokenizer: Any, asking: Asking, bm25: Bm25, beams: int) -> None:
+    def __init__(self, model: PeftModel, tokenizer: Any, asking: Asking, weighing: Weighing, beams: int) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._asking = asking
-        self._bm25 = bm25
+        self._weighing = weighing
         self._beams = beams
 
     def task(self, found: Found) -> Task:
@@ -69,7 +69,7 @@ class Decoder:
         prompt = found.asked.prompt(found.hits)
         if not found.asked.grounded or prompt.options:
             return Task(prompt)
-        score = functools.partial(self._bm25.scores, found.asked.question)
+        score = functools.partial(self._weighing.bm25.scores, found.asked.question)
         spans = self._reader.spans([hit.text for hit in found.sources], score) or None
         return Task(prompt, spans, found.asked.grounded == "auto")
 
@@ -97,7 +97,7 @@ class Decoder:
 
     def with_beams(self, beams: int) -> Decoder:
         """The same with another width of the search."""
-        return Decoder(self._model, self._tokenizer, self._asking, self._bm25, beams)
+        return Decoder(self._model, self._tokenizer, self._asking, self._weighing, beams)
 
     @cached_property
     def _reader(self) -> SpanReader:

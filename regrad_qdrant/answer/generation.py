@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.gradients import answer_losses
 from regrad_qdrant.model.plugin import base_of
@@ -17,6 +18,7 @@ from regrad_qdrant.model.prompts import Prompt, PromptFormat, PromptFunction
 if TYPE_CHECKING:
     from peft import PeftModel
     from torch import Tensor
+    from transformers import PreTrainedModel
 
     from regrad_qdrant.answer.spans import Span
 
@@ -54,10 +56,16 @@ class Asking:
 
 
 def encoded(
-    tokenizer: Any, prompts: Sequence[Prompt], device: Any = None, asking: Asking | None = None
+    base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], asking: Asking | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token ids and mask (prompts, longest), padded on the left."""
-    return padded_left(token_ids(tokenizer, prompts, asking or Asking()), tokenizer.pad_token_id or 0, device)
+    """Token ids and mask (prompts, longest), padded on the left.
+
+    Raises:
+        DataError: as `read`.
+    """
+    return padded_left(
+        read(base, tokenizer, prompts, asking or Asking()), tokenizer.pad_token_id or 0, input_device(base)
+    )
 
 
 def padded_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any = None) -> tuple[Tensor, Tensor]:
@@ -74,6 +82,32 @@ def token_ids(tokenizer: Any, prompts: Sequence[Prompt], asking: Asking) -> list
     """Of each prompt's text."""
     texts = [asking.render(prompt, tokenizer) for prompt in prompts]
     return [tokenizer(text, add_special_tokens=False, verbose=False).input_ids for text in texts]
+
+
+def read(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], asking: Asking) -> list[list[int]]:
+    """The token ids of each prompt's text, for which the model has room.
+
+    Raises:
+        DataError: for one that has more tokens, with the longest answer, than the model's context.
+    """
+    found = token_ids(tokenizer, prompts, asking)
+    for prompt, ids in zip(prompts, found, strict=True):
+        check_length(base, len(ids), asking.length(prompt))
+    return found
+
+
+def check_length(base: PreTrainedModel, prompt: int, answer: int) -> None:
+    """Refuse so many tokens of a prompt and of an answer where they are more than the model's context.
+
+    Raises:
+        DataError: where they are.
+    """
+    context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None and prompt + answer > context:
+        raise DataError(
+            f"the prompt has {prompt} tokens and the answer may have {answer}: more than the {context} of the model's "
+            "context; retrieve fewer documents, or shorter ones"
+        )
 
 
 def generate(
@@ -93,12 +127,15 @@ def generate(
     Args:
         streamer: of a single prompt, as `transformers` has it.
         stopping: a stopping criterion, as `transformers` has it.
+
+    Raises:
+        DataError: for a prompt that is longer than the model's context.
     """
     import torch
 
     asking = asking or Asking()
     base = base_of(peft_model)
-    ids, mask = encoded(tokenizer, prompts, input_device(base), asking)
+    ids, mask = encoded(base, tokenizer, prompts, asking)
     longest = ids.shape[1]
     ends = ends_of(base, tokenizer)
     lengths = [asking.length(prompt) for prompt in prompts]
@@ -150,7 +187,7 @@ def choose(
     (`Adapter.rows`).
     """
     asking = asking or Asking()
-    before = token_ids(tokenizer, prompts, asking)
+    before = read(base_of(peft_model), tokenizer, prompts, asking)
     answered = zip(prompts, before, strict=True)
     pairs = [(prompt, ids, said) for prompt, ids in answered for said, _ in prompt.spellings]
     means = _mean_log_probabilities(peft_model, tokenizer, pairs, asking)

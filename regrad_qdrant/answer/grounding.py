@@ -17,7 +17,6 @@ import numpy as np
 
 from regrad_qdrant.answer.generation import Asking, Generated, encoded, ends_of, next_logits
 from regrad_qdrant.answer.spans import Floats, Ints, Span, Spans, Walk
-from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.plugin import base_of
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def ground(
     """The best span to answer every prompt with, in their order."""
     asking = asking or Asking()
     base = base_of(peft_model)
-    ids, mask = encoded(tokenizer, prompts, input_device(base), asking)
+    ids, mask = encoded(base, tokenizer, prompts, asking)
     ends = sorted({*ends_of(base, tokenizer), asking.format.end_ids(tokenizer)[0]})
     lengths = [asking.length(prompt) for prompt in prompts]
     answers = []

@@ -19,7 +19,7 @@ from regrad_qdrant.answer.grounding import BEAMS
 from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Characters, Grounded, Mode, Query, Source, Timings
 from regrad_qdrant.answer.retrieval import Found, Retrieval
 from regrad_qdrant.answer.streaming import AnswerStream
-from regrad_qdrant.answer.weighing import Weighing, bm25_of
+from regrad_qdrant.answer.weighing import Weighing
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.errors import RecordError, RegradError, WrongSpaceError
@@ -119,7 +119,7 @@ class ReGrad:
         self.retrieval = Retrieval(bank)
         self.bank = self.retrieval.bank
         self.initialization = initialization
-        self.weighing = Weighing(merge or initialization.merge, tokenizer, bm25_of(self.bank))
+        self.weighing = Weighing(merge or initialization.merge, tokenizer, self.bank)
         self.asking = Asking(initialization.prompt)
         if isinstance(prompt, PromptFormat):
             self.asking = Asking(prompt)
@@ -127,7 +127,7 @@ class ReGrad:
             self.asking = replace(self.asking, function=prompt)
         self.gradients = self.adapter.gradients(tokenizer)
         self.filling = Filling(self.bank, self.adapter, self.gradients, policy)
-        self.decoder = Decoder(self.adapter.model, tokenizer, self.asking, self.weighing.bm25, beams)
+        self.decoder = Decoder(self.adapter.model, tokenizer, self.asking, self.weighing, beams)
         self._batcher: Batcher[Found, Answer] = Batcher(self._answered_together, batch_size, batch_wait)
 
     def __enter__(self) -> Self:
@@ -235,7 +235,7 @@ class ReGrad:
         def work(streamer: Any, stopping: Any) -> Answer:
             return _warned([self._one(found, started, streamer, stopping)])[0]
 
-        return AnswerStream(work, self.tokenizer, self.asking.format)
+        return AnswerStream(work, self.tokenizer, self.asking, asked.prompt(found.hits))
 
     def answer_many(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Query
 from regrad_qdrant.bank.bank import Asked, GradientBank
+from regrad_qdrant.bank.collection import SAMPLE
 from regrad_qdrant.errors import BankError
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ class Retrieval:
     def retrieve(self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Found]:
         """The documents that each question is answered from: all searches in as few requests as they take."""
         reading = [one for one in asked if one.mode not in WITHOUT_DOCUMENTS or one.grounded]
+        if reading:
+            _ = self.bank.embedders  # read where an async bank's requests can be awaited, for what follows elsewhere
         searching = [one for one in reading if one.hits is None]
         wanted = [
             Asked(one.query or one.question, one.query_filter, one.mode in ("regrad", "regrad+icl"))
@@ -84,13 +88,19 @@ class Retrieval:
             if one.grounded and not any(hit.text.strip() for hit in sources):
                 notes.append(NO_TEXT)
             if hits and not any(hit.text for hit in hits):
-                fields = sorted({key for hit in hits for key in hit.payload})
-                raise BankError(
-                    f"none of the retrieved points has a text for the layout {self.bank.layout}; their fields are "
-                    f"{fields}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
-                )
+                self._check_layout(hits)
+                notes.append("no document that was retrieved has a text: nothing of them is in the answer")
             found.append(Found(one, hits, notes, sources))
         return found
+
+    def _check_layout(self, hits: Sequence[Hit]) -> None:
+        """Refuse a layout that finds no text in the collection's first points either."""
+        if not any(hit.text for hit in itertools.islice(self.bank.points(), SAMPLE)):
+            fields = sorted({key for hit in hits for key in hit.payload})
+            raise BankError(
+                f"none of the retrieved points has a text for the layout {self.bank.layout}; their fields are "
+                f"{fields}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
+            )
 
     def _nothing_found(self, asked: Query) -> str:
         """What to say where a question has found no document; names the filter's fields that no point has."""

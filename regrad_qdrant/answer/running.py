@@ -77,13 +77,8 @@ class Row:
         self._sampling = sampling or Sampling()
         self._tokenizer = tokenizer
         self._prompt, self._asking = prompt, asking
-        self._length = asking.length(prompt)
+        self.length = asking.length(prompt)  # tokens of the answer, at most
         self._generator: Any = None
-
-    @property
-    def most_tokens(self) -> int:
-        """Of the prompt and the longest answer together."""
-        return len(self.prompt_ids) + self._length
 
     def choose(self, logits: Tensor, likeliest: int) -> int:
         """The next token, from its logits (vocabulary,), of which one is the likeliest."""
@@ -114,7 +109,7 @@ class Row:
             self.text, self.finish = self.text[:at], "stop"
         elif self._ended(said):
             self.finish = "stop"
-        elif len(self.tokens) >= self._length:
+        elif len(self.tokens) >= self.length:
             self.finish = "length"
 
     def _ended(self, said: str) -> bool:
@@ -131,7 +126,7 @@ class Row:
         text = self.text.rstrip(UNFINISHED)
         ends = (*self._sampling.stop, THOUGHT, self._asking.format.end or "")
         begun = max((size for end in ends for size in range(1, len(end)) if text.endswith(end[:size])), default=0)
-        return text[: len(text) - begun]
+        return text[: len(text) - begun].rstrip() if begun else text
 
 
 class RunningBatch:

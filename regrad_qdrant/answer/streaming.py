@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
+    from regrad_qdrant.answer.generation import Asking
     from regrad_qdrant.answer.query import Answer
-    from regrad_qdrant.model.prompts import PromptFormat
+    from regrad_qdrant.model.prompts import Prompt
 
 
 class AnswerStream:
@@ -16,14 +17,14 @@ class AnswerStream:
 
     Args:
         work: answers with a streamer and a stopping criterion, in a thread.
-        format: what of the model's text is the answer.
+        asking: what of the model's text is the answer to the prompt.
     """
 
-    def __init__(self, work: Callable[[Any, Any], Answer], tokenizer: Any, format: PromptFormat) -> None:
+    def __init__(self, work: Callable[[Any, Any], Answer], tokenizer: Any, asking: Asking, prompt: Prompt) -> None:
         from transformers import TextIteratorStreamer
 
         self.answer: Answer | None = None
-        self._format = format
+        self._asking, self._prompt = asking, prompt
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -45,11 +46,11 @@ class AnswerStream:
             text, shown = "", ""
             for piece in self._pieces:
                 text += piece
-                said = self._format.said(text)
+                said = self._asking.said(self._prompt, text)
                 if said.startswith(shown) and said != shown:
                     yield said[len(shown) :]
                     shown = said
-                if self._format.first_line and "\n" in text.strip():
+                if self._asking.first_line(self._prompt) and "\n" in text.strip():
                     self._stop.set()
             self._thread.join()
             if self._error is not None:

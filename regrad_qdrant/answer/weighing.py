@@ -42,12 +42,19 @@ class Weighing:
 
     Args:
         tokenizer: of the base model.
-        bm25: of the bank's language, for the windows of long texts.
+        bank: of the documents. It is not read before something is weighed.
     """
 
-    def __init__(self, merge: MergeRule, tokenizer: Any, bm25: Bm25) -> None:
-        self.merge, self.bm25 = merge, bm25
+    def __init__(self, merge: MergeRule, tokenizer: Any, bank: GradientBank) -> None:
+        self.merge = merge
         self._tokenizer = tokenizer
+        self._bank = bank
+
+    @property
+    def bm25(self) -> Bm25:
+        """In the language that the bank's own has, or in English: for windows of long texts, and for sentences."""
+        embedder = self._bank.embedders.get("bm25")
+        return embedder if isinstance(embedder, Bm25) else Bm25()
 
     def weights(self, hits: Sequence[Hit]) -> list[float]:
         """wᵢ of these documents' atoms, best first: the merge rule's, less for short texts (`merge.length_weight`)."""
@@ -87,9 +94,3 @@ class Weighing:
         shares = self.window_weights(question, [hit.text[start:end] for start, end in spans])
         windows = zip(hit.record.windows(), spans, shares, strict=True)
         return [(window, span, share) for window, span, share in windows if share > NEGLIGIBLE * max(shares)]
-
-
-def bm25_of(bank: GradientBank) -> Bm25:
-    """BM25 in the language that the bank's own has, or in English."""
-    embedder = bank.embedders.get("bm25")
-    return embedder if isinstance(embedder, Bm25) else Bm25()

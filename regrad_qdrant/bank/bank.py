@@ -16,7 +16,7 @@ from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import DEFAULT_KEY, Record
 from regrad_qdrant.bank import upkeep
 from regrad_qdrant.bank.collection import PAGE, AtomCollection
-from regrad_qdrant.bank.documents import Document, Hit, canonical_id, point_id
+from regrad_qdrant.bank.documents import Document, Hit, as_json, canonical_id, point_id
 from regrad_qdrant.bank.embed import Bm25, Embedder, embedder_of, noted
 from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.relevance import DEPTH, from_candidates, from_zero
@@ -153,9 +153,13 @@ class GradientBank(AtomCollection):
         """Write new points with their vectors and payloads, without atoms; returns how many.
 
         An existing point of the same id is replaced, its atom included; `sync` keeps what is there.
+
+        Raises:
+            BankError: for a document without a text, with a field of the name of the bank's own key, or with something
+                that has no JSON; dates, UUIDs and the like are written as their texts.
         """
         written = 0
-        for page in pages(documents, PAGE):
+        for page in pages(map(as_json, documents), PAGE):
             points = self._points(page)
             for batch in bounded(self.max_request_bytes, sized(points), lambda point: point.id):
                 self.store.upsert(batch)
@@ -167,9 +171,14 @@ class GradientBank(AtomCollection):
 
         A point that is there keeps every field that the document does not have, its atom among them; where the
         text has changed, its vectors are made anew and its atom is `stale` from then on.
+
+        Raises:
+            BankError: as `add`.
         """
         added, updated = 0, 0
-        for page in pages(documents, PAGE):
+        for page in pages(map(as_json, documents), PAGE):
+            for document in page:
+                self.check_fields(document)
             ids = [point_id(document.id) for document in page]
             found = {point.id: point.payload for point in self.store.retrieve(ids, Without((self.payload_key,)))}
             there = [(document, found.get(point_id(document.id))) for document in page]
@@ -423,8 +432,17 @@ class GradientBank(AtomCollection):
             raise BankError(
                 f"document {document.id!r} has no text for the layout {self.layout}; its fields are {fields}"
             )
+        self.check_fields(document)
+        return text
+
+    def check_fields(self, document: Document) -> None:
+        """Refuse a document that would write over atoms.
+
+        Raises:
+            BankError: where it has a field of the name of the bank's own key.
+        """
         if self.payload_key in document.payload:
             raise BankError(
-                f"document {document.id!r} has a field {self.payload_key!r} of its own: choose --payload-key"
+                f"document {document.id!r} has a field {self.payload_key!r}, where atoms stand: leave it out, or "
+                "choose another key (--payload-key NAME)"
             )
-        return text

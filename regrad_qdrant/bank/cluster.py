@@ -29,7 +29,15 @@ from typing import TYPE_CHECKING, Any
 from regrad_qdrant import errors
 from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank.documents import Hit
-from regrad_qdrant.bank.ingest import PAGE, Ingestion, IngestReport, LongTexts, check_options, check_space
+from regrad_qdrant.bank.ingest import (
+    PAGE,
+    Ingestion,
+    IngestReport,
+    LongTexts,
+    check_options,
+    check_space,
+    put_what_fits,
+)
 from regrad_qdrant.bank.shard import Shard
 from regrad_qdrant.bank.stores.base import PointId, pages
 from regrad_qdrant.errors import MissingExtraError, RegradError
@@ -117,7 +125,7 @@ def attach_on_cluster(
             for row in done.iter_rows():
                 part: IngestReport = IngestReport(**json.loads(row["report"]))
                 if open_bank is None:
-                    part.passed_over = _put(bank, json.loads(row["computed"]))
+                    part.passed_over = _put(bank, json.loads(row["computed"]), part)
                     part.atoms_written -= part.passed_over
                 _add(report, part)
                 worked, waited, renewed = worked + row["worked"], waited + row["waited"], renewed + row["renewed"]
@@ -331,11 +339,14 @@ def _rows(bank: GradientBank, shard: Shard | None) -> Iterator[Row]:
             yield {"id": _key(hit.id), "payload": _payload(hit), "renewed": True}
 
 
-def _put(bank: GradientBank, computed: Sequence[tuple[str, dict[str, Any], dict[str, Any]]]) -> int:
-    """Write what a worker computed; returns how many were passed over, since their points are gone or changed."""
+def _put(
+    bank: GradientBank, computed: Sequence[tuple[str, dict[str, Any], dict[str, Any]]], report: IngestReport
+) -> int:
+    """Write what a worker computed; returns how many were passed over, since their points are gone or changed, or their
+    records too large, which the report names."""
     pairs = [(Hit(json.loads(key), 0.0, "", payload), Record.from_payload(record)) for key, payload, record in computed]
-    bank.put(pairs)
-    return len(pairs) - bank.count_with_atoms([hit.id for hit, _ in pairs])
+    sent = put_what_fits(bank, pairs, report)
+    return len(pairs) - bank.count_with_atoms([hit.id for hit, _ in sent])
 
 
 def _key(point_id: PointId) -> str:

@@ -5,6 +5,7 @@ Nothing here embeds text or writes an atom; `bank` does, and `upkeep` counts, re
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 PAGE = 256
 IDS = 4096  # ids read at a time, where nothing else of a point is
 SAMPLE = 64  # points that show the layout
+LOOK_AGAIN = 10.0  # seconds after which a bank without an atom looks for a sidecar again
 EXAMINED = ("v", "space", "sha", "codec")  # of a record, what says what it is worth
 AtomState = Literal["current", "stale", "damaged", "gone", "missing"]
 
@@ -55,6 +57,7 @@ class AtomCollection:
     ) -> None:
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
         self._atoms: Store | None = None
+        self._looked: float | None = None  # when no sidecar was noted, of a bank that was told of none
         if sidecar is not None:
             self.keep_atoms_in(sidecar or None)
         self.space = space
@@ -88,6 +91,7 @@ class AtomCollection:
             if not self.store.exists():
                 return self.store  # until there is something to see
             self.keep_atoms_in(self._entry(self.store).get("sidecar"))
+            self._looked = time.monotonic()
         assert self._atoms is not None
         return self._atoms
 
@@ -336,14 +340,26 @@ class AtomCollection:
             there = {point.id for point in self.store.retrieve([point.id for point in page], False)}
             yield from (point.id for point in page if point.id not in there)
 
-    def count_of_other_spaces(self) -> int:
-        """Points that carry an atom of another space under the bank's key."""
-        from qdrant_client import models
+    def has_other_spaces(self) -> bool:
+        """Whether a point carries an atom of another space under the bank's key, as its payload says."""
+        if self.in_sidecar and not self.atoms.exists():
+            return False
+        found = self.scroll(self._of_other_spaces, [self.space_path], store=self.atoms)
+        return any(self.payload_key in point.payload and not self.belongs(point) for point in found)
 
+    def count_of_other_spaces(self) -> int:
+        """Points that carry an atom of another space under the bank's key; an estimate where a server in strict mode
+        counts no other way."""
         if self.in_sidecar and not self.atoms.exists():
             return 0
+        return self.atoms.count(self._of_other_spaces)
+
+    @property
+    def _of_other_spaces(self) -> Filter:
+        from qdrant_client import models
+
         empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=self.space_path))
-        return self.atoms.count(models.Filter(must_not=[self.in_space(), empty]))
+        return models.Filter(must_not=[self.in_space(), empty])
 
     # -- as they are read -------------------------------------------------------------------------------
 
@@ -376,6 +392,8 @@ class AtomCollection:
 
     def with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
         """The points with what the sidecar holds for them, as if it stood in their payload."""
+        if not self.in_sidecar and not any(self.payload_key in point.payload for point in points):
+            self._look_again()
         if not self.in_sidecar or not points:
             return list(points)
         try:
@@ -386,6 +404,13 @@ class AtomCollection:
             return list(points)  # nothing was ingested yet: none has an atom
         atoms = {point.id: point.payload for point in found}
         return [replace(point, payload=point.payload | atoms.get(point.id, {})) for point in points]
+
+    def _look_again(self) -> None:
+        """Find the sidecar of an ingestion that came after this bank was opened."""
+        if self._looked is not None and time.monotonic() - self._looked > LOOK_AGAIN:
+            self._looked = time.monotonic()
+            if (sidecar := self._entry(self.store).get("sidecar")) is not None:
+                self.keep_atoms_in(sidecar)
 
     def belongs(self, point: StoredPoint) -> bool:
         value = point.payload.get(self.payload_key)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from regrad_qdrant.atoms.record import Record, text_sha
 from regrad_qdrant.bank.relevance import by_rank
 from regrad_qdrant.bank.stores.base import Payload, PointId
+from regrad_qdrant.errors import BankError
 
 _ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
 
@@ -19,6 +20,20 @@ class Document:
 
     id: str | int
     payload: Payload
+
+
+def as_json(document: Document) -> Document:
+    """The document with what a payload can hold: dates, UUIDs and the like as their texts, as Qdrant's client has it.
+
+    Raises:
+        BankError: for a field with something that has no JSON.
+    """
+    from pydantic_core import PydanticSerializationError, to_jsonable_python
+
+    try:
+        return replace(document, payload=to_jsonable_python(document.payload))
+    except PydanticSerializationError as error:
+        raise BankError(f"document {document.id!r}: its payload can't be written as JSON: {error}") from error
 
 
 @dataclass(frozen=True)

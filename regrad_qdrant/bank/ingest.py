@@ -16,7 +16,7 @@ from regrad_qdrant.bank.collection import SAMPLE
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import Document, Hit
 from regrad_qdrant.bank.stores.base import PointId, Without, json_bytes, pages
-from regrad_qdrant.errors import BankError, DataError
+from regrad_qdrant.errors import BankError, DataError, RecordTooLargeError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches
 from regrad_qdrant.model.memory import give_back_memory
 
@@ -67,8 +67,10 @@ def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: Gradi
 
     Raises:
         DataError: for a text that can't have a gradient; the collection is as before.
+        BankError: for a passage with a field of the name of the bank's own key, likewise.
     """
     for passage in passages:
+        bank.check_fields(Document(passage.id, passage.payload))
         try:
             gradients.encode(passage.text)
         except DataError as error:
@@ -137,6 +139,24 @@ def attach_atoms(
     return report
 
 
+def put_what_fits(
+    bank: Destination, records: Sequence[tuple[Hit, Record]], report: IngestReport
+) -> list[tuple[Hit, Record]]:
+    """Give points their atoms, but for records that no request can hold, which the report names; returns the others."""
+    sent, left = [], list(records)
+    while left:
+        try:
+            bank.put(left)
+        except RecordTooLargeError as error:  # those before it are written
+            at = next(i for i, (hit, _) in enumerate(left) if hit.id == error.id)
+            report.skipped[str(left[at][0].document_id)] = str(error)
+            sent += left[:at]
+            left = left[at + 1 :]
+        else:
+            return sent + left
+    return sent
+
+
 def check_options(codec: str, long_texts: str) -> None:
     """Refuse a codec or a way with long texts that is none, before anything is done.
 
@@ -155,11 +175,10 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
         BankError: if it has atoms of another space under the same key, and they are not to be replaced.
     """
     bank.index()  # first: a server in strict mode filters by nothing else
-    others = 0 if replace else bank.count_of_other_spaces()
-    if others:
+    if not replace and bank.has_other_spaces():
         raise BankError(
-            f"{others} points carry atoms of another space under {bank.payload_key!r}: choose another payload key "
-            "(--payload-key NAME) to keep both, or --replace to write over them"
+            f"{bank.count_of_other_spaces()} points carry atoms of another space under {bank.payload_key!r}: choose "
+            "another payload key (--payload-key NAME) to keep both, or --replace to write over them"
         )
     bank.describe(space)
 
@@ -284,9 +303,10 @@ class Ingestion:
             spans = [[window.span for window in opened.windows] for opened in finite]
             texts = [hit.text for hit in hits]
             records = make_records(flat, texts, self.bank.space, self.codec, self.gradients.space.layout, spans)
-            self.bank.put(zip(hits, records, strict=True))
+            written = put_what_fits(self.bank, list(zip(hits, records, strict=True)), self.report)
+            hits = [hit for hit, _ in written]
             self.report.atoms_written += len(hits)  # those that the bank passed over are taken off at the end
-            size = sum(json_bytes(record.to_payload()) for record in records)
+            size = sum(json_bytes(record.to_payload()) for _, record in written)
             self.report.bytes_written += size
         self.on_progress(len(whole), size)
         return [hit.id for hit in hits]

@@ -170,6 +170,6 @@ def drop(bank: AtomCollection) -> int:
     for store in (bank.store, bank.atoms) if bank.in_sidecar else (bank.store,):
         if bank.metadata_key in store.read_metadata():
             store.write_metadata({bank.metadata_key: None})
-    if bank.count_of_other_spaces() == 0:
+    if not bank.has_other_spaces():
         bank.atoms.delete_index(bank.space_path)
     return count

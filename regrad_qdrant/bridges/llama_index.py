@@ -75,12 +75,12 @@ def qdrant_filter(filters: MetadataFilters) -> Filter:
 
 def _condition(one: Any) -> FieldCondition | Filter:
     key, value, operator = one.key, one.value, FilterOperator(one.operator)
-    if operator == FilterOperator.EQ:
+    if operator in (FilterOperator.EQ, FilterOperator.NE):
         if isinstance(value, float):
-            return FieldCondition(key=key, range=Range(gte=value, lte=value))
-        return FieldCondition(key=key, match=MatchValue(value=value))
-    if operator == FilterOperator.NE:
-        return Filter(must_not=[FieldCondition(key=key, match=MatchValue(value=value))])
+            equal = FieldCondition(key=key, range=Range(gte=value, lte=value))
+        else:
+            equal = FieldCondition(key=key, match=MatchValue(value=value))
+        return equal if operator == FilterOperator.EQ else Filter(must_not=[equal])
     if operator.value in OPERATORS:
         return FieldCondition(key=key, range=Range(**{OPERATORS[operator.value]: value}))
     if operator in (FilterOperator.IN, FilterOperator.ANY):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -165,7 +166,7 @@ def _filter_of(conditions: list[str]) -> Filter | None:
         if not (field and equals):
             raise DataError(f"--filter wants FIELD=VALUE, found {condition!r}")
         values: list[str | int | bool] = [text]
-        if text.lstrip("-").isdigit():
+        if re.fullmatch(r"-?[0-9]+", text):
             values.append(int(text))
         if text in ("true", "false"):
             values.append(text == "true")

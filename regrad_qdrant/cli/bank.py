@@ -94,7 +94,7 @@ def recode(
     initialization = MetaInitialization.load(init)
     layout = initialization.space.layout
     store = existing_store(collection, url, path)
-    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:
+    with bank_of(store, initialization, payload_key, None, "text", sidecar=sidecar) as bank:  # no text is needed
         before = bank.status()
         with progress("Recoding", count_finer(bank, codec, layout)) as advance:
             report = bank.recode(codec, layout, advance)
@@ -106,7 +106,11 @@ def recode(
     )
     for key, reason in list(report.failed.items())[:20]:
         errors.print(f"left as it was: {key}: {reason}", style="yellow", markup=False)
-    write_json(json_out, asdict(report) | {"before": before.as_dict(), "after": after.as_dict()})
+    sizes = {
+        when: {name: found.as_dict()[name] for name in ("atoms", "codec", "bytes_per_atom")}
+        for when, found in (("before", before), ("after", after))
+    }
+    write_json(json_out, asdict(report) | sizes)
     if report.failed:
         raise typer.Exit(1)
 

@@ -17,11 +17,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from regrad_qdrant.answer.generation import Generated, token_ids
+from regrad_qdrant.answer.generation import Generated, check_length, read
 from regrad_qdrant.answer.pipeline import answer_of
 from regrad_qdrant.answer.query import BARE, Answer, Timings
 from regrad_qdrant.answer.running import Row, RunningBatch
-from regrad_qdrant.errors import DataError, RegradError
+from regrad_qdrant.errors import RegradError
+from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.serve.job import DeadlineError, Job, Outcome, QueueFullError, StoppedError
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class Engine:
             bare = asked.mode in BARE
             prompt = asked.prompt(place.found.hits)
             place.row = Row(prompt, regrad.tokenizer, regrad.asking, place.merged.total, bare, place.sampling)
-            _check_length(regrad, len(place.row.prompt_ids), place.row.most_tokens)
+            check_length(base_of(regrad.adapter.model), len(place.row.prompt_ids), place.row.length)
         except Exception as error:  # whatever it is, its caller gets it
             place.put(error)
             return False
@@ -358,19 +359,8 @@ def _fits(place: Place) -> bool:
     asked, regrad = place.found.asked, place.regrad
     try:
         prompt = asked.prompt(place.found.hits)
-        [ids] = token_ids(regrad.tokenizer, [prompt], regrad.asking)
-        _check_length(regrad, len(ids), len(ids) + regrad.asking.length(prompt))
+        read(base_of(regrad.adapter.model), regrad.tokenizer, [prompt], regrad.asking)
     except Exception as error:  # whatever it is, its caller gets it
         place.put(error)
         return False
     return True
-
-
-def _check_length(regrad: ReGrad, prompt: int, most: int) -> None:
-    """Refuse what is longer than the model's context."""
-    context = getattr(regrad.adapter.model.config, "max_position_embeddings", None)
-    if context is not None and most > context:
-        raise DataError(
-            f"the prompt has {prompt} tokens and the answer may have {most - prompt}: more than the {context} of the "
-            "model's context"
-        )

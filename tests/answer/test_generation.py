@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,3 +173,26 @@ def test_an_asking_renders_alike_for_one_and_many(model, tokenizer):
     together = generate(model, tokenizer, prompts, asking)
     assert together == list(itertools.chain(*(generate(model, tokenizer, [p], asking) for p in prompts)))
     assert tiny_model().generation_config.eos_token_id == 2
+
+
+def test_a_stream_goes_on_over_lines_where_the_system_message_is_ones_own(regrad, monkeypatch):
+    def canned(found, started, streamer, stopping):
+        for line in ("First", " line\nSec", "ond line\n", "Third"):
+            streamer.on_finalized_text(line)
+        assert not bool(stopping(torch.zeros(1, 1), None).any()) or found.asked.system is None
+        text = regrad.asking.said(found.asked.prompt(found.hits), "First line\nSecond line\nThird")
+        return SimpleNamespace(text=text, notes=[], skipped={})
+
+    monkeypatch.setattr(regrad, "_one", canned)
+    assert "".join(regrad.stream(Query("Who?", system="Answer in lines."))) == "First line\nSecond line\nThird"
+    assert "".join(regrad.stream("Who?")) == "First line"
+
+
+@pytest.mark.parametrize("grounded", [False, True])
+def test_a_prompt_that_the_model_has_no_room_for_is_refused(regrad, grounded):
+    before = state_of(regrad.adapter)
+    with pytest.raises(DataError, match="more than the 512 of the model's context; retrieve fewer documents"):
+        regrad.answer("Who is it? " * 300, grounded=grounded)
+    with pytest.raises(DataError, match="more than the 512"):
+        regrad.answer_many(["Who is it? " * 300], mode="direct")
+    assert state_of(regrad.adapter) == before

@@ -325,6 +325,14 @@ def test_retrieved_points_without_text_are_an_error_that_names_their_fields(regr
         regrad.answer(BROAD)
 
 
+def test_a_document_without_a_text_is_told_of_and_the_other_questions_are_answered(regrad):
+    regrad.bank.add([Document("d9", {"id": "d9", "text": "Una Brel"})])
+    regrad.bank.store.set_payload([PayloadWrite(point_id("d9"), {"text": ""})])
+    with pytest.warns(UserWarning, match="no document that was retrieved has a text"):
+        good, other = regrad.answer_many(["What is the job of Ida Corvand?", "Una Brel?"], top_k=1)
+    assert good.weights and not other.weights and not good.notes
+
+
 DAMAGES = {
     "a later version": lambda value: value | {"v": 3},
     "no atom in it": lambda value: {"v": 1, "space": value["space"]},

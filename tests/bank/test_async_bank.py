@@ -77,6 +77,8 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "describe",
         "count_atoms",
         "count_of_other_spaces",
+        "has_other_spaces",
+        "check_fields",
         "count_with_atoms",
         "open",
         "in_space",
@@ -230,3 +232,21 @@ def test_a_sidecar_that_is_not_there_yet_is_made_when_the_first_atom_is_stored(t
 
     answer, made, atoms = asyncio.run(main())
     assert made and atoms == 1 == len(answer.weights)
+
+
+def test_a_bank_that_was_filled_elsewhere_is_answered_from_at_once(tokenizer):
+    model = tiny_model()
+    initialization = tiny_initialization(model)
+
+    async def main():
+        client = AsyncQdrantClient(":memory:")
+        filled = AsyncGradientBank(client, "docs", initialization.fingerprint)
+        await filled.create()
+        await filled.add(DOCUMENTS)
+        bank = AsyncGradientBank(client, "docs", initialization.fingerprint)
+        with ReGrad(model, tokenizer, bank, initialization, on_missing="store") as regrad:
+            free = await regrad.aanswer("What does Ida do?", top_k=1)
+            return free, await regrad.aanswer("What does Ida do?", top_k=1, grounded=True)
+
+    free, span = asyncio.run(main())
+    assert len(free.weights) == 1 and span.source is not None

@@ -3,6 +3,7 @@
 import json
 import uuid
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -233,7 +234,7 @@ def test_a_payload_key_that_would_harm_the_document_is_refused(store, key):
 
 
 def test_a_field_under_our_key_is_the_users(bank):
-    with pytest.raises(BankError, match="'regrad' of its own"):
+    with pytest.raises(BankError, match="'regrad', where atoms stand"):
         bank.add([Document("x", {"text": "a b", "regrad": "mine"})])
 
 
@@ -625,3 +626,26 @@ def test_status_reads_every_text_once_beside_a_sidecar_too(store, monkeypatch):
     read.clear()
     assert (bank.status().atoms, bank.status().missing) == (2, len(PEOPLE) - 2)
     assert len(read) == 2 * len(PEOPLE)  # two times status
+
+
+def test_what_a_client_takes_is_written(bank):
+    bank.add([Document("d9", {"text": "Ada the miller", "since": datetime(2026, 1, 2, tzinfo=UTC)})])
+    [hit] = bank.search("Ada", 1)
+    assert hit.payload["since"].startswith("2026-01-02")
+    with pytest.raises(BankError, match="document 'd8': its payload can't be written as JSON.*object"):
+        bank.add([Document("d8", {"text": "Ada", "of": object()})])
+
+
+def test_a_sidecar_that_was_made_after_a_bank_was_opened_is_found(store, monkeypatch):
+    monkeypatch.setattr("regrad_qdrant.bank.collection.LOOK_AGAIN", 0.0)
+    early = GradientBank(store, store.name, SPACE)
+    early.create()
+    early.add(documents())
+    [before] = early.search("Noor", 1)
+    later = GradientBank(store, store.name, SPACE, sidecar="regrad_test_atoms")
+    later.index()
+    fill(later)
+    if not later.note_sidecar():
+        pytest.skip("no metadata")
+    [after] = early.search("Noor", 1)
+    assert before.record is None and after.record == records(PEOPLE)[1]

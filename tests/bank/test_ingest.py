@@ -13,7 +13,7 @@ from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank import ingest
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import point_id
-from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
+from regrad_qdrant.bank.ingest import add_corpus, attach_atoms, check_space
 from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.stores.base import PayloadWrite, json_bytes
 from regrad_qdrant.errors import BankError, DataError, UnknownCodecError
@@ -305,3 +305,34 @@ def test_batches_and_single_documents_give_the_same_atoms(gradients):
     documents = [gradients.encode(passage.text) for passage in PASSAGES[:6]]
     single = torch.cat([gradients.atoms([document]) for document in documents])
     torch.testing.assert_close(gradients.atoms(documents), single, rtol=1e-4, atol=1e-6)
+
+
+def test_a_record_that_no_request_can_hold_is_named_and_the_others_get_theirs(bank, gradients):
+    long = Passage("long", " ".join(p.text for p in PASSAGES), {"id": "long"})
+    long.payload["text"] = long.text
+    add_corpus(bank, [*PASSAGES[:6], long, *PASSAGES[6:]], gradients)
+    bank.max_request_bytes = 30_000
+    for _ in range(2):
+        report = attach_atoms(bank, gradients, "fp32")
+        assert list(report.skipped) == ["long"] and "may hold (30000)" in report.skipped["long"]
+        assert report.passed_over == 0
+    assert bank.status().atoms == len(PASSAGES)
+
+
+def test_a_corpus_with_the_banks_own_field_is_refused_before_anything_is_written(bank, gradients):
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    before = atoms_of(bank)
+    dumped = Passage(PASSAGES[0].id, PASSAGES[0].text, PASSAGES[0].payload | {"regrad": "mine"})
+    with pytest.raises(BankError, match="has a field 'regrad', where atoms stand.*--payload-key"):
+        add_corpus(bank, [Passage("new", "A new one.", {"text": "A new one."}), dumped], gradients)
+    with pytest.raises(BankError, match="has a field 'regrad'"):
+        bank.sync([Document(dumped.id, dumped.payload)])
+    assert atoms_of(bank) == before
+
+
+def test_an_estimate_of_other_spaces_refuses_nothing(bank, gradients, monkeypatch):
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    monkeypatch.setattr(bank.atoms, "count", lambda _=None: 7)  # as a server in strict mode counts
+    check_space(bank, gradients.space, replace=False)

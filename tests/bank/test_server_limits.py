@@ -301,3 +301,9 @@ def test_errors_of_a_missing_collection_are_sorted(served):
     _, client, _ = served
     with pytest.raises(BankError, match="regrad_no_such"):
         GradientBank(client, "regrad_no_such", SPACE).store.count()
+
+
+def test_whole_points_are_read_in_pages_that_the_server_allows(monkeypatch):
+    bank = bank_over(Strict(limit=5), monkeypatch)
+    points, following = bank.store.read(COUNT, None)
+    assert len(points) == 5 and following is not None

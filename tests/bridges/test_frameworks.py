@@ -233,10 +233,12 @@ def test_llama_index_gives_its_own_filters():
             MetadataFilter(key="year", value=2020, operator=FilterOperator.GTE),
             MetadataFilter(key="kind", value=["a", "b"], operator=FilterOperator.IN),
             MetadataFilters(filters=[MetadataFilter(key="draft", value="yes", operator=FilterOperator.NE)]),
+            MetadataFilters(filters=[MetadataFilter(key="share", value=1.5, operator=FilterOperator.NE)]),
         ],
         condition="or",
     )
-    first, second, third = qdrant_filter(several).should
+    first, second, third, fourth = qdrant_filter(several).should
+    assert fourth.must[0].must_not[0].range.gte == fourth.must[0].must_not[0].range.lte == 1.5
     assert first.range.gte == 2020 and second.match.any == ["a", "b"] and third.must[0].must_not[0].key == "draft"
     with pytest.raises(ValueError, match="contains"):
         qdrant_filter(MetadataFilters(filters=[MetadataFilter(key="a", value="b", operator=FilterOperator.CONTAINS)]))

@@ -104,6 +104,7 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     recoded = json.loads((tmp_path / "recode.json").read_text())
     assert code == 0 and "12 atoms recoded, 0 were as coarse already, 0 failed" in out
     assert recoded["after"]["codec"] == "sparse" and recoded["recoded"] == 12
+    assert set(recoded["before"]) == {"atoms", "codec", "bytes_per_atom"}
 
     code, out, _ = run("drop", "--collection", "docs", "--path", "bank", "--yes")
     assert code == 0 and "12 atoms removed" in out
@@ -586,3 +587,6 @@ def test_ask_takes_a_filter(run, folder, tmp_path):
     code, _, err = run("ask", "Who works?", "-c", "docs", "--path", "bank", "--filter", "nosuch=1")
     assert code == 0 and "no point has the filter's field nosuch" in " ".join(err.split())
     assert run("ask", "Who?", "-c", "docs", "--path", "bank", "--filter", "state")[0] == 2
+    for text in ("--5", "²"):
+        code, _, err = run("ask", "Who works?", "-c", "docs", "--path", "bank", "--filter", f"state={text}")
+        assert code == 0 and "no document passes the filter" in " ".join(err.split())

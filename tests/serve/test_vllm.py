@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from types import SimpleNamespace
 
 import fake_vllm
@@ -153,6 +154,21 @@ def test_late_ones_are_told_and_a_full_queue_refuses(running, monkeypatch):
     assert running.ask(QUESTIONS[0]).status_code == 504
     monkeypatch.setattr(running.service.engine, "limit", 0)
     assert running.ask(QUESTIONS[0]).status_code == 429
+
+
+def test_a_stream_that_stalls_after_its_beginning_ends_in_time_too(running, tokenizer, monkeypatch):
+    async def stalling(*_, **__):
+        for token in tokenizer("Ida is a baker", add_special_tokens=False).input_ids:
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=[{}])])
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(running.engine, "generate", stalling)
+    monkeypatch.setattr(running.service, "deadline", 0.5)
+    started = time.monotonic()
+    said = running.ask(QUESTIONS[0], stream=True).text
+    assert time.monotonic() - started < 10
+    assert said.count('"content"') > 1 and "the answer was not done in time" in said
+    assert running.service.engine.running == 0
 
 
 def test_every_request_has_a_lora_of_its_own_name_and_id(running):

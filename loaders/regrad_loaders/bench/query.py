@@ -52,7 +52,7 @@ class Bench:
         from transformers import GenerationConfig
 
         tokenizer = self.regrad.tokenizer
-        ids, mask = encoded(tokenizer, prompts, model.device)
+        ids, mask = encoded(model, tokenizer, prompts)
         config = GenerationConfig(
             do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=tokenizer.eos_token_id,

@@ -262,7 +262,8 @@ def bounded(limit: int, items: Iterable[tuple[Item, int]], key_of: Callable[[Ite
                 yield batch
             raise RecordTooLargeError(
                 f"point {key_of(item)!r}: {size} bytes are more than one request may hold ({limit}): use a coarser "
-                "codec, a smaller space, or raise max_request_bytes"
+                "codec (--codec), a smaller space, or in Python raise max_request_bytes",
+                key_of(item),
             )
         if batch and total + size > limit:
             yield batch

@@ -301,7 +301,11 @@ class ClientStore:
             return None
 
     def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
-        found, following = self._request("scroll", limit=limit, offset=offset, with_payload=True, with_vectors=True)
+        answer = None
+        while answer is None:
+            size = min(limit, self._page)
+            answer = self._page_of("scroll", size, limit=size, offset=offset, with_payload=True, with_vectors=True)
+        found, following = answer
         return [whole_point(point) for point in found], None if following is None else plain_id(following)
 
     def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -66,16 +66,21 @@ class VllmEngine:
         """As `AnswersJobs.answer`."""
         self.check_room()
         self._running += 1
+        pieces = self._answer(job)
         try:
-            async with asyncio.timeout(job.deadline - time.monotonic()):
-                async for piece in self._answer(job):
-                    yield piece
-        except TimeoutError as error:
-            raise DeadlineError("the answer was not done in time") from error
+            while True:  # each piece by itself: another task may ask for the next one
+                try:
+                    piece = await asyncio.wait_for(anext(pieces), max(job.deadline - time.monotonic(), 0))
+                except StopAsyncIteration:
+                    return
+                except TimeoutError as error:
+                    raise DeadlineError("the answer was not done in time") from error
+                yield piece
         finally:
+            await pieces.aclose()
             self._running -= 1
 
-    async def _answer(self, job: Job[Updates]) -> AsyncIterator[str | Outcome]:
+    async def _answer(self, job: Job[Updates]) -> AsyncGenerator[str | Outcome]:
         started = time.perf_counter()
         asked, updates = job.found.asked, job.regrad
         prompt = asked.prompt(job.found.hits)
@@ -118,7 +123,7 @@ class VllmEngine:
         free = {} if grammar else {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
         params = SamplingParams(
             **({"temperature": 0.0} | free),
-            max_tokens=row.most_tokens - len(row.prompt_ids),
+            max_tokens=row.length,
             stop_token_ids=self.ends,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,

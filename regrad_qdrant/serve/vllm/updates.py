@@ -10,7 +10,7 @@ from regrad_qdrant.answer.generation import Asking
 from regrad_qdrant.answer.pipeline import Merged
 from regrad_qdrant.answer.query import BARE
 from regrad_qdrant.answer.retrieval import Retrieval
-from regrad_qdrant.answer.weighing import Weighing, bm25_of
+from regrad_qdrant.answer.weighing import Weighing
 from regrad_qdrant.errors import RecordError
 from regrad_qdrant.serve.vllm.packed import PackedUpdate
 
@@ -33,7 +33,7 @@ class Updates:
         self.initialization, self.tokenizer, self.bank = initialization, tokenizer, bank
         self.asking = Asking(initialization.prompt)
         self.retrieval = Retrieval(bank)
-        self._weighing = Weighing(initialization.merge, tokenizer, bm25_of(bank))
+        self._weighing = Weighing(initialization.merge, tokenizer, bank)
 
     def merged(self, found: Found) -> tuple[PackedUpdate | None, Merged]:
         """The update of a question's usable atoms, and what is to be told of them; None for the bare model.
