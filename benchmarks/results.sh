@@ -1,11 +1,12 @@
 #!/bin/sh
 # The runs behind docs/results.md: every set of ../shared/data with a dev split, the modes side by side: of the default
-# initialization in default/ and unseen/, elsewhere of the one that shipped before.
+# initialization in default/, fresh/ and unseen/, elsewhere of the one that shipped before.
 # Some hours on two cores. A run that is there already is not made again.
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
 data=${DATA:-../shared/data}
-mkdir -p benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default benchmarks/results/unseen
+mkdir -p benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default benchmarks/results/fresh \
+    benchmarks/results/unseen
 
 asked() { # NAME SET QUESTIONS OPTIONS…
     name=$1 set=$2 count=$3
@@ -36,12 +37,19 @@ shipped() { # SET
         --modes "regrad,regrad/grounded,regrad/auto,$rivals,ft-rag/grounded"
 }
 
+fresh() { # SET: questions of which none took part in a choice of τ, of an initialization or of a rate
+    asked "fresh/$1" "$1" 120 --skip-sample 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 \
+        --against "regrad,init,init/grounded,$rivals,ft-rag/grounded" \
+        --modes "regrad,regrad/grounded,regrad/auto,init,init/grounded,$rivals,ft-rag/grounded"
+}
+
 unseen() { # SET: none of its texts was trained on
     asked "unseen/$1" "$1" 80 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against "regrad,$rivals" \
         --modes "regrad,regrad/grounded,$rivals"
 }
 
 for set in nq_open phantomwiki squad2_dev hotpotqa squadshifts_wiki; do shipped $set; done
+for set in nq_open phantomwiki squad2_dev hotpotqa squadshifts_wiki; do fresh $set; done
 for set in medquad timeqa tatqa onestopqa; do unseen $set; done
 [ -f benchmarks/merge.json ] || regrad-qdrant bench merge --init smollm2-135m-instruct-few --set facts --set "$data/phantomwiki:direct" --limit 60 \
     --noise 3 --json benchmarks/merge.json

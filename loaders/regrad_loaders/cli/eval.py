@@ -96,6 +96,10 @@ def evaluation(
     sample: Annotated[
         int | None, typer.Option("--sample", min=1, help="Only N questions, drawn at random, the same every time.")
     ] = None,
+    skip_sample: Annotated[
+        int | None,
+        typer.Option("--skip-sample", min=1, help="None of those that --sample N draws."),
+    ] = None,
     top_k: TopK = 3,
     sweep: Annotated[
         str, typer.Option("--sweep", help="Further k, comma-separated: the modes that retrieve are asked with each.")
@@ -217,7 +221,7 @@ def evaluation(
         raise DataError(f"--protocol {protocol}: it is own or paper")
     augmented = read_augmented(qa) if qa.suffix == ".json" or qa.is_dir() else None
     asked_of = augmented.questions if augmented else read_questions(qa)
-    questions = select(asked_of, split, limit, sample=sample, of_type=of_type)
+    questions = select(asked_of, split, limit, sample=sample, of_type=of_type, skip_sample=skip_sample)
     for question in questions:
         field_filter(question, filter_field)
     passages = read_corpus(corpus) if corpus is not None else augmented.passages if augmented else None
@@ -230,7 +234,7 @@ def evaluation(
     answering = parties(chosen, init, icl_init, fine_tuned)
     settings: dict[str, Any] = {
         "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
-        "type": of_type, "limit": limit, "sample": sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
+        "type": of_type, "limit": limit, "sample": sample, "skip_sample": skip_sample, "modes": chosen, "top_k": top_k, "oracle": oracle,
         "distractors": distractors, "against": references, "using": "+".join(vector_names(using)), "dense": dense,
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,

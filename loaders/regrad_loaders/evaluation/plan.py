@@ -128,8 +128,12 @@ def select(
     *,
     sample: int | None = None,
     of_type: str | None = None,
+    skip_sample: int | None = None,
 ) -> list[Question]:
     """The questions of a split and type: the first `limit` of them, or `sample` drawn at random, the same every time.
+
+    Args:
+        skip_sample: leave out those that a sample of this size draws: what was chosen on those is judged by others.
 
     Raises:
         DataError: if there are none; the error lists the splits or types there are.
@@ -140,10 +144,19 @@ def select(
     typed = [question for question in chosen if of_type is None or question.type == of_type]
     if not typed:
         raise DataError(f"no questions of type {of_type!r}; types found: {sorted({q.type for q in chosen})}")
-    if sample is not None and sample < len(typed):
-        drawn = random.Random(0).sample(range(len(typed)), sample)
-        typed = [typed[i] for i in sorted(drawn)]
-    return typed[:limit]
+    if skip_sample is not None:
+        seen = {question.id for question in _drawn(typed, skip_sample)}
+        typed = [question for question in typed if question.id not in seen]
+        if not typed:
+            raise DataError(f"--skip-sample {skip_sample} leaves no question")
+    return (typed if sample is None else _drawn(typed, sample))[:limit]
+
+
+def _drawn(questions: list[Question], count: int) -> list[Question]:
+    """So many of the questions, at random, the same every time, in their order."""
+    if count >= len(questions):
+        return questions
+    return [questions[i] for i in sorted(random.Random(0).sample(range(len(questions)), count))]
 
 
 def field_filter(question: Question, field: str | None) -> Any:

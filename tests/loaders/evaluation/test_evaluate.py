@@ -4,8 +4,9 @@ import pytest
 from conftest import regrad_over
 
 from regrad_loaders.data.facts import generate
+from regrad_loaders.data.folders import Question
 from regrad_loaders.evaluation.evaluate import evaluate
-from regrad_loaders.evaluation.plan import EVALUATION_MODES, parse_modes, parties, retrieves
+from regrad_loaders.evaluation.plan import EVALUATION_MODES, parse_modes, parties, retrieves, select
 from regrad_qdrant.errors import DataError
 
 
@@ -56,3 +57,12 @@ def test_grounded_answers_are_of_the_texts_that_were_retrieved_whatever_atoms_ar
             for mode in modes[1:]:
                 assert any(own[mode].prediction in text for text in texts)
             assert not set(own["random/grounded"].hits) & set(own["regrad/grounded"].hits)
+
+
+def test_a_sample_can_be_left_out():
+    asked = [Question(f"q{i}", "Who?", ("Ida",), split="dev") for i in range(20)]
+    first, others = select(asked, "dev", sample=8), select(asked, "dev", skip_sample=8)
+    assert len(first) == 8 and {q.id for q in first} | {q.id for q in others} == {q.id for q in asked}
+    assert len(others) == 12 and len(select(asked, "dev", sample=5, skip_sample=8)) == 5
+    with pytest.raises(DataError, match="--skip-sample 20 leaves no question"):
+        select(asked, "dev", skip_sample=20)
