@@ -235,7 +235,8 @@ def evaluation(
     settings: dict[str, Any] = {
         "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
         "type": of_type, "limit": limit, "sample": sample, "skip_sample": skip_sample, "modes": chosen,
-        "top_k": top_k, "oracle": oracle, "distractors": distractors, "against": references, "using": "+".join(vector_names(using)), "dense": dense,
+        "top_k": top_k, "oracle": oracle, "distractors": distractors, "against": references,
+        "using": "+".join(vector_names(using)), "dense": dense,
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
         "icl_init": icl_init, "ft_direct": fine_tuned["ft-direct"], "ft_rag": fine_tuned["ft-rag"], "sweep": further,
