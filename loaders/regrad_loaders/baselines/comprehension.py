@@ -2,7 +2,8 @@
 each text is followed by tasks that rules find in it, so that a model trained on them keeps answering questions.
 
 The rules are theirs, in short: a title makes a summary; connectives make inference, causes and paraphrases; rare words
-make a sentence to be written; a text cut in two makes one to be completed. No language model is needed.
+make a sentence to be written; a text cut in two makes one to be completed. No language model is needed. They mix
+general instructions in, which is not done here.
 """
 
 from __future__ import annotations
