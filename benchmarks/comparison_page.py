@@ -210,18 +210,21 @@ def by_recipe(table_name: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
     for mode in f1(next(iter(runs.values()))):
         lines = by_initialization(table_name, runs, mode)
         sets = list(next(iter(lines.values())))
-        rows = [[name, *(f"{points[of]:.1f}" for of in sets)] for name, points in lines.items()]
+        rows = [[name, *(points[of].in_percent() for of in sets)] for name, points in lines.items()]
         parts.append(table([mode, *sets], rows))
     return "\n".join(parts)
 
 
-def by_initialization(table_name: str, runs: Mapping[str, Mapping[str, Any]], mode: str) -> dict[str, dict[str, float]]:
+def by_initialization(
+    table_name: str, runs: Mapping[str, Mapping[str, Any]], mode: str
+) -> dict[str, dict[str, Interval]]:
     """Of each initialization the F1 of every set; keys of runs are SET, of the general one, or SET-INITIALIZATION."""
     order = ["general", *TABLES[table_name].recipes]
-    found: dict[str, dict[str, float]] = {name: {} for name in order}
+    found: dict[str, dict[str, Interval]] = {name: {} for name in order}
     for key, run in runs.items():
         of, _, name = key.partition("-")
-        found[name or "general"][of] = f1(run)[mode]
+        row = next(row for row in run["intervals"] if row["mode"] == mode)
+        found[name or "general"][of] = Interval(row["f1"], *row["f1_interval"])
     return {name: {of: points[of] for of in order_of(table_name, points)} for name, points in found.items() if points}
 
 
@@ -275,7 +278,7 @@ def draw_domains(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     sets = list(next(iter(lines.values())))
     for number, (name, points) in enumerate(lines.items()):
         places = [at + 0.2 * (number - (len(lines) - 1) / 2) for at in range(len(sets))]
-        panel.bar(places, [points[of] for of in sets], width=0.18, label=name)
+        panel.bar(places, [100 * points[of].mean for of in sets], width=0.18, label=name)
     panel.set(ylabel="F1 of regrad/grounded", xticks=range(len(sets)))
     panel.set_xticklabels(sets, fontsize=8)
     panel.legend()
