@@ -305,7 +305,9 @@ def asked(name: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
         command += f" --sets {','.join(sets)}"
     if settings.get("dtype", "auto") != "auto":
         command += f" --dtype {settings['dtype']}"
-    return command, f" `{settings['init']}`, {settings['sample']} questions of each set's dev split."
+    begun = {run["settings"]["init"] for key, run in runs.items() if not key.endswith(TABLES[name].recipes)}
+    of = f" `{begun.pop()}`," if begun else ""
+    return command, f"{of} {settings['sample']} questions of each set's dev split."
 
 
 def main() -> None:
