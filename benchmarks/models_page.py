@@ -75,10 +75,10 @@ def costs(folder: Path) -> list[list[str]]:
         made, asked = (json.loads((folder / f"{part}-{init}.json").read_text()) for part in ("gradients", "query"))
         ms, query = asked["details"]["query"]["ms"], asked["figures"]
         columns.append({
-            "ms of computing an atom": f"{made['details']['gradients']['ms_a_document']['batched']:.0f}",
-            "of the bare passes' time": f"{made['figures']['gradients.time_over_floor']['value']:.2f}",
-            **{f"ms an answer, `{mode}`": f"{ms[mode]:.0f}" for mode in ("direct", "rag", "regrad")},
-            "of an answer our own work": f"{query['query.own_share']['value']:.1%}",
+            "ms of computing an atom, in float32": f"{made['details']['gradients']['ms_a_document']['batched']:.0f}",
+            "÷ the bare passes, float32": f"{made['figures']['gradients.time_over_float32_floor']['value']:.2f}",
+            **{f"ms an answer of 20 tokens, `{mode}`": f"{ms[mode]:.0f}" for mode in ("direct", "rag", "regrad")},
+            "our own share of an answer": f"{query['query.own_share']['value']:.1%}",
         })  # fmt: skip
     return [[what, *(column[what] for column in columns)] for what in columns[0]]
 
