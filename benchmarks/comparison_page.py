@@ -326,8 +326,9 @@ def main() -> None:
         command, of = asked(name, runs)
         picture = ""
         if name in DRAWN:
-            DRAWN[name](runs, arguments.out.with_name(f"{name}.png"))
-            picture = f"![{title}]({name}.png)\n\n"
+            drawn = arguments.out.with_name(f"{arguments.out.stem}-{name}.png")
+            DRAWN[name](runs, drawn)
+            picture = f"![{title}]({drawn.name})\n\n"
         sections += f"## {title}\n\n    {command}\n\n{what}{of}\n\n{picture}{SHOWN[name](runs).strip()}\n\n"
     model = model or f"`{settings['init']}`'s model"
     reading = arguments.reading.read_text(encoding="utf-8").strip()
