@@ -137,7 +137,7 @@ def test_eval_writes_the_contract(run, folder, tmp_path):
 
 
 def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path):
-    modes = "rag,pe-rag,regrad,regrad+icl,ft-direct,ft-rag,raw"
+    modes = "rag,regrad,regrad+icl,ft-direct,ft-rag,raw"
     code, out, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", modes,
         "--icl-init", folder / "init", "--ft-direct", folder / "init", "--ft-rag", folder / "init",
