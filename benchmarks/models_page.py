@@ -88,8 +88,9 @@ def draw(results: Path, path: Path) -> None:
     sets = [name for name in SETS if (results / "models" / f"{name}.json").is_file()]
     figure = new_figure(7, 3.2)
     panel = figure.subplots()
+    found = list(answers(results, sets))
     for number, model in enumerate(MODELS):
-        bars = {mode: float(average) for of, mode, _, average in answers(results, sets) if of == model and average}
+        bars = {mode: float(average) for of, mode, _, average in found if of == model and average}
         places = [MODES.index(mode) + 0.38 * (number - 0.5) for mode in bars]
         panel.bar(places, list(bars.values()), width=0.36, label=model)
     panel.set(ylabel=f"F1, average of {len(sets)} sets", xticks=range(len(MODES)))

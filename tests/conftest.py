@@ -82,9 +82,9 @@ TINY = {
 }
 
 
-def tiny_model(seed: int = 0) -> LlamaForCausalLM:
+def tiny_model(seed: int = 0, **changes) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**TINY)).eval().requires_grad_(False)
+    return LlamaForCausalLM(LlamaConfig(**TINY | changes)).eval().requires_grad_(False)
 
 
 def tiny_initialization(model: torch.nn.Module, kind: str = "core", **changes) -> MetaInitialization:

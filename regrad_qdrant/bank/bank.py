@@ -158,13 +158,13 @@ class GradientBank(AtomCollection):
             BankError: for a document without a text, with a field of the name of the bank's own key, or with something
                 that has no JSON; dates, UUIDs and the like are written as their texts.
         """
-        written = 0
-        for page in pages(map(as_json, documents), PAGE):
-            points = self._points(page)
-            for batch in bounded(self.max_request_bytes, sized(points), lambda point: point.id):
-                self.store.upsert(batch)
-            written += len(points)
-        return written
+        return sum(map(self._add, pages(map(as_json, documents), PAGE)))
+
+    def _add(self, page: Sequence[Document]) -> int:
+        points = self._points(page)
+        for batch in bounded(self.max_request_bytes, sized(points), lambda point: point.id):
+            self.store.upsert(batch)
+        return len(points)
 
     def sync(self, documents: Iterable[Document]) -> tuple[int, int]:
         """Add the documents that are new, and bring those that differ up to date; returns how many of each.
@@ -182,7 +182,7 @@ class GradientBank(AtomCollection):
             ids = [point_id(document.id) for document in page]
             found = {point.id: point.payload for point in self.store.retrieve(ids, Without((self.payload_key,)))}
             there = [(document, found.get(point_id(document.id))) for document in page]
-            added += self.add(document for document, payload in there if payload is None)
+            added += self._add([document for document, payload in there if payload is None])
             differing = [
                 (document, payload)
                 for document, payload in there

@@ -99,6 +99,14 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
     assert methods(GradientBank) - inside <= methods(AsyncGradientBank)
 
 
+async def with_documents(space):
+    """A bank of documents without atoms."""
+    bank = AsyncGradientBank(AsyncQdrantClient(":memory:"), "docs", space)
+    await bank.create()
+    await bank.add(DOCUMENTS)
+    return bank
+
+
 @pytest.fixture
 def regrad(tokenizer):
     """Answers over an async client whose collection was filled before."""
@@ -106,10 +114,7 @@ def regrad(tokenizer):
     initialization = tiny_initialization(model)
 
     async def filled():
-        client = AsyncQdrantClient(":memory:")
-        bank = AsyncGradientBank(client, "docs", initialization.fingerprint)
-        await bank.create()
-        await bank.add(DOCUMENTS)
+        bank = await with_documents(initialization.fingerprint)
         regrad = ReGrad(model, tokenizer, bank, initialization)
         bank.bind()
         await asyncio.to_thread(attach_atoms, bank.blocking, regrad.gradients, "sign")
@@ -239,11 +244,8 @@ def test_a_bank_that_was_filled_elsewhere_is_answered_from_at_once(tokenizer):
     initialization = tiny_initialization(model)
 
     async def main():
-        client = AsyncQdrantClient(":memory:")
-        filled = AsyncGradientBank(client, "docs", initialization.fingerprint)
-        await filled.create()
-        await filled.add(DOCUMENTS)
-        bank = AsyncGradientBank(client, "docs", initialization.fingerprint)
+        filled = await with_documents(initialization.fingerprint)
+        bank = AsyncGradientBank(filled.blocking.store.client, "docs", initialization.fingerprint)
         with ReGrad(model, tokenizer, bank, initialization, on_missing="store") as regrad:
             free = await regrad.aanswer("What does Ida do?", top_k=1)
             return free, await regrad.aanswer("What does Ida do?", top_k=1, grounded=True)

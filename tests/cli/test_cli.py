@@ -21,12 +21,12 @@ from regrad_qdrant.cli import app as cli
 def folder(tmp_path_factory, tokenizer):
     """A base model, its initialization, a corpus and questions."""
     folder = tmp_path_factory.mktemp("cli")
-    model = tiny_model()
+    model = tiny_model(max_position_embeddings=2048)  # for questions of all texts
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     tiny_initialization(model).save(folder / "init")
     tiny_initialization(model, "lora").save(folder / "lora")
-    other = tiny_model(seed=4)
+    other = tiny_model(seed=4, max_position_embeddings=2048)
     other.save_pretrained(folder / "other")
     tokenizer.save_pretrained(folder / "other")
     world = generate("demo", 12, 1, questions_per_person=1)
@@ -137,7 +137,7 @@ def test_eval_writes_the_contract(run, folder, tmp_path):
 
 
 def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path):
-    modes = "rag,regrad,regrad+icl,ft-direct,ft-rag,raw"
+    modes = "rag,pe-rag,regrad,regrad+icl,ft-direct,ft-rag,raw"
     code, out, err = run(
         "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", modes,
         "--icl-init", folder / "init", "--ft-direct", folder / "init", "--ft-rag", folder / "init",
@@ -577,7 +577,7 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(run, folder, tmp_
 def test_ask_takes_a_filter(run, folder, tmp_path):
     ingest(run, folder)
     rows = {row["id"]: row for row in map(json.loads, (folder / "corpus.jsonl").read_text().splitlines())}
-    everything = " ".join(row["text"].split()[0] for row in rows.values())
+    everything = " ".join(row["text"] for row in rows.values())
     for state in "01":
         only = ("--filter", f"state={state}", "--json", "a.json")
         code, _, err = run("ask", everything, "-c", "docs", "--path", "bank", *only)

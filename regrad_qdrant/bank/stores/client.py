@@ -274,20 +274,19 @@ class ClientStore:
     def scroll(
         self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
     ) -> tuple[list[StoredPoint], PointId | None]:
+        found, following = self._scrolled(
+            limit, scroll_filter=query_filter, offset=offset, with_payload=_selector(with_payload)
+        )
+        return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found], following
+
+    def _scrolled(self, limit: int, **options: Any) -> tuple[list[Any], PointId | None]:
+        """A page of at most so many points, as many as the server allows, and where the next one begins."""
         answer = None
         while answer is None:
             size = min(limit, self._page)
-            answer = self._page_of(
-                "scroll",
-                size,
-                scroll_filter=query_filter,
-                limit=size,
-                offset=offset,
-                with_payload=_selector(with_payload),
-            )
+            answer = self._page_of("scroll", size, limit=size, **options)
         found, following = answer
-        points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
-        return points, None if following is None else plain_id(following)
+        return found, None if following is None else plain_id(following)
 
     def _page_of(self, method: str, size: int, *arguments: Any, **options: Any) -> Any:
         """One page of a read; None where the server refuses that many points, after which pages are smaller."""
@@ -301,12 +300,8 @@ class ClientStore:
             return None
 
     def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
-        answer = None
-        while answer is None:
-            size = min(limit, self._page)
-            answer = self._page_of("scroll", size, limit=size, offset=offset, with_payload=True, with_vectors=True)
-        found, following = answer
-        return [whole_point(point) for point in found], None if following is None else plain_id(following)
+        found, following = self._scrolled(limit, offset=offset, with_payload=True, with_vectors=True)
+        return [whole_point(point) for point in found], following
 
     def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:
         found = self._request("retrieve", list(ids), with_payload=True, with_vectors=True)
