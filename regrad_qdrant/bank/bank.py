@@ -315,7 +315,8 @@ class GradientBank(AtomCollection):
             if len(vectors) == 1:
                 searches.append(Search(vectors, k, one.query_filter, self._read_of(one)))
             if not self._from_zero(vectors):
-                searches.append(Search(vectors, max(k, DEPTH), one.query_filter, depth=max(HYBRID_DEPTH, 2 * k)))
+                depth, spare = max(HYBRID_DEPTH, 2 * k), max(DEPTH - k, 0)
+                searches.append(Search(vectors, k + spare, one.query_filter, depth=depth, spare=spare))
         answers = iter(self.store.search(searches))
         found = []
         for one, vectors in zip(asked, every, strict=True):

@@ -4,7 +4,9 @@ The engine in process stands in, with a server's refusals; the same on a real on
 collection of its own.
 """
 
+import math
 import os
+import re
 import uuid
 
 import httpx
@@ -17,6 +19,7 @@ from regrad_qdrant import Document, GradientBank
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.documents import point_id
+from regrad_qdrant.bank.embed import Bm25
 from regrad_qdrant.bank.migrate import migrate
 from regrad_qdrant.bank.stores.base import PayloadWrite, VectorNames
 from regrad_qdrant.bank.stores.client import ClientStore
@@ -34,6 +37,19 @@ def refusal(said, code=400):
 
 class Empty:
     points = ()
+
+
+class Angle:
+    """Texts on a circle, by the number that they name."""
+
+    size = 2
+
+    def documents(self, texts):
+        return [self.query(text) for text in texts]
+
+    def query(self, text):
+        angle = int(re.search(r"\d+", text)[0]) / COUNT
+        return [math.cos(angle), math.sin(angle)]
 
 
 class Strict:
@@ -61,6 +77,7 @@ class Strict:
 
     def _check(self, name, arguments, options):
         size = options.get("limit", len(arguments[1]) if name == "retrieve" else 0)
+        size = max(size, *(one.limit for one in [*(options.get("prefetch") or ()), *_requests(name, arguments)]), 0)
         if self.limit is not None and size > self.limit:
             raise refusal(f'Limit exceeded {size} > {self.limit} for "limit". Help: Reduce the "limit" parameter.')
         if self.capacity is not None and size > self.capacity:
@@ -76,6 +93,10 @@ class Strict:
             for key in _keys(given):
                 if key not in self.indexed:
                     raise refusal(f'Index required but not found for "{key}". Help: Create an index for this key.')
+
+
+def _requests(name, arguments):
+    return arguments[1] if name == "query_batch_points" else ()
 
 
 def _keys(given):
@@ -132,6 +153,34 @@ def test_pages_shrink_to_what_the_server_allows_and_lose_nothing(monkeypatch, li
     client.calls.clear()
     list(bank.points())
     assert all(options["limit"] <= 5 for name, _, options in client.calls if name == "scroll")  # it is remembered
+
+
+@pytest.mark.parametrize("using", ["dense", ["dense", "bm25"]], ids=["dense", "fused"])
+def test_a_search_looks_at_as_many_candidates_as_the_server_allows(monkeypatch, using):
+    client = Strict()
+    monkeypatch.setattr(ClientStore, "in_process", False)
+    embedders = {"dense": Angle(), "bm25": Bm25()}
+    bank = GradientBank(ClientStore(client, "docs"), "docs", SPACE, embedders=embedders)
+    bank.create()
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    question = "Who is person 1?"
+    free = bank.search(question, 3, using=using)
+    client.limit = 5
+    found = bank.search(question, 3, using=using)
+    assert [hit.document_id for hit in found] == [hit.document_id for hit in free]
+    assert found[0].relevance == 1.0 > found[2].relevance
+    client.calls.clear()
+    bank.search(question, 3, using=using)
+    sent = [
+        one.limit if requests else one["limit"]
+        for name, arguments, options in client.calls
+        if name.startswith("query")
+        for requests in [_requests(name, arguments)]
+        for one in requests or [options]
+    ]
+    assert sent == ([3, 5] if using == "dense" else [5])  # it is remembered
+    with pytest.raises(BankError, match="Limit exceeded 6 > 5"):  # what was asked for is never cut
+        bank.search(question, 6, using=using)
 
 
 def test_where_exact_counts_are_refused_approximate_ones_serve(monkeypatch):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from regrad_qdrant.bank.layouts import value_at
@@ -115,6 +115,12 @@ class Search:
     query_filter: Filter | None = None  # of every vector's search
     with_payload: WithPayload = False
     depth: int = 0  # candidates of each of several vectors that the fusion ranks
+    spare: int = 0  # of the limit, what may be left out where a server allows no more
+
+    def within(self, most: int) -> Search:
+        """The same search of at most so many points, as far as they can be spared."""
+        least = self.limit - self.spare
+        return replace(self, limit=max(least, min(self.limit, most)), depth=max(least, min(self.depth, most)))
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class ClientStore:
         self.name = name
         self.owns_client = owns_client  # whether `close` closes it
         self._page = sys.maxsize  # points that one read may ask for, as far as the server has refused more
+        self._candidates = sys.maxsize  # as many of a search, where some can be spared
 
     @property
     def in_process(self) -> bool:
@@ -247,6 +248,17 @@ class ClientStore:
         self._request("delete", list(ids), wait=True)
 
     def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
+        asked = [search.within(self._candidates) for search in searches]
+        while True:
+            try:
+                return self._search(asked)
+            except BankError as error:
+                allowed = _allowed(str(error), max(max(search.limit, search.depth) for search in asked))
+                if allowed is None or asked == (fewer := [search.within(allowed) for search in searches]):
+                    raise
+                asked, self._candidates = fewer, allowed
+
+    def _search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
         if len(searches) == 1:
             request = _query(searches[0])
             found = [self._request("query_points", query_filter=request.pop("filter"), **request)]
