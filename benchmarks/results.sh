@@ -1,12 +1,12 @@
 #!/bin/sh
 # The runs behind docs/results.md: every set of ../shared/data with a dev split, the modes side by side: of the default
-# initialization in default/, fresh/ and unseen/, elsewhere of the one that shipped before.
+# initialization in default/, fresh/, unseen/, other/, yesno/ and sentences/, elsewhere of the one that shipped before.
 # Some hours on two cores. A run that is there already is not made again.
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
 data=${DATA:-../shared/data}
 mkdir -p benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default benchmarks/results/fresh \
-    benchmarks/results/unseen
+    benchmarks/results/unseen benchmarks/results/other benchmarks/results/yesno benchmarks/results/sentences
 
 asked() { # NAME SET QUESTIONS OPTIONS…
     name=$1 set=$2 count=$3
@@ -48,9 +48,40 @@ unseen() { # SET: none of its texts was trained on
         --modes "regrad,regrad/grounded,$rivals"
 }
 
+other() { # SET OPTIONS…: the other sets that people wrote, a share of whose train splits was trained on
+    set=$1
+    shift
+    asked "other/$set" "$set" 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against "regrad,$rivals" \
+        --modes "regrad,regrad/grounded,regrad/auto,$rivals,ft-rag/grounded" "$@"
+}
+
+yesno() { # SET OPTIONS…: the likelier option, with spans or without
+    set=$1
+    shift
+    asked "yesno/$set" "$set" 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against random,ft-direct,ft-rag \
+        --modes regrad,init,random,ft-direct,ft-rag "$@"
+}
+
+sentences() { # SET OPTIONS…
+    set=$1
+    shift
+    asked "sentences/$set" "$set" 160 --style sentence --init smollm2-135m-instruct --dtype bfloat16 --batch 8 \
+        --against init,random,rag,ft-rag --modes regrad,init,random,direct,rag,ft-direct,ft-rag "$@"
+}
+
+among_three="--oracle --distractors 2" # where questions name so little that BM25 finds few of the passages
+
 for set in nq_open phantomwiki squad2_dev hotpotqa squadshifts_wiki; do shipped $set; done
 for set in nq_open phantomwiki squad2_dev hotpotqa squadshifts_wiki; do fresh $set; done
 for set in medquad timeqa tatqa onestopqa; do unseen $set; done
+other 2wiki
+other bioasq
+for set in strategyqa fool_me_twice infotabs pubmedqa; do yesno $set; done
+yesno housing_yesno --filter-field state
+sentences fairytaleqa $among_three
+sentences squadshifts_wiki
+for set in qamr ropes squadshifts_reddit; do other $set $among_three; done
+other wikitablequestions
 [ -f benchmarks/merge.json ] || regrad-qdrant bench merge --init smollm2-135m-instruct-few --set facts --set "$data/phantomwiki:direct" --limit 60 \
     --noise 3 --json benchmarks/merge.json
 run squad2_dev squad2_dev 160

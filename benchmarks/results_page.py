@@ -34,6 +34,8 @@ SPANS = (
     ("regrad/auto", "ft-rag", "the same, where the answer may be free"),
 )
 OF_UNSEEN = (PAIRS[0], PAIRS[2], *SPANS[:4])
+OF_YESNO = (PAIRS[0], PAIRS[2], ("regrad", "ft-rag", "against the passages in a fine-tuned model's prompt"))
+OF_SENTENCES = (("regrad", "init", "gradients, against none"), PAIRS[0], PAIRS[4])
 OF_FRESH = (
     ("regrad", "init", "gradients, against none"),
     ("regrad/grounded", "init/grounded", "the same, of spans of the same texts"),
@@ -73,6 +75,28 @@ The questions that were looked at while it was made:
 By kinds of questions, of which there are ten and more:
 
 {shipped_kinds}
+Other sets that people wrote, a share of whose train splits it has learned (`sh benchmarks/results.sh` adds what a set
+needs: `--filter-field state` for housing_yesno, and `--oracle --distractors 2`, the gold passages among two random
+ones, where BM25 finds few):
+
+    {other_command}
+
+{other}
+{other_differences}
+{other_kinds}
+Questions of yes or no, answered with the likelier option (pubmedqa: yes, no or maybe):
+
+    {yesno_command}
+
+{yesno}
+{yesno_differences}
+Answers in sentences (`style="sentence"`), which fine-tuned models were not trained for; beside F1 the share of the
+answer's words that a sentence has:
+
+    {sentences_command}
+
+{sentences}
+{sentences_differences}
 Sets of which no training has seen a text or a question:
 
     {unseen_command}
@@ -157,6 +181,8 @@ def command(runs: dict[str, dict[str, Any]]) -> str:
         given = f"--dtype {settings['dtype']} {given}"
     if settings["init"] != DEFAULT_INIT:
         given = f"--init {settings['init']} {given}"
+    if settings.get("style", "short") != "short":
+        given = f"--style {settings['style']} {given}"
     if settings.get("skip_sample") is not None:
         given = f"--skip-sample {settings['skip_sample']} {given}"
     return f"regrad-qdrant eval --corpus SET/corpus.jsonl --qa SET/qa.jsonl --sample N {given}"
@@ -198,6 +224,17 @@ def scores(runs: dict[str, dict[str, Any]]) -> str:
     for title, names in averages(runs).items():
         rows.append([f"**{title}**", "", "", *(f"{mean(f1[n][mode] for n in names):.1f}" for mode in modes)])
     return table(["set", "questions", "recall", *modes], rows)
+
+
+def sentence_scores(runs: dict[str, dict[str, Any]]) -> str:
+    """Two lines a set: F1, and the share of the answers' words that are found."""
+    modes = next(iter(runs.values()))["settings"]["modes"]
+    rows = []
+    for name, run in runs.items():
+        of = {row["mode"]: row for row in run["results"] if row["type"] == "all"}
+        for what, key in (("F1", "f1"), ("words found", "words_found")):
+            rows.append([name, str(of[modes[0]]["n"]), what, *(f"{100 * of[mode][key]:.1f}" for mode in modes)])
+    return table(["set", "questions", "", *modes], rows)
 
 
 def differences(runs: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str, str]]) -> str:
@@ -250,7 +287,9 @@ def main() -> None:
     runs, readers = read(arguments.runs), read(arguments.runs / "passages")
     spans, ships = read(arguments.runs / "grounded"), read(arguments.runs / "default")
     unseen, fresh = read(arguments.runs / "unseen"), read(arguments.runs / "fresh")
-    for family in (ships, fresh, unseen):
+    other, yesno = read(arguments.runs / "other"), read(arguments.runs / "yesno")
+    sentences = read(arguments.runs / "sentences")
+    for family in (ships, fresh, other, yesno, sentences, unseen):
         alike(
             [run["settings"] for run in family.values()], ("init", "space", "merge", "codec", "dtype", "top_k", "split")
         )
@@ -270,6 +309,16 @@ def main() -> None:
         shipped=scores(ships),
         shipped_differences=differences(ships, OF_SHIPPED),
         shipped_kinds=kinds(ships),
+        other_command=command(other),
+        other=scores(other),
+        other_differences=differences(other, OF_SHIPPED),
+        other_kinds=kinds(other),
+        yesno_command=command(yesno),
+        yesno=scores(yesno),
+        yesno_differences=differences(yesno, OF_YESNO),
+        sentences_command=command(sentences),
+        sentences=sentence_scores(sentences),
+        sentences_differences=differences(sentences, OF_SENTENCES),
         unseen_command=command(unseen),
         unseen=scores(unseen),
         unseen_differences=differences(unseen, OF_UNSEEN),
