@@ -71,10 +71,10 @@ TABLES = {
         recipes=("longer", "domain", "mixed"),
     ),
     "settings": Experiment(
-        "short trainings from nothing, as the paper's authors ran theirs and as we do",
+        "short trainings from nothing, as the paper's authors ran theirs, as we do, and ours with one of theirs",
         ("--modes", "direct,random,regrad", "--against", "random,direct", "--batch", "8"),
         sets=("nq_open", "squad2_dev", "hotpotqa"),
-        recipes=("published", "ours"),
+        recipes=("published", "ours", "ours-sum", "ours-raw", "ours-rate"),
         from_nothing=True,
     ),
 }
