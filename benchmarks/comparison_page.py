@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import alike, table
+from tables import alike, difference, signed, table
 
 from regrad_loaders.bench.drift import Row
 from regrad_loaders.bench.drift import plot as plot_drift
@@ -110,8 +109,7 @@ def differences(runs: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for mode in dict.fromkeys(mode for mode, _ in found):
         pairs = [pooled(found[mode, minus]) if (mode, minus) in found else None for minus in others]
-        cells = [f"{100 * d.mean:+.1f} ({100 * d.low:+.1f} … {100 * d.high:+.1f})" if d else "" for d in pairs]
-        rows.append([mode, *cells])
+        rows.append([mode, *(signed(pair) if pair else "" for pair in pairs)])
     return table(["average, paired, with its 95 % interval", *(f"− {other}" for other in others)], rows) + "\n"
 
 
@@ -206,11 +204,11 @@ def drift(runs: Mapping[str, Mapping[str, Any]]) -> str:
     return table(heads, rows) + "\n"
 
 
-def by_recipe(table_name: str, runs: Mapping[str, Mapping[str, Any]]) -> str:
+def domains(runs: Mapping[str, Mapping[str, Any]]) -> str:
     """A table a mode: a line an initialization, a column a set."""
     parts = []
     for mode in f1(next(iter(runs.values()))):
-        lines = by_initialization(table_name, runs, mode)
+        lines = by_initialization("domains", runs, mode)
         sets = list(next(iter(lines.values())))
         rows = [[name, *(points[of].in_percent() for of in sets)] for name, points in lines.items()]
         parts.append(table([mode, *sets], rows))
@@ -230,6 +228,17 @@ def by_initialization(
     return {name: {of: points[of] for of in order_of(table_name, points)} for name, points in found.items() if points}
 
 
+def from_nothing(runs: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line a training: gradients beside other documents', and what is between them on the average over sets."""
+    own, others = (by_initialization("settings", runs, mode) for mode in ("regrad", "random"))
+    rows = []
+    for name, points in own.items():
+        cells = [f"{100 * points[of].mean:.1f} / {100 * others[name][of].mean:.1f}" for of in points]
+        pairs = [difference(runs[f"{of}-{name}"], "regrad", "random") for of in points]
+        rows.append([name, *cells, signed(pooled(pairs))])
+    return table(["regrad / random", *next(iter(own.values())), "average of regrad − random"], rows)
+
+
 def order_of(table_name: str, runs: Iterable[str]) -> list[str]:
     """The runs of the table's own sets first, in its order."""
     sets = TABLES[table_name].sets if table_name in TABLES else ()
@@ -243,7 +252,7 @@ WAYS = {
 }  # fmt: skip
 SHOWN = {
     "main": scores, "adapters": scores, "atoms": sweep, "noise": noise, "protocol": scores, "drift": drift,
-    "domains": partial(by_recipe, "domains"), "settings": partial(by_recipe, "settings"), "latency": latency,
+    "domains": domains, "settings": from_nothing, "latency": latency,
 }  # fmt: skip
 
 

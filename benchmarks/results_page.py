@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import alike, table
+from tables import alike, difference, signed, table
 
-from regrad_loaders.data.scores import Interval, pooled
+from regrad_loaders.data.scores import pooled
 from regrad_qdrant.cli.options import DEFAULT_INIT
 
 MAIN = ("nq_open", "phantomwiki", "hotpotqa", "squad2_dev")
@@ -241,20 +241,11 @@ def differences(runs: dict[str, dict[str, Any]], pairs: Sequence[tuple[str, str,
     """A line a pair of modes: the averages over sets, and each set."""
     rows = []
     for mode, minus, shows in pairs:
-        found = {name: _difference(run, mode, minus) for name, run in runs.items()}
-        whole = [_in_points(pooled([found[name] for name in names])) for names in averages(runs).values()]
-        each = "; ".join(f"{name} {_in_points(difference)}" for name, difference in found.items())
+        found = {name: difference(run, mode, minus) for name, run in runs.items()}
+        whole = [signed(pooled([found[name] for name in names])) for names in averages(runs).values()]
+        each = "; ".join(f"{name} {signed(one)}" for name, one in found.items())
         rows.append([f"{mode} − {minus}", shows, *(f"**{text}**" for text in whole), each])
     return table(["", "what it shows", *averages(runs), "each set"], rows)
-
-
-def _difference(run: dict[str, Any], mode: str, minus: str) -> Interval:
-    found = next(d for d in run["differences"] if (d["mode"], d["minus"]) == (mode, minus))
-    return Interval(found["f1"], *found["f1_interval"])
-
-
-def _in_points(found: Interval) -> str:
-    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} … {100 * found.high:+.1f})"
 
 
 def merging(result: dict[str, Any]) -> str:

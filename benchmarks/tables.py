@@ -6,10 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from regrad_loaders.data.scores import Interval
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def signed(found: Interval) -> str:
+    """A difference of scores and its interval, in points."""
+    return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} … {100 * found.high:+.1f})"
+
+
+def difference(run: Mapping[str, Any], mode: str, minus: str) -> Interval:
+    """How far one mode of a run is from another."""
+    found = next(row for row in run["differences"] if (row["mode"], row["minus"]) == (mode, minus))
+    return Interval(found["f1"], *found["f1_interval"])
 
 
 def renew(page: Path, begin: str, said: str, end: str = "<!-- end -->") -> None:
