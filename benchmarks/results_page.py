@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -75,29 +75,7 @@ The questions that were looked at while it was made:
 By kinds of questions, of which there are ten and more:
 
 {shipped_kinds}
-Other sets that people wrote, a share of whose train splits it has learned (`sh benchmarks/results.sh` adds what a set
-needs: `--filter-field state` for housing_yesno, and `--oracle --distractors 2`, the gold passages among two random
-ones, where BM25 finds few):
-
-    {other_command}
-
-{other}
-{other_differences}
-{other_kinds}
-Questions of yes or no, answered with the likelier option (pubmedqa: yes, no or maybe):
-
-    {yesno_command}
-
-{yesno}
-{yesno_differences}
-Answers in sentences (`style="sentence"`), which fine-tuned models were not trained for; beside F1 the share of the
-answer's words that a sentence has:
-
-    {sentences_command}
-
-{sentences}
-{sentences_differences}
-Sets of which no training has seen a text or a question:
+{others}Sets of which no training has seen a text or a question:
 
     {unseen_command}
 
@@ -165,6 +143,32 @@ The temperature was learned with `margin`; `softmax` borrows it.
 {reading}
 """
 
+OTHER = """Other sets that people wrote, a share of whose train splits it has learned (`sh benchmarks/results.sh` adds
+what a set needs: `--filter-field state` for housing_yesno, and `--oracle --distractors 2`, the gold passages among two
+random ones, where BM25 finds few):
+
+    {command}
+
+{scores}
+{differences}
+{kinds}
+"""
+YESNO = """Questions of yes or no, answered with the likelier option (pubmedqa: yes, no or maybe):
+
+    {command}
+
+{scores}
+{differences}
+"""
+SENTENCES = """Answers in sentences (`style="sentence"`), which fine-tuned models were not trained for; beside F1 the
+share of the answer's words that a sentence has:
+
+    {command}
+
+{scores}
+{differences}
+"""
+
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
     """The runs of a folder by their names, the four sets first."""
@@ -224,6 +228,20 @@ def scores(runs: dict[str, dict[str, Any]]) -> str:
     for title, names in averages(runs).items():
         rows.append([f"**{title}**", "", "", *(f"{mean(f1[n][mode] for n in names):.1f}" for mode in modes)])
     return table(["set", "questions", "recall", *modes], rows)
+
+
+def section(
+    text: str,
+    runs: dict[str, dict[str, Any]],
+    shown: Callable[[dict[str, dict[str, Any]]], str],
+    pairs: Sequence[tuple[str, str, str]],
+) -> str:
+    """A family of runs; nothing where none has been made."""
+    if not runs:
+        return ""
+    return text.format(
+        command=command(runs), scores=shown(runs), differences=differences(runs, pairs), kinds=kinds(runs)
+    )
 
 
 def sentence_scores(runs: dict[str, dict[str, Any]]) -> str:
@@ -300,16 +318,9 @@ def main() -> None:
         shipped=scores(ships),
         shipped_differences=differences(ships, OF_SHIPPED),
         shipped_kinds=kinds(ships),
-        other_command=command(other),
-        other=scores(other),
-        other_differences=differences(other, OF_SHIPPED),
-        other_kinds=kinds(other),
-        yesno_command=command(yesno),
-        yesno=scores(yesno),
-        yesno_differences=differences(yesno, OF_YESNO),
-        sentences_command=command(sentences),
-        sentences=sentence_scores(sentences),
-        sentences_differences=differences(sentences, OF_SENTENCES),
+        others=section(OTHER, other, scores, OF_SHIPPED)
+        + section(YESNO, yesno, scores, OF_YESNO)
+        + section(SENTENCES, sentences, sentence_scores, OF_SENTENCES),
         unseen_command=command(unseen),
         unseen=scores(unseen),
         unseen_differences=differences(unseen, OF_UNSEEN),
