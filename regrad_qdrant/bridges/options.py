@@ -16,10 +16,16 @@ PER_CALL = (
 
 
 def merged(*given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options of these mappings that are `ReGrad.answer`'s, later ones before earlier ones; None is not given."""
+    """The options of these mappings that are `ReGrad.answer`'s, later ones before earlier ones; None is not given. Of
+    filters all hold: what one call asks for never widens what was fixed for all, such as a tenant's own documents."""
     options: dict[str, Any] = {}
     for one in given:
         options |= {name: value for name, value in (one or {}).items() if name in PER_CALL and value is not None}
+    filters = [one["query_filter"] for one in given if one and one.get("query_filter") is not None]
+    if len(filters) > 1:
+        from qdrant_client.models import Filter
+
+        options["query_filter"] = Filter(must=filters)
     return options
 
 
