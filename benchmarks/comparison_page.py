@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import alike, difference, signed, table
+from tables import alike, difference, f1_of, signed, table
 
 from regrad_loaders.bench.drift import Row
 from regrad_loaders.bench.drift import plot as plot_drift
@@ -102,7 +102,7 @@ def differences(runs: Mapping[str, Mapping[str, Any]]) -> str:
     found: dict[tuple[str, str], list[Interval]] = {}
     for run in runs.values():
         for row in run.get("differences", ()):
-            found.setdefault((row["mode"], row["minus"]), []).append(Interval(row["f1"], *row["f1_interval"]))
+            found.setdefault((row["mode"], row["minus"]), []).append(f1_of(row))
     if not found:
         return ""
     others = list(dict.fromkeys(minus for _, minus in found))
@@ -224,7 +224,7 @@ def by_initialization(
     for key, run in runs.items():
         of, _, name = key.partition("-")
         row = next(row for row in run["intervals"] if row["mode"] == mode)
-        found[name or "general"][of] = Interval(row["f1"], *row["f1_interval"])
+        found[name or "general"][of] = f1_of(row)
     return {name: {of: points[of] for of in order_of(table_name, points)} for name, points in found.items() if points}
 
 

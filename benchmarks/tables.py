@@ -14,6 +14,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def f1_of(row: Mapping[str, Any]) -> Interval:
+    """The F1, or the difference of two, in a row of a run's JSON."""
+    return Interval(row["f1"], *row["f1_interval"])
+
+
 def signed(found: Interval) -> str:
     """A difference of scores and its interval, in points."""
     return f"{100 * found.mean:+.1f} ({100 * found.low:+.1f} … {100 * found.high:+.1f})"
@@ -21,8 +26,7 @@ def signed(found: Interval) -> str:
 
 def difference(run: Mapping[str, Any], mode: str, minus: str) -> Interval:
     """How far one mode of a run is from another."""
-    found = next(row for row in run["differences"] if (row["mode"], row["minus"]) == (mode, minus))
-    return Interval(found["f1"], *found["f1_interval"])
+    return f1_of(next(row for row in run["differences"] if (row["mode"], row["minus"]) == (mode, minus)))
 
 
 def renew(page: Path, begin: str, said: str, end: str = "<!-- end -->") -> None:
