@@ -4,7 +4,7 @@
 # Some hours on two cores. A run that is there already is not made again.
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
-data=${DATA:-../shared/data}
+data=${DATA:-../shared/data} dtype=${DTYPE:-bfloat16}
 mkdir -p benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default benchmarks/results/fresh \
     benchmarks/results/unseen benchmarks/results/other benchmarks/results/yesno benchmarks/results/sentences
 
@@ -33,39 +33,39 @@ passages() { # SET QUESTIONS: what is trained with the passages in the prompt
 rivals=random,random/grounded,ft-direct,ft-direct/grounded,ft-rag
 
 shipped() { # SET
-    asked "default/$1" "$1" 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against "regrad,$rivals,ft-rag/grounded" \
+    asked "default/$1" "$1" 160 --init smollm2-135m-instruct --dtype "$dtype" --batch 8 --against "regrad,$rivals,ft-rag/grounded" \
         --modes "regrad,regrad/grounded,regrad/auto,$rivals,ft-rag/grounded"
 }
 
 fresh() { # SET: questions of which none took part in a choice of τ, of an initialization or of a rate
-    asked "fresh/$1" "$1" 120 --skip-sample 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 \
+    asked "fresh/$1" "$1" 120 --skip-sample 160 --init smollm2-135m-instruct --dtype "$dtype" --batch 8 \
         --against "regrad,init,init/grounded,$rivals,ft-rag/grounded" \
         --modes "regrad,regrad/grounded,regrad/auto,init,init/grounded,$rivals,ft-rag/grounded"
 }
 
 unseen() { # SET: none of its texts was trained on
-    asked "unseen/$1" "$1" 80 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against "regrad,$rivals" \
+    asked "unseen/$1" "$1" 80 --init smollm2-135m-instruct --dtype "$dtype" --batch 8 --against "regrad,$rivals" \
         --modes "regrad,regrad/grounded,$rivals"
 }
 
 other() { # SET OPTIONS…: the other sets that people wrote, a share of whose train splits was trained on
     set=$1
     shift
-    asked "other/$set" "$set" 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against "regrad,$rivals" \
+    asked "other/$set" "$set" 160 --init smollm2-135m-instruct --dtype "$dtype" --batch 8 --against "regrad,$rivals" \
         --modes "regrad,regrad/grounded,regrad/auto,$rivals,ft-rag/grounded" "$@"
 }
 
 yesno() { # SET OPTIONS…: the likelier option, with spans or without
     set=$1
     shift
-    asked "yesno/$set" "$set" 160 --init smollm2-135m-instruct --dtype bfloat16 --batch 8 --against random,ft-direct,ft-rag \
+    asked "yesno/$set" "$set" 160 --init smollm2-135m-instruct --dtype "$dtype" --batch 8 --against random,ft-direct,ft-rag \
         --modes regrad,init,random,ft-direct,ft-rag "$@"
 }
 
 sentences() { # SET OPTIONS…
     set=$1
     shift
-    asked "sentences/$set" "$set" 160 --style sentence --init smollm2-135m-instruct --dtype bfloat16 --batch 8 \
+    asked "sentences/$set" "$set" 160 --style sentence --init smollm2-135m-instruct --dtype "$dtype" --batch 8 \
         --against init,random,rag,ft-rag --modes regrad,init,random,direct,rag,ft-direct,ft-rag "$@"
 }
 

@@ -18,6 +18,7 @@ from qdrant_client.http.exceptions import UnexpectedResponse
 from regrad_qdrant import Document, GradientBank
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import make_records
+from regrad_qdrant.bank.bank import Asked
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.embed import Bm25
 from regrad_qdrant.bank.migrate import migrate
@@ -55,9 +56,10 @@ class Angle:
 class Strict:
     """The in-process engine with a server's limits in front of it."""
 
-    def __init__(self, *, shards=1, limit=None, capacity=None, exact=True, unindexed=True):
+    def __init__(self, *, shards=1, limit=None, capacity=None, exact=True, unindexed=True, upserts=None, searches=None):
         self.client = QdrantClient(":memory:")
         self.shards, self.limit, self.capacity, self.exact, self.unindexed = shards, limit, capacity, exact, unindexed
+        self.upserts, self.searches = upserts, searches
         self.indexed, self.calls = set(), []
 
     def __getattr__(self, name):
@@ -80,6 +82,12 @@ class Strict:
         size = max(size, *(one.limit for one in [*(options.get("prefetch") or ()), *_requests(name, arguments)]), 0)
         if self.limit is not None and size > self.limit:
             raise refusal(f'Limit exceeded {size} > {self.limit} for "limit". Help: Reduce the "limit" parameter.')
+        written = len(arguments[1]) if name in ("upsert", "update_vectors") else 0
+        if self.upserts is not None and written > self.upserts:
+            raise refusal(f'Limit exceeded {written} > {self.upserts} for "upsert limit". Help: Reduce it.')
+        searches = len(_requests(name, arguments))
+        if self.searches is not None and searches > self.searches:
+            raise refusal(f'Limit exceeded {searches} > {self.searches} for "search batch size". Help: Reduce it.')
         if self.capacity is not None and size > self.capacity:
             raise refusal("request larger than rate limiter capacity, please try to split your request", 429)
         if name == "count" and options.get("exact") and not self.exact:
@@ -181,6 +189,27 @@ def test_a_search_looks_at_as_many_candidates_as_the_server_allows(monkeypatch, 
     assert sent == ([3, 5] if using == "dense" else [5])  # it is remembered
     with pytest.raises(BankError, match="Limit exceeded 6 > 5"):  # what was asked for is never cut
         bank.search(question, 6, using=using)
+
+
+def test_points_are_written_and_questions_searched_as_many_at_a_time_as_the_server_allows(monkeypatch):
+    client = Strict(upserts=4, searches=2)
+    monkeypatch.setattr(ClientStore, "in_process", False)
+    embedders = {"dense": Angle(), "bm25": Bm25()}
+    bank = GradientBank(ClientStore(client, "docs"), "docs", SPACE, embedders=embedders)
+    bank.create()
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    assert bank.store.count() == COUNT
+    assert len(bank.store.read_ids([point_id(f"d{i}") for i in range(COUNT)])) == COUNT
+    bank.sync([Document(f"d{i}", {"id": f"d{i}", "text": f"{text} Anew."}) for i, text in enumerate(TEXTS)])
+    asked = [Asked(f"Who is person {i}?") for i in range(5)]
+    found = bank.search_many(asked, 3, using="dense")
+    assert [hits[0].relevance for hits in found] == [1.0] * 5
+    client.calls.clear()
+    assert bank.search_many(asked, 3, using="dense") == found
+    batches = [arguments[1] for name, arguments, _ in client.calls if name == "query_batch_points"]
+    assert {len(batch) for batch in batches} == {2} and max(one.limit for batch in batches for one in batch) > 3
+    written = [len(arguments[1]) for name, arguments, _ in client.calls if name == "upsert"]
+    assert max(written, default=0) <= 4
 
 
 def test_where_exact_counts_are_refused_approximate_ones_serve(monkeypatch):

@@ -48,8 +48,11 @@ class ClientStore:
         self.client = client
         self.name = name
         self.owns_client = owns_client  # whether `close` closes it
-        self._page = sys.maxsize  # points that one read may ask for, as far as the server has refused more
-        self._candidates = sys.maxsize  # as many of a search, where some can be spared
+        # What a server in strict mode allows, as far as it has refused more:
+        self._page = sys.maxsize  # points of one read
+        self._batch = sys.maxsize  # points of one write
+        self._searches = sys.maxsize  # searches of one request
+        self._candidates = sys.maxsize  # points of one search, where some can be spared
 
     @property
     def in_process(self) -> bool:
@@ -181,13 +184,28 @@ class ClientStore:
             )
             for point in points
         ]
-        self._request("upsert", structs, wait=True)
+        self._in_parts(structs, lambda part: self._request("upsert", part, wait=True))
+
+    def _in_parts(self, items: Sequence[Any], write: Callable[[Sequence[Any]], Any]) -> None:
+        """Write all of these, in as many requests as the server's limit makes of them."""
+        left = items
+        while left:
+            part = left[: self._batch]
+            try:
+                write(part)
+            except BankError as error:
+                allowed = _allowed(str(error), len(part))
+                if allowed is None:
+                    raise
+                self._batch = allowed
+            else:
+                left = left[len(part) :]
 
     def update_vectors(self, points: Sequence[Point]) -> None:
         from qdrant_client import models
 
         rows = [models.PointVectors(id=point.id, vector=_client_vectors(point.vectors)) for point in points]
-        self._request("update_vectors", rows, wait=True)
+        self._in_parts(rows, lambda part: self._request("update_vectors", part, wait=True))
 
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
         """By a filter on id and state, which one shard checks in the same step as it writes; by id after a look where
@@ -211,7 +229,7 @@ class ClientStore:
         payloads = [models.SetPayload(payload=write.payload, filter=write.target()) for write in writes]
         try:
             operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
-            self._request("batch_update_points", operations, wait=True)
+            self._in_parts(operations, lambda part: self._request("batch_update_points", part, wait=True))
         except UnindexedFilterError:
             self._write_by_id(writes)
 
@@ -225,7 +243,7 @@ class ClientStore:
                 return
             try:
                 operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
-                self._request("batch_update_points", operations, wait=True)
+                self._in_parts(operations, lambda part: self._request("batch_update_points", part, wait=True))
                 return
             except BankError as error:
                 if "No point with id" not in str(error) or attempt == ATTEMPTS - 1:
@@ -248,15 +266,23 @@ class ClientStore:
         self._request("delete", list(ids), wait=True)
 
     def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
-        asked = [search.within(self._candidates) for search in searches]
-        while True:
+        found: list[list[StoredPoint]] = []
+        while left := searches[len(found) :]:
+            part = left[: self._searches]
+            asked = [search.within(self._candidates) for search in part]
             try:
-                return self._search(asked)
+                found += self._search(asked)
             except BankError as error:
-                allowed = _allowed(str(error), max(max(search.limit, search.depth) for search in asked))
-                if allowed is None or asked == (fewer := [search.within(allowed) for search in searches]):
+                sizes = {size for search in asked for size in (search.limit, search.depth)}
+                allowed = _allowed(str(error), max(sizes))
+                of_searches = len(asked) not in sizes and f"exceeded {len(asked)} >" in str(error)
+                if not of_searches and allowed and asked != [search.within(allowed) for search in part]:
+                    self._candidates = allowed
+                elif fewer := _allowed(str(error), len(asked)):
+                    self._searches = fewer
+                else:
                     raise
-                asked, self._candidates = fewer, allowed
+        return found
 
     def _search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
         if len(searches) == 1:
@@ -266,20 +292,25 @@ class ClientStore:
             from qdrant_client import models
 
             requests = [models.QueryRequest(**_query(search)) for search in searches]
-            found = self._request("query_batch_points", requests) if requests else []
+            found = self._request("query_batch_points", requests)
         return [
             [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in answer.points]
             for answer in found
         ]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
-        found: list[StoredPoint] = []
+        found = self._retrieved(ids, with_payload=_selector(with_payload))
+        return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
+
+    def _retrieved(self, ids: Sequence[PointId], **options: Any) -> list[Any]:
+        """The points of these ids, in as many pages as the server's limit makes of them."""
+        found: list[Any] = []
         left = list(ids)
         while left:
             part = left[: self._page]
-            if (answer := self._page_of("retrieve", len(part), part, with_payload=_selector(with_payload))) is None:
+            if (answer := self._page_of("retrieve", len(part), part, **options)) is None:
                 continue  # with a smaller page
-            found += [StoredPoint(plain_id(point.id), point.payload or {}) for point in answer]
+            found += answer
             left = left[len(part) :]
         return found
 
@@ -316,7 +347,7 @@ class ClientStore:
         return [whole_point(point) for point in found], following
 
     def read_ids(self, ids: Sequence[PointId]) -> dict[PointId, Point]:
-        found = self._request("retrieve", list(ids), with_payload=True, with_vectors=True)
+        found = self._retrieved(ids, with_payload=True, with_vectors=True)
         return {point.id: point for point in map(whole_point, found)}
 
     def count(self, query_filter: Filter | None = None) -> int:
