@@ -141,7 +141,7 @@ class GradientBank(AtomCollection):
             for name in self.embedders:
                 if name not in present:
                     raise self._no_vector(name, present)
-            unmade = [name for name in (*present.dense, *present.sparse) if name not in self.embedders]
+            unmade = [name for name in present.names if name not in self.embedders]
             if unmade:
                 raise BankError(
                     f"collection {self.store.name!r} has a vector {unmade[0]!r} that nothing here makes, and documents "
@@ -236,7 +236,7 @@ class GradientBank(AtomCollection):
         ]
         there = {point.id for point in self.atoms.retrieve([write.id for write in valid], False)}
         if new := [Point(write.id, {}, {}) for write in valid if write.id not in there]:
-            self.atoms.upsert(new)
+            self.atoms.upsert(new, only_new=True)  # another ingestion, under another key, may have been faster
         return [PayloadWrite(write.id, write.payload, vacant, bool(vacant)) for write in valid]
 
     def _write(
@@ -421,10 +421,8 @@ class GradientBank(AtomCollection):
         return next(iter(self.embedders))
 
     def _no_vector(self, name: str, present: VectorNames) -> BankError:
-        names = [*present.dense, *present.sparse]
-        return BankError(
-            f"collection {self.store.name!r} has no vector {name!r}; it has {names or 'none'}: name one of these"
-        )
+        names = present.names or "none"
+        return BankError(f"collection {self.store.name!r} has no vector {name!r}; it has {names}: name one of these")
 
     def _text(self, document: Document) -> str:
         text = self.layout.text_of(document.payload)

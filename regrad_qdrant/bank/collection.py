@@ -5,6 +5,7 @@ Nothing here embeds text or writes an atom; `bank` does, and `upkeep` counts, re
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bank.layouts import CORPUS, SUSPECTS, Layout, detect, json_path, keys_of, value_at
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
+    Configuration,
     PointId,
     Store,
     StoredPoint,
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 PAGE = 256
 IDS = 4096  # ids read at a time, where nothing else of a point is
 SAMPLE = 64  # points that show the layout
+LOOKED_THROUGH = 100_000  # points up to which all are looked through for a field of the bank's own name
 LOOK_AGAIN = 10.0  # seconds after which a bank without an atom looks for a sidecar again
+OF_SIDECAR = ("shard_number", "replication_factor", "write_consistency_factor", "on_disk_payload")  # as documents have
 EXAMINED = ("v", "space", "sha", "codec")  # of a record, what says what it is worth
 AtomState = Literal["current", "stale", "damaged", "gone", "missing"]
 
@@ -96,7 +100,13 @@ class AtomCollection:
         return self._atoms
 
     def keep_atoms_in(self, sidecar: str | None) -> None:
-        """Read and write atoms in the collection of this name beside the documents', or in place."""
+        """Read and write atoms in the collection of this name beside the documents', or in place.
+
+        Raises:
+            BankError: if it is the documents' own.
+        """
+        if sidecar == self.store.name:
+            raise BankError(f"the sidecar {sidecar!r} is the documents' own collection: give it another name")
         self._atoms = self.store if sidecar is None else self.store.sibling(sidecar)
 
     @property
@@ -186,10 +196,55 @@ class AtomCollection:
         return models.FieldCondition(key=self.space_path, match=models.MatchValue(value=self.space))
 
     def index(self) -> None:
-        """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar. Again changes nothing."""
+        """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar, on as many shards and
+        replicas as the documents have. Again changes nothing."""
         if self.in_sidecar and not self.atoms.exists():
-            self.atoms.create(VectorNames())
+            kept = {name: value for name, value in self.store.configuration().settings.items() if name in OF_SIDECAR}
+            self.atoms.create_as(Configuration(VectorNames(), {"vectors_config": {}, **kept}))
         self.atoms.create_keyword_index(self.space_path)
+
+    def check_place(self) -> None:
+        """Refuse to write atoms where something else stands, before anything is written.
+
+        Every point of a collection is looked at up to 100,000; of a larger one, and where strict mode refuses the
+        filter, the first ones.
+
+        Raises:
+            BankError: if points have a field of the bank's name that is no atom, if the sidecar is a collection with
+                vectors, or if the server distributes the points by shard keys of the user's, which a write must name.
+        """
+        if self.in_sidecar and self.atoms.exists() and (vectors := self.atoms.vectors()).names:
+            raise BankError(
+                f"collection {self.atoms.name!r} has vectors ({', '.join(vectors.names)}), so it is no sidecar: choose "
+                "a name that no collection has (--sidecar NAME)"
+            )
+        if not self.atoms.exists():
+            return
+        if self.atoms.has_shard_keys:
+            raise BankError(
+                f"collection {self.atoms.name!r} is sharded by keys of its own, which every write would have to name: "
+                "keep the atoms in a sidecar (--sidecar NAME)"
+            )
+        if foreign := self._foreign():
+            raise BankError(
+                f"point {foreign[0].id!r} has a field {self.payload_key!r} that is no atom, and it would be written "
+                "over: choose another key (--payload-key NAME)"
+            )
+
+    def _foreign(self) -> list[StoredPoint]:
+        """Points that have something else than an atom under the bank's key."""
+        from qdrant_client import models
+
+        def empty(path: str) -> Any:
+            return models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
+
+        if self.atoms.count() <= LOOKED_THROUGH:
+            theirs = models.Filter(must=[empty(self.space_path)], must_not=[empty(self.payload_key)])
+            with contextlib.suppress(UnindexedFilterError):
+                return self.atoms.scroll(theirs, 1, None, False)[0]
+        first, _ = self.atoms.scroll(None, SAMPLE, None, [self.payload_key])
+        values = [(point, point.payload.get(self.payload_key)) for point in first]
+        return [p for p, v in values if v not in (None, []) and not (isinstance(v, Mapping) and "space" in v)]
 
     def describe(self, space: AtomSpace, embedders: Mapping[str, Any] | None = None) -> None:
         """Note in the collection's metadata what readers need to know (Qdrant 1.16 and later; older ones ignore it):
@@ -340,6 +395,15 @@ class AtomCollection:
             there = {point.id for point in self.store.retrieve([point.id for point in page], False)}
             yield from (point.id for point in page if point.id not in there)
 
+    def notes_other_spaces(self) -> bool:
+        """Whether ingestion noted another space whose atoms are in the documents' own points under the bank's key."""
+        entries = self.store.read_metadata().items()
+        return any(
+            key.startswith(f"{self.payload_key}.") and key != self.metadata_key and "sidecar" not in entry
+            for key, entry in entries
+            if isinstance(entry, Mapping)
+        )
+
     def has_other_spaces(self) -> bool:
         """Whether a point carries an atom of another space under the bank's key, as its payload says."""
         if self.in_sidecar and not self.atoms.exists():
@@ -392,7 +456,7 @@ class AtomCollection:
 
     def with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
         """The points with what the sidecar holds for them, as if it stood in their payload."""
-        if not self.in_sidecar and not any(self.payload_key in point.payload for point in points):
+        if not self.in_sidecar and not any(map(self.belongs, points)):
             self._look_again()
         if not self.in_sidecar or not points:
             return list(points)

@@ -172,8 +172,10 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
     """Make a collection ready for atoms of a space: its index, and what is noted of the space beside it.
 
     Raises:
-        BankError: if it has atoms of another space under the same key, and they are not to be replaced.
+        BankError: if it has atoms of another space under the same key, and they are not to be replaced; or as
+            `AtomCollection.check_place`.
     """
+    bank.check_place()
     bank.index()  # first: a server in strict mode filters by nothing else
     if not replace and bank.has_other_spaces():
         raise BankError(

@@ -56,13 +56,13 @@ def migrate(
         raise BankError(f"there is no collection {source.name!r} to copy")
     vectors = source.vectors()
     report = MigrationReport()
-    if not target.exists():
-        report.left_out = target.create_as(source.configuration())
-    elif target.vectors() != vectors:
+    if target.exists() and target.vectors() != vectors:
         raise BankError(
             f"collection {target.name!r} exists with other vectors: {target.vectors()}, expected {vectors}: choose "
             "another name for the copy"
         )
+    if not target.exists() or not target.count():  # or it was stopped before its indexes were made
+        report.left_out = target.create_as(source.configuration())
     offset: PointId | None = None
     while True:
         points, offset = source.read(PAGE, offset)

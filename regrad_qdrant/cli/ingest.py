@@ -57,6 +57,7 @@ WHY_SIDECAR = (
     "a server copies and indexes anew every point that gets an atom in place, so from 20,000 points a collection of "
     "their own is twice as fast, at 100,000 eight times"
 )
+WHY_SHARD_KEYS = "this collection is sharded by keys of its own, which every write would have to name"
 HAYSTACK_ADVICE = (
     "Haystack hands on the whole payload as a document's meta, and writes it back when a document is edited: a sidecar "
     "keeps atoms out of it (--sidecar NAME)"
@@ -192,7 +193,7 @@ def ingest(
         with bank_of(store, made, payload_key, dense, text_path, sidecar=place, language=language) as bank:
             _warn_of(codec, made)
             if passages is None and not in_place:
-                _choose_place(bank, dry_run=False)
+                _choose_place(bank, replace, dry_run=False)
             _on_cluster(bank, made, passages, (init, model, device, dtype), url, codec, cluster, options, json_out)
         return
     initialization, base, tokenizer = load(init, model, device, dtype)
@@ -202,7 +203,7 @@ def ingest(
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
         _warn_of(codec, initialization)
         if passages is None and not in_place:
-            _choose_place(bank, dry_run)
+            _choose_place(bank, replace, dry_run)
         if dry_run:
             _rehearse(regrad, passages, codec, json_out)
             return
@@ -295,21 +296,22 @@ def _opening(bank: GradientBank, url: str | None) -> Callable[[], GradientBank] 
     )
 
 
-def _choose_place(bank: GradientBank, dry_run: bool) -> None:
-    """A sidecar for a server's large collection that has no atoms yet; advice where atoms are in place."""
+def _choose_place(bank: GradientBank, replace: bool, dry_run: bool) -> None:
+    """A sidecar for a server's collection that takes no writes in place, or that is large and has no atoms yet; advice
+    where atoms are in place. Those of another space that are to be replaced are replaced where they are."""
     if bank.in_sidecar:
         return
-    if bank.store.copies_points and bank.store.count() >= IN_PLACE:
-        name = f"{bank.store.name}-regrad"
-        if not bank.count_atoms():
+    apart, large = bank.store.has_shard_keys, bank.store.copies_points and bank.store.count() >= IN_PLACE
+    if apart or large:
+        name, why = f"{bank.store.name}-regrad", WHY_SHARD_KEYS if apart else WHY_SIDECAR
+        if not bank.count_atoms() and not (replace and bank.notes_other_spaces()):
             bank.keep_atoms_in(name)
+            bank.check_place()
             if dry_run or bank.note_sidecar():
-                console.print(
-                    f"Atoms go into the sidecar {name!r}: {WHY_SIDECAR} (--in-place overrides)", highlight=False
-                )
+                console.print(f"Atoms go into the sidecar {name!r}: {why} (--in-place overrides)", highlight=False)
                 return
             bank.keep_atoms_in(None)  # this server would not tell readers where they are
-        console.print(f"Consider --sidecar {name}: {WHY_SIDECAR}", highlight=False)
+        console.print(f"Consider --sidecar {name}: {why}", highlight=False)
     if bank.layout.name == "Haystack":
         console.print(HAYSTACK_ADVICE, highlight=False)
 

@@ -94,6 +94,8 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "note_sidecar",
         "keep_atoms_in",
         "absent_fields",
+        "check_place",
+        "notes_other_spaces",
         "name_documents_by",
     }  # parts of ingestion, which is a command, and of the methods that are there
     assert methods(GradientBank) - inside <= methods(AsyncGradientBank)

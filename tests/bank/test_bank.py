@@ -15,7 +15,7 @@ from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.layouts import Layout
-from regrad_qdrant.bank.stores.base import PayloadWrite, SparseVector
+from regrad_qdrant.bank.stores.base import PayloadWrite, Point, SparseVector, VectorNames
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.bank.upkeep import count_finer
@@ -649,3 +649,57 @@ def test_a_sidecar_that_was_made_after_a_bank_was_opened_is_found(store, monkeyp
         pytest.skip("no metadata")
     [after] = early.search("Noor", 1)
     assert before.record is None and after.record == records(PEOPLE)[1]
+
+
+@pytest.mark.parametrize("sidecar", [None, "regrad_test_atoms"])
+@pytest.mark.parametrize("value", ["mine", {"of": "mine"}, 7])
+def test_a_field_of_the_users_under_the_banks_key_is_never_written_over(store, value, sidecar):
+    first = GradientBank(store, store.name, SPACE)
+    first.create()
+    first.add(documents())
+    if sidecar:
+        first.keep_atoms_in(sidecar)
+        first.index()
+        first.atoms.upsert([Point(point_id("d2"), {}, {"regrad": value})])
+    else:
+        store.set_payload([PayloadWrite(point_id("d2"), {"regrad": value})])
+    with pytest.raises(BankError, match="'regrad' that is no atom"):
+        first.check_place()
+    other = GradientBank(store, store.name, SPACE, payload_key="atoms", sidecar=sidecar)
+    other.check_place()
+    if sidecar:
+        first.atoms.delete_keys(["regrad"], models.Filter(must=[models.HasIdCondition(has_id=[point_id("d2")])]))
+    else:
+        store.delete_keys(["regrad"], models.Filter(must=[models.HasIdCondition(has_id=[point_id("d2")])]))
+    fill(first)
+    first.check_place()
+
+
+def test_of_a_large_collection_the_first_points_are_looked_at(bank, monkeypatch):
+    monkeypatch.setattr("regrad_qdrant.bank.collection.LOOKED_THROUGH", 0)
+    fill(bank, 3)
+    bank.check_place()
+    bank.store.set_payload([PayloadWrite(point_id("d3"), {"regrad": "mine"})])
+    with pytest.raises(BankError, match="choose another key"):
+        bank.check_place()
+
+
+def test_a_sidecar_is_neither_the_documents_own_collection_nor_one_with_vectors(bank):
+    with pytest.raises(BankError, match="documents' own collection"):
+        GradientBank(bank.store, bank.store.name, SPACE, sidecar=bank.store.name)
+    theirs = bank.store.sibling("regrad_test_atoms")
+    theirs.create(VectorNames({"text": 3}))
+    beside = GradientBank(bank.store, bank.store.name, SPACE, sidecar="regrad_test_atoms")
+    with pytest.raises(BankError, match=r"has vectors \(text\), so it is no sidecar"):
+        beside.check_place()
+
+
+def test_other_spaces_in_the_documents_points_are_noted_and_those_in_a_sidecar_are_not(bank):
+    other = GradientBank(bank.store, bank.store.name, OTHER)
+    assert not bank.notes_other_spaces()
+    bank.store.write_metadata({other.metadata_key: {"sidecar": "elsewhere"}})
+    if not bank.store.read_metadata():
+        pytest.skip("this store keeps no metadata")
+    assert not bank.notes_other_spaces()
+    bank.store.write_metadata({other.metadata_key: {"space": "lora"}})
+    assert bank.notes_other_spaces() and not other.notes_other_spaces()

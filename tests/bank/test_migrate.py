@@ -67,6 +67,17 @@ def test_a_copy_that_was_stopped_goes_on_and_a_changed_point_is_copied_again(pai
     assert target.read_ids([3])[3].payload == {"text": "Person 3 is a judge now."}
 
 
+def test_a_copy_that_was_stopped_before_its_settings_were_complete_gets_them(pair, monkeypatch):
+    bank, target = pair
+    target.create(bank.store.vectors())
+    bank.store.write_metadata({"made": "by them"})
+    migrate(bank.store, target)
+    assert target.read_metadata() == bank.store.read_metadata()
+    target.write_metadata({"made": "by us"})
+    migrate(bank.store, target)
+    assert target.read_metadata()["made"] == "by us"  # a target with points keeps its own settings
+
+
 def test_a_target_with_other_vectors_is_refused(pair):
     bank, target = pair
     target.create(VectorNames({"other": 3}))

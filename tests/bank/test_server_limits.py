@@ -22,7 +22,7 @@ from regrad_qdrant.bank.bank import Asked
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.embed import Bm25
 from regrad_qdrant.bank.migrate import migrate
-from regrad_qdrant.bank.stores.base import PayloadWrite, VectorNames
+from regrad_qdrant.bank.stores.base import Configuration, PayloadWrite, VectorNames
 from regrad_qdrant.bank.stores.client import ClientStore
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.errors import BankError
@@ -210,6 +210,31 @@ def test_points_are_written_and_questions_searched_as_many_at_a_time_as_the_serv
     assert {len(batch) for batch in batches} == {2} and max(one.limit for batch in batches for one in batch) > 3
     written = [len(arguments[1]) for name, arguments, _ in client.calls if name == "upsert"]
     assert max(written, default=0) <= 4
+
+
+def test_a_collection_with_shard_keys_takes_no_atoms_in_place(monkeypatch):
+    bank = bank_over(Strict(), monkeypatch)
+    monkeypatch.setattr(ClientStore, "has_shard_keys", property(lambda self: self.name == "docs"))
+    with pytest.raises(BankError, match="sharded by keys of its own"):
+        bank.check_place()
+    GradientBank(bank.store, "docs", SPACE, sidecar="atoms").check_place()
+
+
+def test_a_sidecar_is_made_with_the_documents_shards_and_replicas_and_replaces_no_point(monkeypatch):
+    client = Strict()
+    bank = bank_over(client, monkeypatch)
+    of_server = {"shard_number": 3, "replication_factor": 2, "write_consistency_factor": 2, "hnsw_config": {"m": 8}}
+    found = Configuration(bank.store.vectors(), of_server)
+    monkeypatch.setattr(ClientStore, "configuration", lambda self: found)
+    bank.keep_atoms_in("atoms")
+    fill(bank)
+    [made] = [
+        options for name, arguments, options in client.calls if name == "create_collection" and "atoms" in arguments
+    ]
+    assert made == {"vectors_config": {}, **{name: of_server[name] for name in list(of_server)[:3]}}
+    [written] = [options for name, arguments, options in client.calls if name == "upsert" and "atoms" in arguments]
+    assert written["update_mode"] == models.UpdateMode.INSERT_ONLY
+    assert bank.status().atoms == COUNT
 
 
 def test_where_exact_counts_are_refused_approximate_ones_serve(monkeypatch):

@@ -386,6 +386,17 @@ def test_a_servers_large_collection_gets_a_sidecar_unless_told_otherwise(run, fo
     assert code == 0 and "Consider --sidecar docs-regrad" in out and "12 present" in out
 
 
+def test_atoms_of_another_initialization_are_replaced_where_they_are(run, folder, tmp_path, monkeypatch):
+    ingest(run, folder)
+    monkeypatch.setattr("regrad_qdrant.cli.ingest.IN_PLACE", 10)
+    monkeypatch.setattr("regrad_qdrant.bank.stores.edge.EdgeStore.copies_points", True)
+    monkeypatch.setattr("regrad_qdrant.bank.collection.AtomCollection.count_atoms", lambda self: 0)
+    monkeypatch.setattr("regrad_qdrant.bank.collection.AtomCollection.notes_other_spaces", lambda self: True)
+    code, out, err = run("ingest", "--from-collection", "docs", "--path", "bank", "--replace")
+    assert code == 0 and "Consider --sidecar docs-regrad" in out, err
+    assert not (tmp_path / "bank" / "docs-regrad").exists()
+
+
 def test_a_cluster_warns_and_reports_as_one_process_does(run, folder, monkeypatch):
     from regrad_qdrant.bank.cluster import ClusterReport
 

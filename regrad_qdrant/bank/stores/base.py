@@ -132,8 +132,12 @@ class VectorNames:
     distances: dict[str, str] = field(default_factory=dict)  # of dense ones, as Qdrant calls them, if not Cosine
     without_idf: tuple[str, ...] = ()  # sparse ones that lack the IDF modifier
 
+    @property
+    def names(self) -> list[str]:
+        return [*self.dense, *self.sparse]
+
     def __contains__(self, name: str) -> bool:
-        return name in self.dense or name in self.sparse
+        return name in self.names
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,10 @@ class Store(Protocol):
     def copies_points(self) -> bool:
         """Whether a payload write copies the whole point, vectors and all, to be indexed again."""
 
+    @property
+    def has_shard_keys(self) -> bool:
+        """Whether points are distributed by shard keys of the user's, which every write would have to name."""
+
     def remarks(self) -> list[str]:
         """What the engine is, and what its settings mean for atoms: for people to read."""
 
@@ -174,9 +182,11 @@ class Store(Protocol):
     def configuration(self) -> Configuration: ...
 
     def create_as(self, configuration: Configuration) -> list[str]:
-        """Make the collection with these settings; returns the names of those that this engine does not hold."""
+        """Make the collection with these settings, or what an empty one lacks of its indexes and metadata; returns the
+        names of those that this engine does not hold."""
 
-    def upsert(self, points: Sequence[Point]) -> None: ...
+    def upsert(self, points: Sequence[Point], *, only_new: bool = False) -> None:
+        """Write whole points; with `only_new` none that is there by then is replaced (a server from Qdrant 1.17)."""
 
     def update_vectors(self, points: Sequence[Point]) -> None:
         """Replace the vectors of existing points; their payloads stay."""

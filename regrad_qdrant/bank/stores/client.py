@@ -70,6 +70,10 @@ class ClientStore:
     def copies_points(self) -> bool:
         return not self.in_process  # from 1.17, and earlier where a segment is immutable
 
+    @property
+    def has_shard_keys(self) -> bool:
+        return bool(self._request("get_collection").config.params.sharding_method == "custom")
+
     def remarks(self) -> list[str]:
         if self.in_process:
             return []
@@ -117,6 +121,8 @@ class ClientStore:
         self._create({"vectors_config": dense[""] if unnamed else dense, "sparse_vectors_config": sparse})
 
     def _create(self, settings: Mapping[str, Any]) -> None:
+        if self.exists():
+            return
         try:
             self._request("create_collection", **settings)
         except BankError:
@@ -150,6 +156,7 @@ class ClientStore:
             settings |= {
                 "shard_number": parameters.shard_number,
                 "replication_factor": parameters.replication_factor,
+                "write_consistency_factor": parameters.write_consistency_factor,
                 "hnsw_config": models.HnswConfigDiff(**config.hnsw_config.model_dump()),
                 "optimizers_config": models.OptimizersConfigDiff(**config.optimizer_config.model_dump()),
                 "strict_mode_config": getattr(config, "strict_mode_config", None),
@@ -173,9 +180,12 @@ class ClientStore:
             self.write_metadata(dict(configuration.metadata))
         return left_out
 
-    def upsert(self, points: Sequence[Point]) -> None:
+    def upsert(self, points: Sequence[Point], *, only_new: bool = False) -> None:
         from qdrant_client import models
 
+        options: dict[str, Any] = {"wait": True}
+        if only_new and hasattr(models, "UpdateMode"):  # from qdrant-client 1.17
+            options["update_mode"] = models.UpdateMode.INSERT_ONLY
         structs = [
             models.PointStruct(
                 id=point.id,
@@ -184,7 +194,7 @@ class ClientStore:
             )
             for point in points
         ]
-        self._in_parts(structs, lambda part: self._request("upsert", part, wait=True))
+        self._in_parts(structs, lambda part: self._request("upsert", part, **options))
 
     def _in_parts(self, items: Sequence[Any], write: Callable[[Sequence[Any]], Any]) -> None:
         """Write all of these, in as many requests as the server's limit makes of them."""

@@ -43,6 +43,7 @@ class EdgeStore:
 
     one_thread = False
     copies_points = False
+    has_shard_keys = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -111,7 +112,8 @@ class EdgeStore:
         return Configuration(self.vectors(), metadata=self.read_metadata())
 
     def create_as(self, configuration: Configuration) -> list[str]:
-        self.create(configuration.vectors)
+        if not self.exists():
+            self.create(configuration.vectors)
         if configuration.metadata:
             self.write_metadata(dict(configuration.metadata))
         left_out = [f"the payload index on {name}" for name in configuration.indexes]
@@ -121,7 +123,7 @@ class EdgeStore:
             settings.append("the vectors' on_disk, hnsw_config or quantization_config")
         return left_out + settings
 
-    def upsert(self, points: Sequence[Point]) -> None:
+    def upsert(self, points: Sequence[Point], *, only_new: bool = False) -> None:  # nobody else writes a shard
         import qdrant_edge as edge
 
         rows = [
