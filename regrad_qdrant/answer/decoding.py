@@ -45,7 +45,7 @@ class Task:
 
     @property
     def rows(self) -> int:
-        """Of the batch whose rows have updates: one, or one for each spelling of each option."""
+        """Of the batch: one, or one for each spelling of each option."""
         return max(1, len(self.prompt.spellings))
 
 

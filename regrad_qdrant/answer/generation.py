@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.base_model import input_device
-from regrad_qdrant.model.gradients import answer_losses
+from regrad_qdrant.model.gradients import mean_losses, pad
+from regrad_qdrant.model.head import head_of
 from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, PromptFunction
 
@@ -162,61 +163,80 @@ def next_logits(base: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tenso
         ids: (rows, tokens) that the cache, None at first, does not have yet.
         mask: (rows, all tokens), padded on the left.
     """
-    known = _taken(base.forward.__func__)
-    options: dict[str, Any] = {}
-    if "logits_to_keep" in known:
-        options["logits_to_keep"] = 1
-    if "position_ids" in known:
-        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    output = base(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
+    options = {"logits_to_keep": 1} if "logits_to_keep" in _taken(type(base).forward) else {}
+    output = _read_on(base, ids, mask, cache, **options)
     return output.logits[:, -1].float(), output.past_key_values
+
+
+def _read_on(module: Any, ids: Tensor, mask: Tensor, cache: Any, **options: Any) -> Any:
+    """What a base model, or its decoder, returns of these tokens after those in the cache."""
+    if "position_ids" in _taken(type(module).forward):
+        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    return module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
 
 
 @functools.cache
 def _taken(forward: Callable[..., Any]) -> frozenset[str]:
-    """What a class of models' forward pass takes."""
+    """What a class's forward pass takes; an object's own may be wrapped, where a model is spread over devices."""
     return frozenset(inspect.signature(forward).parameters)
 
 
 def choose(
     peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt], asking: Asking | None = None
 ) -> list[Generated]:
-    """Of each prompt's options the likeliest answer: by the mean log-probability of its tokens and its end.
-
-    Every spelling of every prompt's options is a row of one batch, prompt by prompt: a change of each row is given so
-    (`Adapter.rows`).
-    """
+    """Of each prompt's options the likeliest answer: by the mean log-probability of its tokens and its end."""
     asking = asking or Asking()
     before = read(base_of(peft_model), tokenizer, prompts, asking)
-    answered = zip(prompts, before, strict=True)
-    pairs = [(prompt, ids, said) for prompt, ids in answered for said, _ in prompt.spellings]
-    means = _mean_log_probabilities(peft_model, tokenizer, pairs, asking)
-    answers = []
-    for prompt, asked in zip(prompts, before, strict=True):
-        count = len(prompt.spellings)
-        own, means = means[:count], means[count:]
-        answers.append(Generated(prompt.spellings[own.index(max(own))][1], len(asked)))
-    return answers
+    said = [[spelling for spelling, _ in prompt.spellings] for prompt in prompts]
+    means = _mean_log_probabilities(peft_model, tokenizer, prompts, before, said, asking)
+    return [
+        Generated(prompt.spellings[own.index(max(own))][1], len(ids))
+        for prompt, ids, own in zip(prompts, before, means, strict=True)
+    ]
 
 
 def mean_log_probabilities(
     peft_model: PeftModel, tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[str], asking: Asking
 ) -> list[float]:
     """Of each answer to its prompt, over its tokens and its end."""
-    pairs = zip(prompts, token_ids(tokenizer, prompts, asking), answers, strict=True)
-    return _mean_log_probabilities(peft_model, tokenizer, list(pairs), asking)
+    ids = token_ids(tokenizer, prompts, asking)
+    means = _mean_log_probabilities(peft_model, tokenizer, prompts, ids, [[answer] for answer in answers], asking)
+    return [mean for [mean] in means]
 
 
 def _mean_log_probabilities(
-    peft_model: PeftModel, tokenizer: Any, pairs: Sequence[tuple[Prompt, list[int], str]], asking: Asking
-) -> list[float]:
-    """As above, in one batch of prompts with their token ids and answers."""
+    peft_model: PeftModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    ids: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[str]],
+    asking: Asking,
+) -> list[list[float]]:
+    """Of each prompt's answers, over their tokens and their end.
+
+    A prompt is read once, and its answers go on from there. They are rows of one batch: n·i to n·(i + 1) − 1 are those
+    of prompt i, n as many as any has (`plugin.row_updates` gives all of them the change of row i).
+    """
     import torch
 
-    targets = [(ids, asking.format.target(tokenizer, said, asking.length(prompt))) for prompt, ids, said in pairs]
+    base, pad_id = base_of(peft_model), tokenizer.pad_token_id or 0
+    count = max(map(len, answers))
+    targets: list[list[int]] = []
+    for prompt, own in zip(prompts, answers, strict=True):
+        found = [asking.format.target(tokenizer, answer, asking.length(prompt)) for answer in own]
+        targets += found + found[:1] * (count - len(own))
+    asked, mask = padded_left(ids, pad_id, input_device(base))
+    decoder, head = base.get_decoder(), head_of(base)
     with torch.inference_mode():
-        losses, _ = answer_losses(peft_model, targets, tokenizer.pad_token_id or 0)
-    return (-losses).tolist()
+        output = _read_on(decoder, asked, mask, None)
+        states = output[0][:, -1:].repeat_interleave(count, dim=0)
+        if max(map(len, targets)) > 1:
+            said, _ = pad([target[:-1] for target in targets], pad_id, asked.device)
+            mask = torch.cat([mask.repeat_interleave(count, dim=0), torch.ones_like(said)], dim=1)
+            output.past_key_values.batch_repeat_interleave(count)
+            states = torch.cat([states, _read_on(decoder, said, mask, output.past_key_values)[0]], dim=1)
+        means, _ = mean_losses(states, head, targets)
+    return (-means).view(len(prompts), count).tolist()
 
 
 def ends_of(base: Any, tokenizer: Any) -> list[int]:

@@ -324,8 +324,7 @@ class ReGrad:
         tasks = [self.decoder.task(one) for one in found]
         said: dict[int, Generated] = {}
         for part in parts(tasks):
-            rows = [i for i in part for _ in range(tasks[i].rows)]
-            with self.adapter.rows([merged[i].total for i in rows], [asked[i].mode in BARE for i in rows]):
+            with self.adapter.rows([merged[i].total for i in part], [asked[i].mode in BARE for i in part]):
                 times.append(time.perf_counter())
                 answers = self.decoder.answers([tasks[i] for i in part])
                 times.append(time.perf_counter())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import AdapterError, DataError
 from regrad_qdrant.model.base_model import input_device
-from regrad_qdrant.model.head import head_of
+from regrad_qdrant.model.head import Head, head_of
 from regrad_qdrant.model.plugin import base_of, by_rows, lora_layers
 
 if TYPE_CHECKING:
@@ -56,21 +56,35 @@ def answer_losses(
 ) -> tuple[Tensor, Tensor]:
     """For the token ids of each prompt and answer, in one batch: the answer's mean negative log-likelihood, and whether
     every one of its tokens is the likeliest (pairs,)."""
+    base = base_of(peft_model)
+    ids, mask = pad([[*prompt, *answer] for prompt, answer in pairs], pad_id, input_device(base))
+    starts = [len(prompt) - 1 for prompt, _ in pairs]
+    return mean_losses(hidden_states(peft_model, ids, mask), head_of(base), [answer for _, answer in pairs], starts)
+
+
+def mean_losses(
+    states: Tensor, head: Head, answers: Sequence[Sequence[int]], starts: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Of each row's answer the mean negative log-likelihood of its tokens, and whether each of them is the likeliest
+    (rows,).
+
+    Args:
+        states: (rows, tokens, hidden), the last hidden states.
+        answers: of each row, token ids.
+        starts: of each row, where the state stands that predicts the first of them; by itself 0.
+    """
     import torch
 
     from regrad_qdrant.model.loss import token_cross_entropy
 
-    base = base_of(peft_model)
-    ids, mask = pad([[*prompt, *answer] for prompt, answer in pairs], pad_id, input_device(base))
-    hidden, head = hidden_states(peft_model, ids, mask), head_of(base)
-    where = head.weight.device
-    row = torch.tensor([i for i, (_, answer) in enumerate(pairs) for _ in answer], device=where)
-    at = torch.tensor([len(prompt) - 1 + i for prompt, answer in pairs for i in range(len(answer))], device=where)
-    goal = torch.tensor([token for _, answer in pairs for token in answer], device=where)
-    losses, best = token_cross_entropy(hidden.to(where)[row, at], head, goal)
-    lengths = torch.bincount(row, minlength=len(pairs))
-    means = losses.new_zeros(len(pairs)).index_add(0, row, losses) / lengths
-    right = losses.new_zeros(len(pairs)).index_add(0, row, (best == goal).to(losses.dtype))
+    where, starts = head.weight.device, starts or [0] * len(answers)
+    row = torch.tensor([i for i, answer in enumerate(answers) for _ in answer], device=where)
+    at = torch.tensor([s + i for s, answer in zip(starts, answers, strict=True) for i in range(len(answer))])
+    goal = torch.tensor([token for answer in answers for token in answer], device=where)
+    losses, best = token_cross_entropy(states.to(where)[row, at.to(where)], head, goal)
+    lengths = torch.bincount(row, minlength=len(answers))
+    means = losses.new_zeros(len(answers)).index_add(0, row, losses) / lengths
+    right = losses.new_zeros(len(answers)).index_add(0, row, (best == goal).to(losses.dtype))
     return means, (right == lengths).float()
 
 

@@ -1,5 +1,6 @@
 """What the model says: ends, greed, options, streams, prompts of one's own."""
 
+import functools
 import itertools
 import json
 import math
@@ -10,8 +11,10 @@ import torch
 from conftest import regrad_over, state_of, tiny_model
 
 from regrad_qdrant import Prompt, Query, ReGrad
-from regrad_qdrant.answer.generation import Asking, choose, generate
+from regrad_qdrant.answer.generation import Asking, choose, encoded, generate, mean_log_probabilities, next_logits
 from regrad_qdrant.errors import DataError, RegradError
+from regrad_qdrant.model.gradients import answer_losses
+from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.model.prompts import PromptFormat
 
 TEXTS = ["Ida Corvand works as a baker in Aalborg.", "Noor Vasky is a diver.", "Orla Finch plays the harp."]
@@ -45,6 +48,36 @@ def test_greedy_is_greedy_whatever_the_models_own_generation_config_says(model, 
     config.repetition_penalty, config.no_repeat_ngram_size, config.do_sample = 5.0, 1, True
     assert generate(model, tokenizer, [prompt]) == [plain]
     assert model.generation_config is config and config.repetition_penalty == 5.0
+
+
+def test_answers_that_go_on_from_one_reading_of_their_prompt_have_the_log_probabilities_of_a_whole_pass(
+    model, tokenizer
+):
+    prompts = [Prompt("Is it so?"), Prompt("Which of the two houses by the sea is red, and since when?")]
+    said = ["a red house", "no"]
+    found = mean_log_probabilities(model, tokenizer, prompts, said, Asking())
+    ids = [tokenizer(prompt.render(tokenizer), add_special_tokens=False).input_ids for prompt in prompts]
+    targets = [[*tokenizer(one, add_special_tokens=False).input_ids, tokenizer.eos_token_id] for one in said]
+    losses, _ = answer_losses(model, list(zip(ids, targets, strict=True)), 0)
+    assert found == pytest.approx((-losses).tolist(), abs=1e-5)
+
+
+def test_a_spread_model_whose_forward_is_wrapped_is_asked_for_its_last_logits_alone(model, tokenizer):
+    base = base_of(model)
+    ids, mask = encoded(base, tokenizer, [Prompt("Is it so?")])
+    expected, _ = next_logits(base, ids, mask, None)
+    asked, own = [], base.forward
+
+    def wrapped(*args, **options):  # as accelerate's hooks do
+        asked.append(options)
+        return own(*args, **options)
+
+    base.forward = functools.partial(wrapped)
+    try:
+        found, _ = next_logits(base, ids, mask, None)
+    finally:
+        del base.forward
+    assert torch.equal(found, expected) and asked[0]["logits_to_keep"] == 1 and "position_ids" in asked[0]
 
 
 def test_options_are_chosen_by_the_mean_log_probability_of_their_tokens_and_end(model, tokenizer):
