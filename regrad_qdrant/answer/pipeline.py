@@ -363,9 +363,9 @@ class ReGrad:
             total = self.adapter.decode(weighed.records, weighed.shares)
             return Merged(total, weighed.weights, usable.notes, usable.skipped, weighed.windows)
         except RecordError:
-            if self.filling.policy.on_damaged == "refuse":
-                raise
-        examined = [replace(hit, damaged=self._damage(hit)) for hit in usable.hits]
+            examined = [replace(hit, damaged=self._damage(hit)) for hit in usable.hits]
+            if self.filling.policy.on_damaged == "refuse" or not any(hit.damaged for hit in examined):
+                raise  # in the second case it is their sum that overflows
         [left] = self.filling.usable([examined], [False])
         return self._sum(Usable(left.hits, [*usable.notes, *left.notes], usable.skipped | left.skipped), question)
 

@@ -58,7 +58,9 @@ class Retrieval:
     ) -> list[Found]:
         """`retrieve` for asyncio: the search is awaited on the event loop with an `AsyncGradientBank`, and made by a
         thread of this object's own with any other bank; never by the loop's executor, whose threads a client may need
-        to resolve a host's name."""
+        to resolve a host's name. Questions that read no document wait for no thread."""
+        if not any(map(_reads, asked)):
+            return self.retrieve(asked, top_k, using, seed)
         if self._async_bank is not None:
             return await self._async_bank.run(self.retrieve, asked, top_k, using, seed)
         loop = asyncio.get_running_loop()
@@ -66,7 +68,7 @@ class Retrieval:
 
     def retrieve(self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Found]:
         """The documents that each question is answered from: all searches in as few requests as they take."""
-        reading = [one for one in asked if one.mode not in WITHOUT_DOCUMENTS or one.grounded]
+        reading = [one for one in asked if _reads(one)]
         if reading:
             _ = self.bank.embedders  # read where an async bank's requests can be awaited, for what follows elsewhere
         searching = [one for one in reading if one.hits is None]
@@ -77,7 +79,7 @@ class Retrieval:
         results = iter(self.bank.search_many(wanted, top_k, using=using) if wanted else [])
         found = []
         for one in asked:
-            if one.mode in WITHOUT_DOCUMENTS and not one.grounded:
+            if not _reads(one):
                 found.append(Found(one, [], []))
                 continue
             hits = next(results) if one.hits is None else list(one.hits[:top_k])
@@ -125,3 +127,8 @@ class Retrieval:
         like = [(hit.score, hit.relevance) for hit in hits] + [(1.0, None)] * count
         drawn_hits = self.bank.fetch(drawn)
         return [replace(hit, score=s, relevance=r) for hit, (s, r) in zip(drawn_hits, like, strict=False)]
+
+
+def _reads(asked: Query) -> bool:
+    """Whether documents are needed for a question."""
+    return asked.mode not in WITHOUT_DOCUMENTS or bool(asked.grounded)

@@ -205,7 +205,7 @@ class RunningBatch:
             return
         self._mask = self._mask[left]
         first = int(self._mask.any(dim=0).nonzero()[0])  # columns that only rows that are gone had
-        self._cache.batch_select_indices(torch.tensor(left, device=self._mask.device))
+        self._cache.batch_select_indices(torch.tensor(left))  # layers may be on several devices
         if first and self.is_open:
             self._mask = self._mask[:, first:]
             for layer in self._cache.layers:

@@ -53,8 +53,8 @@ class Weighing:
     @property
     def bm25(self) -> Bm25:
         """In the language that the bank's own has, or in English: for windows of long texts, and for sentences."""
-        embedder = self._bank.embedders.get("bm25")
-        return embedder if isinstance(embedder, Bm25) else Bm25()
+        found = (embedder for embedder in self._bank.embedders.values() if isinstance(embedder, Bm25))
+        return next(found, None) or Bm25()
 
     def weights(self, hits: Sequence[Hit]) -> list[float]:
         """wᵢ of these documents' atoms, best first: the merge rule's, less for short texts (`merge.length_weight`)."""

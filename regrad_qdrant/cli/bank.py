@@ -123,6 +123,12 @@ def migrate(
     to_path: Annotated[
         Path | None, typer.Option("--to-path", help="The folder of the embedded bank to copy to.")
     ] = None,
+    to_api_key: Annotated[
+        str | None,
+        typer.Option(
+            "--to-api-key", envvar="QDRANT_TO_API_KEY", help="Of that server, where it differs from QDRANT_API_KEY."
+        ),
+    ] = None,
     to_collection: Annotated[
         str | None, typer.Option("--to-collection", help="Name of the copy; the same name by default.")
     ] = None,
@@ -143,7 +149,7 @@ def migrate(
     if name == collection and (at == to_url if at else folders[0] == folders[1]):
         raise DataError("source and target are the same collection")
     source = existing_store(collection, url, path)
-    target = store_of(name, to_url, to_path)
+    target = store_of(name, to_url, to_path, to_api_key)
     entries = source.read_metadata().values()
     sidecars = sorted({str(entry["sidecar"]) for entry in entries if isinstance(entry, dict) and "sidecar" in entry})
     try:

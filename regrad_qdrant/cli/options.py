@@ -99,15 +99,16 @@ TextPath = Annotated[
 CodecName = Annotated[str, typer.Option("--codec", help=f"How atoms are coded: {', '.join(CODECS)}.")]
 
 
-def store_of(collection: str, url: str | None, path: Path | None) -> Store:
-    """The store that the options and the environment name."""
+def store_of(collection: str, url: str | None, path: Path | None, api_key: str | None = None) -> Store:
+    """The store that the options and the environment name; the API key is QDRANT_API_KEY's where none is given."""
     from regrad_qdrant.bank.stores.opening import open_store
 
     if url is not None and path is not None:
         raise DataError("give either --url or --path")
     if path is None:
         url = url or os.environ.get("QDRANT_URL") or None
-    return open_store(collection, url=url, api_key=os.environ.get("QDRANT_API_KEY") or None, path=path or DEFAULT_PATH)
+    api_key = api_key or os.environ.get("QDRANT_API_KEY") or None
+    return open_store(collection, url=url, api_key=api_key, path=path or DEFAULT_PATH)
 
 
 def existing_store(collection: str, url: str | None, path: Path | None) -> Store:

@@ -1,4 +1,5 @@
 import asyncio
+import threading
 from dataclasses import replace
 
 import pytest
@@ -6,12 +7,14 @@ import torch
 from conftest import state_of, tiny_initialization, tiny_model
 from qdrant_client import models
 
-from regrad_qdrant import Document, GradientBank, MergeRule, ReGrad
+from regrad_qdrant import Bm25, Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.answer.filling import FillPolicy
 from regrad_qdrant.answer.generation import generate
 from regrad_qdrant.answer.query import MODES, Query
-from regrad_qdrant.answer.retrieval import Found
+from regrad_qdrant.answer.retrieval import SEARCHERS, Found
+from regrad_qdrant.answer.weighing import Weighing
 from regrad_qdrant.atoms.merge import SHORT
+from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.bank.layouts import Layout
@@ -357,6 +360,35 @@ def test_one_damaged_atom_is_skipped_recomputed_or_refused(regrad, damage):
     with pytest.raises(RecordError):
         regrad.answer(BROAD, top_k=2)
     assert weights(regrad) == before
+
+
+def test_where_sound_atoms_overflow_together_that_is_an_error_and_no_loop(regrad, monkeypatch):
+    monkeypatch.setattr(regrad.weighing, "weights", lambda hits: [1.0] * len(hits))
+    hits = regrad.bank.search(BROAD, 2)
+    space = regrad.adapter.space
+    [huge] = make_records(torch.full((1, space.numel), 3e38), [hits[0].text], regrad.bank.space, "fp32", space.layout)
+    hits = [replace(hit, record=replace(huge, sha=hit.record.sha), relevance=1.0) for hit in hits]
+    before = weights(regrad)
+    with pytest.raises(RecordError, match="not finite"):
+        regrad.answer(BROAD, hits=hits)
+    assert weights(regrad) == before
+
+
+def test_a_question_that_reads_no_document_waits_for_no_search(regrad):
+    free = threading.Event()
+    for _ in range(SEARCHERS):
+        regrad.retrieval._searchers.submit(free.wait, 60)
+    try:
+        answer = asyncio.run(asyncio.wait_for(regrad.aanswer(BROAD, mode="direct"), 30))
+        assert answer.text == regrad.answer(BROAD, mode="direct").text
+    finally:
+        free.set()
+
+
+def test_windows_and_sentences_are_weighed_in_the_language_of_the_banks_words_whatever_their_vector_is_called(regrad):
+    german = Bm25("german")
+    bank = GradientBank(regrad.bank.store, regrad.bank.store.name, regrad.bank.space, embedders={"words": german})
+    assert Weighing(regrad.weighing.merge, regrad.tokenizer, bank).bm25 is german
 
 
 def test_a_model_is_taken_over_and_given_back_bit_for_bit(model, tokenizer, initialization, regrad):
