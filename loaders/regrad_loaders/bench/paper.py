@@ -72,8 +72,7 @@ TABLES = {
     ),
     "settings": Experiment(
         "short trainings from nothing, as the paper's authors ran theirs, as we do, and ours with one of theirs",
-        # their atoms as they were trained: none has seen the codec that atoms are stored in by default
-        ("--modes", "direct,random,regrad", "--against", "random,direct", "--batch", "8", "--codec", "fp32"),
+        ("--modes", "direct,random,regrad", "--against", "random,direct", "--batch", "8"),
         sets=("nq_open", "squad2_dev", "hotpotqa"),
         recipes=("published", "ours", "ours-sum", "ours-raw", "ours-rate"),
         from_nothing=True,
