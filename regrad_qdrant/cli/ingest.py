@@ -39,6 +39,7 @@ from regrad_qdrant.cli.options import (
     load,
     regrad_of,
     store_of,
+    warn_of_codec,
     write_json,
 )
 from regrad_qdrant.errors import DataError
@@ -191,7 +192,7 @@ def ingest(
         made = MetaInitialization.load(init)
         del options["shard"]
         with bank_of(store, made, payload_key, dense, text_path, sidecar=place, language=language) as bank:
-            _warn_of(codec, made)
+            warn_of_codec(codec, made)
             if passages is None and not in_place:
                 _choose_place(bank, replace, dry_run=False)
             _on_cluster(bank, made, passages, (init, model, device, dtype), url, codec, cluster, options, json_out)
@@ -201,7 +202,7 @@ def ingest(
         if passages is None:
             console.print(collection_summary(bank), highlight=False, markup=False)
         regrad = regrad_of(base, tokenizer, bank, initialization, None)
-        _warn_of(codec, initialization)
+        warn_of_codec(codec, initialization)
         if passages is None and not in_place:
             _choose_place(bank, replace, dry_run)
         if dry_run:
@@ -213,16 +214,6 @@ def ingest(
             report = attach(regrad, codec, **options)
         status = bank.status()
     _tell(report, status, json_out)
-
-
-def _warn_of(codec: str, initialization: MetaInitialization) -> None:
-    if codec != "fp32" and codec not in initialization.trained_codecs:
-        console.print(
-            f"Trained through {', '.join(initialization.trained_codecs)}, not through {codec}: what atoms do may "
-            "change; compare with regrad-qdrant eval --codec",
-            style="yellow",
-            highlight=False,
-        )
 
 
 def _from_files(

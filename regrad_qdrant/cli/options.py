@@ -242,6 +242,17 @@ def vector_names(using: list[str] | None) -> list[str]:
     return using or ["bm25"]
 
 
+def warn_of_codec(codec: str, initialization: MetaInitialization) -> None:
+    """Say so where atoms are coded as no training has seen them."""
+    if codec != "fp32" and codec not in initialization.trained_codecs:
+        console.print(
+            f"Trained through {', '.join(initialization.trained_codecs)}, not through {codec}: what atoms do may "
+            "change; compare with regrad-qdrant eval --codec",
+            style="yellow",
+            highlight=False,
+        )
+
+
 def check_outputs(*paths: Path | None) -> None:
     """Refuse files that can't be written before the long work begins."""
     for path in paths:

@@ -1,5 +1,6 @@
 """Commands on the tiny model: what they write, and how they refuse."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -241,6 +242,62 @@ def test_eval_goes_on_from_what_was_answered_before_it_was_stopped(run, folder, 
     (tmp_path / "other.jsonl").write_text("{}\n")
     code, _, err = run(*shared, "--modes", "regrad", "--resume", "other.jsonl")
     assert code == 2 and "is no journal" in err
+
+
+def test_what_was_made_of_the_corpus_is_not_made_again_for_answers_that_are_there(run, folder, tmp_path, monkeypatch):
+    asked = ("eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "2", "--modes",
+             "cpt,rag-kv", "--resume", "kept.jsonl", "--json")  # fmt: skip
+    code, _, err = run(*asked, "one.json")
+    assert code == 0, err
+    monkeypatch.setattr("regrad_loaders.evaluation.making.continued", None)
+    code, out, err = run(*asked, "two.json")
+    assert code == 0, err
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one["intervals"] == two["intervals"] and one["stored"] == two["stored"] and "rag-kv" in two["stored"]
+    assert "rag-kv: " in out
+
+
+def test_eval_answers_from_the_passages_that_were_retrieved_for_each_question(run, tmp_path):
+    passages = ["Ada lives in Oslo by the sea.", "Bo lives in Rome.", "Cy sells tea."]
+    rows = [
+        {"question": f"Where does {name} live?", "answer": "Oslo", "passages": passages[::-1]} for name in ("Ada", "Bo")
+    ]
+    (tmp_path / "dev.json").write_text(json.dumps(rows))
+    asked = (
+        "eval",
+        "--qa",
+        "dev.json",
+        "--modes",
+        "rag,regrad",
+        "--top-k",
+        "2",
+        "--retrieved",
+        "--predictions",
+        "lines.jsonl",
+    )
+    code, _, err = run(*asked)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    expected = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in passages[::-1][:2]]
+    assert len(lines) == 4 and all(line["hits"] == expected for line in lines)
+    code, _, err = run(*asked, "--oracle")
+    assert code == 2 and "either --oracle or --retrieved" in err
+
+
+def test_eval_warns_of_a_codec_that_no_training_has_seen(run, folder):
+    asked = (
+        "eval",
+        "--corpus",
+        folder / "corpus.jsonl",
+        "--qa",
+        folder / "qa.jsonl",
+        "--limit",
+        "2",
+        "--codec",
+        "ternary",
+    )
+    code, out, err = run(*asked, "--modes", "regrad")
+    assert code == 0 and "not through ternary" in out, err
 
 
 def test_eval_does_not_go_on_with_other_contents(run, folder, tmp_path):

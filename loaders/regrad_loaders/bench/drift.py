@@ -27,6 +27,7 @@ from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import Document
 from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.errors import DataError
+from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.gradients import batches, document_losses, pad
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.plugin import plug_in
@@ -69,7 +70,8 @@ def study(
     *,
     epochs: int = 3,
 ) -> list[Row]:
-    """Teach the documents that the questions find, then others at random, in steps of these sizes.
+    """Teach the documents that the questions find, then others at random, in steps of these sizes; first at least those
+    that the questions find.
 
     Args:
         initialization: ReGrad's.
@@ -81,11 +83,12 @@ def study(
         `start` again, after the answers from the bank: their gradients are taken back.
 
     Raises:
-        DataError: where the first size leaves out documents that the questions find.
+        DataError: where there are no other questions or texts to keep.
     """
+    if not kept.questions or not kept.texts:
+        raise DataError("what should stay as it was has no open question, or no text: choose another set (--other)")
     ordered, found = _ordered(corpus, [question.question for question in questions])
-    if sizes[0] < found:
-        raise DataError(f"the questions find {found} documents: begin with as many (--sizes), or ask fewer (--sample)")
+    sizes = sorted({max(size, found) for size in sizes})
     learned, (before, perplexity) = start, _kept(model, tokenizer, start, kept)
     untaught = _f1(model, tokenizer, start, ordered[: sizes[0]], questions, "init")
     rows = [Row("cpt", 0, untaught, 1.0, perplexity)]
@@ -140,8 +143,9 @@ def _kept(model: nn.Module, tokenizer: Any, initialization: MetaInitialization, 
         total, tokens = 0.0, 0
         with torch.inference_mode():
             for batch in batches([len(ids) for ids in documents], BATCH_TOKENS):
-                losses = document_losses(peft_model, *pad([documents[i] for i in batch], tokenizer.pad_token_id or 0))
-                counts = torch.tensor([len(documents[i]) - 1 for i in batch])
+                ids, mask = pad([documents[i] for i in batch], tokenizer.pad_token_id or 0, input_device(model))
+                losses = document_losses(peft_model, ids, mask)
+                counts = losses.new_tensor([len(documents[i]) - 1 for i in batch])
                 total += float((losses * counts).sum())
                 tokens += int(counts.sum())
     finally:

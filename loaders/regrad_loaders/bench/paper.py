@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regrad_loaders.training.recipe import Recipe
 from regrad_qdrant.errors import DataError
 
 SETS = ("nq_open", "phantomwiki", "hotpotqa", "squad2_dev")
@@ -107,23 +108,35 @@ class Run:
 
 
 def runs(
-    table: str, data: Path, sets: Sequence[str] | None, sample: int, out: Path, init: str, dtype: str = "auto"
+    table: str,
+    data: Path,
+    sets: Sequence[str] | None,
+    sample: int,
+    out: Path,
+    init: str,
+    dtype: str = "auto",
+    more: Sequence[str] = (),
 ) -> list[Run]:
-    """The runs of a table, set by set, after the trainings that it needs; `sets` None are the table's own.
+    """The runs of a table, set by set, after the trainings that it needs.
+
+    Args:
+        sets: None are the table's own.
+        more: options of every run beside its own. They are not compared with those of a file that is there.
 
     Raises:
-        DataError: for a table that is none, a set without its files, or a recipe that is missing.
+        DataError: for a table that is none, a set without its files, a recipe that is missing, or a training that was
+            of another recipe.
     """
     if table not in TABLES:
         raise DataError(f"table {table!r} is not one of {', '.join(TABLES)}")
-    experiment, found = TABLES[table], []
+    experiment, found, trainings = TABLES[table], [], []
     names = sets or experiment.sets
     variants: dict[str, Sequence[str]] = {} if experiment.from_nothing else dict(experiment.variants)
     typed = () if dtype == "auto" else ("--dtype", dtype)
     begun = () if experiment.from_nothing else ("--init", init)
     for name in experiment.recipes:
-        found.append(_training(out / table / f"{name}.yaml", f"{table}-{name}", data, (*begun, *typed)))
-        variants[f"-{name}"] = ("--init", str(found[-1].out.parent))
+        trainings.append(_training(out / table / f"{name}.yaml", f"{table}-{name}", data, (*begun, *typed)))
+        variants[f"-{name}"] = ("--init", str(trainings[-1].out.parent))
     for number, name in enumerate(names):
         folder = data / name
         if not (folder / "qa.jsonl").is_file():
@@ -142,8 +155,10 @@ def runs(
                     shared += ["--filter-field", SHARED_FIELD[name]]
             else:
                 asked = ["--data", str(folder), "--other", str(data / _other(names, number))]
-            found.append(Run((*experiment.command, *asked, *experiment.options, *options, *shared), file, made_with))
-    return found
+            given = (*experiment.command, *asked, *experiment.options, *options, *shared, *more)
+            found.append(Run(given, file, made_with))
+    asked_for = {run.settings["init"] for run in found if not run.out.is_file()}
+    return [*(training for training in trainings if str(training.out.parent) in asked_for), *found]
 
 
 def _training(recipe: Path, name: str, data: Path, options: Sequence[str]) -> Run:
@@ -151,9 +166,14 @@ def _training(recipe: Path, name: str, data: Path, options: Sequence[str]) -> Ru
     if not recipe.is_file():
         raise DataError(f"{recipe} is not there: the recipes of this table are in benchmarks/paper of the repository")
     folder = Path("runs") / name
+    made = folder / "initialization" / "regrad.json"
+    if made.is_file():
+        there = json.loads(made.read_text(encoding="utf-8"))["card"].get("recipe")
+        if there != json.loads(json.dumps(Recipe.load(recipe).as_dict())):
+            raise DataError(f"{made} was trained with another recipe than {recipe}: remove the folder {folder}")
     resumed = ["--resume"] if (folder / "checkpoint.pt").is_file() else []
     asked = ("train", "--recipe", str(recipe), "--data-dir", str(data), "--out", str(folder))
-    return Run((*asked, *options, *resumed), folder / "initialization" / "regrad.json")
+    return Run((*asked, *options, *resumed), made)
 
 
 def _other(names: Sequence[str], number: int) -> str:

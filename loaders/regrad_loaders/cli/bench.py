@@ -294,7 +294,10 @@ def positions(
 def drift(
     data: Annotated[Path, typer.Option("--data", help="Folder of a data set: corpus.jsonl and qa.jsonl.")],
     other: Annotated[Path, typer.Option("--other", help="Another one, whose questions and texts should stay known.")],
-    sizes: Annotated[str, typer.Option("--sizes", help="Documents taught by then, comma-separated.")] = "200,500,1000",
+    sizes: Annotated[
+        str,
+        typer.Option("--sizes", help="Documents taught by then, comma-separated; at least those that questions find."),
+    ] = "200,500,1000",
     start: Annotated[
         Path | None,
         typer.Option("--start", help="What continued pre-training begins with: in a clone ft-direct by default."),
@@ -340,7 +343,7 @@ def drift(
     if plot_out is not None:
         plot(rows, plot_out)
     settings = {"command": "bench drift", "init": init, "start": str(begun), "set": dataset.name, "other": others.name}
-    settings |= {"split": split, "sample": sample, "sizes": steps, "dtype": dtype}
+    settings |= {"split": split, "sample": sample, "sizes": sorted({row.documents for row in rows[1:]}), "dtype": dtype}
     write_json(json_out, report(rows, settings))
 
 
@@ -358,12 +361,22 @@ def paper(
     init: Init = DEFAULT_INIT,
     dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option("--out", help="Folder of what was measured.")] = Path("benchmarks/paper"),
+    more: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- OPTIONS]",
+            help="What each run is given beside its own options, such as -- --ft-direct FOLDER --ft-rag FOLDER for a "
+            "model of your own.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """One of the paper's tables on your data: runs what has not been run, and goes on where it was stopped."""
     from regrad_loaders.bench.paper import carry_out, runs
 
     names = [name.strip() for name in sets.split(",")] if sets else None
-    carry_out(runs(table, data, names, sample, out, init, dtype), lambda line: console.print(line, markup=False))
+    todo = runs(table, data, names, sample, out, init, dtype, more or ())
+    carry_out(todo, lambda line: console.print(line, markup=False))
 
 
 for command in COMMANDS:

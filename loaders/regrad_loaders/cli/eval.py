@@ -49,6 +49,7 @@ from regrad_qdrant.cli.options import (
     store_of,
     style_of,
     vector_names,
+    warn_of_codec,
     whole_numbers,
     write_json,
 )
@@ -56,6 +57,7 @@ from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
     from regrad_loaders.data.folders import Question
+    from regrad_loaders.evaluation.plan import Party
     from regrad_loaders.evaluation.results import Prediction
     from regrad_qdrant.bank.bank import GradientBank
     from regrad_qdrant.bank.stores.base import Store
@@ -106,6 +108,12 @@ def evaluation(
     ] = "",
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Answer from the gold passages instead of what is retrieved.")
+    ] = False,
+    retrieved: Annotated[
+        bool,
+        typer.Option(
+            "--retrieved", help="Answer from the passages that data_aug names for each question, instead of a search."
+        ),
     ] = False,
     style: AnswerStyle = "short",
     protocol: Annotated[
@@ -213,6 +221,8 @@ def evaluation(
     further = whole_numbers(sweep, "--sweep")
     if further and oracle:
         raise DataError("--oracle answers from the gold passages, however many there are: leave --sweep out")
+    if oracle and retrieved:
+        raise DataError("give either --oracle or --retrieved")
     references = parse_modes(against, EVALUATION_MODES) if against else []
     if absent := [mode for mode in references if mode not in chosen]:
         raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
@@ -235,7 +245,7 @@ def evaluation(
     settings: dict[str, Any] = {
         "command": "eval", "corpus": str(corpus) if corpus else None, "qa": str(qa), "split": split,
         "type": of_type, "limit": limit, "sample": sample, "skip_sample": skip_sample, "modes": chosen,
-        "top_k": top_k, "oracle": oracle, "distractors": distractors, "against": references,
+        "top_k": top_k, "oracle": oracle, "retrieved": retrieved, "distractors": distractors, "against": references,
         "using": "+".join(vector_names(using)), "dense": dense,
         "filter_field": filter_field, "id_field": id_field, "batch": batch, "collection": collection, "url": url,
         "path": str(path) if path else None, "payload_key": payload_key, "sidecar": sidecar, "init": init,
@@ -254,6 +264,8 @@ def evaluation(
         _check_search(opened(), using, dense)
         asking = None if prompt_file is None else PromptFormat.load(prompt_file)
         initialization, base, tokenizer = load(init, model, device, dtype)
+        if any(party.fills and party.made is None for party in answering):
+            warn_of_codec(codec, initialization)
         settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
         journal = None
         if resume is not None:
@@ -269,15 +281,27 @@ def evaluation(
         swept: dict[int, list[Evaluation]] = {k: [] for k in further}
         asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
         asked_by = protocol_of(protocol == "paper", questions, asking or initialization.prompt)
+        ids = {question.id for question in questions}
+
+        def is_done(party: Party) -> bool:
+            """Whether an earlier run has all of its answers: then nothing is made for it."""
+            for k in (top_k, *further):
+                names = {mode: name for mode, name in party.modes.items() if k == top_k or name in retrieving}
+                known = {} if journal is None else journal.known(names, k)
+                if any((mode, key) not in known for mode in names for key in ids):
+                    return False
+            return True
+
+        done = [party.made is not None and is_done(party) for party in answering]
         owners = [
             initialization
-            if party.init == init and party.made is None
+            if is_made or (party.init == init and party.made is None)
             else initialization_of(party, initialization, base, tokenizer, passages, questions, filter_field, progress)
-            for party in answering
+            for party, is_made in zip(answering, done, strict=True)
         ]
-        stored: dict[str, Any] = {}
+        stored: dict[str, Any] = {} if journal is None else dict(journal.stored)
         with progress("Answering", asked) as advance:
-            for party, ours in zip(answering, owners, strict=True):
+            for party, ours, is_made in zip(answering, owners, done, strict=True):
                 key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}_{party.made or 'own'}"
                 on_missing = "store" if collection is None else "skip" if party.fills else "compute"
                 with bank_of(opened(), ours, key, dense, text_path, using, sidecar, id_field) as bank:
@@ -288,7 +312,7 @@ def evaluation(
                     regrad = regrad_of(
                         base, tokenizer, bank, ours, merge, on_missing=on_missing, codec=coded, prompt=asking
                     )
-                    answerer = answerer_of(party, regrad, progress)
+                    answerer = regrad if is_made else answerer_of(party, regrad, progress)
                     if is_new and passages is not None:
                         add_passages(bank, passages)  # their atoms are computed when they are retrieved
                     elif passages is not None and collection is not None and party.fills:
@@ -296,7 +320,8 @@ def evaluation(
                     _check_filter(bank, questions[0], filter_field)
                     ask = functools.partial(
                         evaluate, answerer, questions, using=using, filter_field=filter_field, oracle=oracle,
-                        distractors=distractors, batch=batch, style=answer_style, protocol=asked_by,
+                        retrieved=retrieved, distractors=distractors, batch=batch, style=answer_style,
+                        protocol=asked_by,
                     )  # fmt: skip
                     for k, into in ((top_k, found), *swept.items()):
                         names = party.modes
@@ -311,14 +336,15 @@ def evaluation(
                                 journal.add(one, names[one.mode], k)
                             advance(1)
 
-                        ids = {question.id for question in questions}
                         advance(sum(key in ids for _, key in known))
                         into.append(ask(list(names), top_k=k, known=known, on_progress=answered).named(names))
                     settings |= {"layout": str(bank.layout)}
                     if party.fills:
-                        settings |= {"codec": bank.status().codec, "merge": asdict(regrad.weighing.merge)}
+                        settings |= {"codec": bank.status().codec or codec, "merge": asdict(regrad.weighing.merge)}
                     if (kept := stored_of(answerer)) is not None:
                         stored |= dict.fromkeys(party.modes.values(), kept)
+                        for mode in party.modes.values() if journal is not None else ():
+                            journal.keep(mode, kept)
                     regrad.close()
     others = tuple((k, Evaluation.joined(settings, parts, chosen)) for k, parts in swept.items() if parts)
     result = replace(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,11 @@ def read_augmented(path: Path, split: str | None = None) -> Dataset:
             place = f"{file}, object {number}"
             found = _passages(row, place)
             passages |= {passage.id: passage for passage in found}
-            questions.append(_question(row, place, f"{file.stem}-{number}", named, [one.id for one in found]))
+            questions.append(_question(row, place, file.stem, number, named, [one.id for one in found]))
     if not questions:
         raise DataError(f"{path}: no questions")
+    if twice := [key for key, count in Counter(question.id for question in questions).items() if count > 1]:
+        raise DataError(f"{path}: two questions have the id {twice[0]!r} (file and id)")
     return Dataset(path.stem, list(passages.values()), questions)
 
 
@@ -52,7 +55,7 @@ def _rows(file: Path) -> list[Any]:
     return rows
 
 
-def _question(row: Mapping[str, Any], place: str, key: str, split: str, found: list[str]) -> Question:
+def _question(row: Mapping[str, Any], place: str, file: str, number: int, split: str, found: list[str]) -> Question:
     asked, answer = row.get("question"), row.get("answer", row.get("answers"))
     answers = answer if isinstance(answer, list) else [answer]
     given = [str(one) for one in answers if one is not None and str(one).strip()]
@@ -60,9 +63,9 @@ def _question(row: Mapping[str, Any], place: str, key: str, split: str, found: l
         raise DataError(f"{place}: needs a question and an answer; its fields are {', '.join(row)}")
     choices = row.get("choices") or ()
     texts = list(choices.values()) if isinstance(choices, Mapping) else list(choices)
-    name = next((str(row[field]) for field in _IDS if row.get(field) is not None), key)
+    name = next((str(row[field]) for field in _IDS if row.get(field) is not None), str(number))
     return Question(
-        f"{split}-{name}", asked, tuple(dict.fromkeys(given)), (), split, str(row.get("type") or "open"),
+        f"{file}-{name}", asked, tuple(dict.fromkeys(given)), (), split, str(row.get("type") or "open"),
         tuple(map(str, texts)), {"retrieved": tuple(dict.fromkeys(found))},
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 from regrad_loaders.data.folders import Question
 from regrad_loaders.data.scores import words_found
@@ -35,6 +35,7 @@ def evaluate(
     using: str | Sequence[str] | None = None,
     filter_field: str | None = None,
     oracle: bool = False,
+    retrieved: bool = False,
     distractors: int = 0,
     batch: int = 1,
     style: Style = "short",
@@ -50,6 +51,7 @@ def evaluate(
             of the search, the atoms alone are others'.
         filter_field: restricts each question's search to passages with the question's own value of this field.
         oracle: answer from the gold passages instead of what is retrieved, with equal scores.
+        retrieved: answer from the first `top_k` passages that the question names as retrieved for it.
         distractors: random documents added to those of every question, under the lowest of their scores (the paper's
             noise test).
         batch: questions answered together; the answers do not depend on it, the seconds do.
@@ -60,7 +62,8 @@ def evaluate(
         known: of an earlier run, by mode and question: those are not asked again.
 
     Raises:
-        DataError: for no questions, a question without the filter field, or an oracle without gold passages.
+        DataError: for no questions, a question without the filter field, or one without the gold passages of an oracle
+            or the retrieved ones.
     """
     if not questions:
         raise DataError("no questions to evaluate on: check --split and --limit")
@@ -70,8 +73,9 @@ def evaluate(
         for question, only in zip(questions, filters, strict=True)
     ]
     given: list[_Given | None] = [None] * len(questions)
-    if oracle or distractors:
-        given = list(_given(regrad.bank, questions, searched, filters, oracle, distractors))
+    if oracle or retrieved or distractors:
+        kind = "gold_ids" if oracle else "retrieved" if retrieved else None
+        given = list(_given(regrad.bank, questions, searched, filters, kind, top_k, distractors))
     used = [
         points or {hit.id: (hit.score, hit.relevance) for hit in hits}
         for points, hits in zip(given, searched, strict=True)
@@ -138,32 +142,45 @@ def _given(
     questions: Sequence[Question],
     searched: Sequence[Sequence[Hit]],
     filters: Sequence[Any],
-    oracle: bool,
+    kind: Literal["gold_ids", "retrieved"] | None,
+    top_k: int,
     distractors: int,
 ) -> Iterator[_Given]:
+    """What each question is answered from: the passages that it names, or what its search found, and others.
+
+    Args:
+        kind: the field of a question whose passages take the place of what its search found.
+    """
     passing = _Passing(bank)
-    golds = _points_of(bank, questions) if oracle else {}
-    for question, hits, only in zip(questions, searched, filters, strict=True):
+    named = [_named(question, kind, top_k) for question in questions]
+    known = _points_of(bank, {key for keys in named for key in keys})
+    for question, keys, hits, only in zip(questions, named, searched, filters, strict=True):
         points: _Given = {hit.id: (hit.score, hit.relevance) for hit in hits}
-        if oracle:
-            if not question.gold_ids:
-                raise DataError(f"question {question.id!r} names no gold passages (gold_ids), which --oracle needs")
-            absent = [key for key in question.gold_ids if key not in golds]
-            if absent:
+        if kind is not None:
+            if not keys:
+                raise DataError(f"question {question.id!r} names no passages ({kind})")
+            if absent := [key for key in keys if key not in known]:
                 raise DataError(
-                    f"question {question.id!r}: its gold passage {absent[0]!r} is not in the collection, neither as a "
+                    f"question {question.id!r}: its passage {absent[0]!r} is not in the collection, neither as a "
                     "point's id nor in its id field (--id-field)"
                 )
-            points = {golds[key]: (1.0, 1.0) for key in question.gold_ids}
+            relevance = 1.0 if kind == "gold_ids" else None  # of retrieved ones the order alone is known
+            points = {known[key]: (1.0, relevance) for key in keys}
         lowest = list(points.values())[-1] if points else (1.0, 1.0)
         left = [key for key in passing.ids(only) if key not in points] if distractors else []
         drawn = random.Random(question.id).sample(left, min(distractors, len(left)))
         yield points | dict.fromkeys(drawn, lowest)
 
 
-def _points_of(bank: GradientBank, questions: Sequence[Question]) -> dict[str, PointId]:
-    """The points of the questions' gold passages: by the id that a document of that name gets, or else by looking."""
-    wanted = {key for question in questions for key in question.gold_ids}
+def _named(question: Question, kind: str | None, top_k: int) -> Sequence[str]:
+    """The passages that a question names: all that are gold, or the first of those that were retrieved for it."""
+    if kind is None:
+        return ()
+    return question.gold_ids if kind == "gold_ids" else question.fields.get("retrieved", ())[:top_k]
+
+
+def _points_of(bank: GradientBank, wanted: set[str]) -> dict[str, PointId]:
+    """The points of these passages: by the id that a document of that name gets, or else by looking."""
     direct = {point_id(key): key for key in wanted}
     found = {direct[hit.id]: hit.id for hit in bank.fetch(list(direct))} if direct else {}
     if len(found) < len(wanted):

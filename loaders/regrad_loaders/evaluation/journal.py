@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from regrad_loaders.evaluation.results import Prediction
+from regrad_loaders.evaluation.results import Prediction, Stored
 from regrad_qdrant.errors import DataError
 
 # Settings that change no answer (a batch in 16 bits may, by rounding, as other hardware does), or stand beside each.
@@ -39,6 +39,7 @@ class Journal:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         own = json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE}))
         self._known: dict[tuple[str, int, str], Prediction] = {}
+        self.stored: dict[str, Stored] = {}  # by mode
         whole = 0
         if path.is_file():
             whole = self._read(path, own)
@@ -61,11 +62,20 @@ class Journal:
             names: of each mode as it runs, the name under which it is written.
         """
         runs = {name: run for run, name in names.items()}
-        return {(runs[mode], key): p for (mode, k, key), p in self._known.items() if k == top_k and mode in runs}
+        return {
+            (runs[mode], key): replace(found, mode=runs[mode])
+            for (mode, k, key), found in self._known.items()
+            if k == top_k and mode in runs
+        }
 
     def add(self, prediction: Prediction, mode: str, top_k: int) -> None:
         """Write an answer down, under the mode's own name."""
         self._write({"top_k": top_k} | asdict(prediction) | {"mode": mode})
+
+    def keep(self, mode: str, stored: Stored) -> None:
+        """Write down what a mode keeps of each document."""
+        self.stored[mode] = stored
+        self._write({"mode": mode, "stored": asdict(stored)})
 
     def _write(self, value: Mapping[str, Any]) -> None:
         self._file.write((json.dumps(value, ensure_ascii=False) + "\n").encode())
@@ -82,6 +92,9 @@ class Journal:
             there = json.loads(lines[0])["settings"]
             for line in lines[1:]:
                 row = json.loads(line)
+                if "stored" in row:
+                    self.stored[row["mode"]] = Stored(**row["stored"])
+                    continue
                 top_k = row.pop("top_k")
                 row["answers"], row["hits"] = tuple(row["answers"]), tuple(row["hits"])
                 prediction = Prediction(**row)

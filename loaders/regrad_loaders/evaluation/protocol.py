@@ -21,8 +21,6 @@ from regrad_qdrant.model.prompts import PromptFormat
 MAX_NEW_TOKENS = 20
 CLOSED = ("yes", "no", "noanswer")
 
-_LETTER = re.compile(r"\b([A-Z])\b")
-
 
 @dataclass(frozen=True)
 class Scores:
@@ -79,7 +77,8 @@ class PaperProtocol(OwnProtocol):
         line = text.strip().split("\n")[0].strip()
         if question.kind == "choice":
             gold = tuple(_letter(answer, question.choices) for answer in question.answers)
-            found = _LETTER.search(line)
+            last = chr(64 + min(len(question.choices), 26))  # "I think it is B" is B, where there are fewer than nine
+            found = re.search(rf"\b([A-{last}])\b", line)
             said = found[1] if found else _letter(line, question.choices)
             right = float(said in gold)
             return Scores(said, gold, right, right, right)

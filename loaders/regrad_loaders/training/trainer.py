@@ -33,6 +33,7 @@ from regrad_loaders.training.recipe import Recipe
 from regrad_loaders.training.sharded import Share, share_weights
 from regrad_loaders.training.start import begin
 from regrad_loaders.training.written import mean_f1
+from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.initialization import MetaInitialization
@@ -267,6 +268,8 @@ class Trainer:
         `regrad-qdrant eval`, with what retrieval returns.
         """
         results = {}
+        layout = self.learner.space.layout
+        codec = min(self.recipe.codecs, key=lambda name: get_codec(name).size(layout))  # the coarsest
         for source in self.dev_sources or self.sources:
             rows, scores = [], []
             for episode in self._evaluated(source, episodes):
@@ -276,7 +279,7 @@ class Trainer:
                         atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
                     shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
                     with torch.no_grad():
-                        updates = [self.learner.updates(episode.examples, either) for either in (atoms, shifted)]
+                        updates = [self.learner.merged(episode, either, codec) for either in (atoms, shifted)]
                 with torch.no_grad(), self._precision():
                     (loss, exact), (_, random_exact) = (
                         self.learner.answer_losses(episode.examples, either) for either in updates

@@ -28,5 +28,13 @@ def test_weights_drift_and_a_bank_does_not(tokenizer, tmp_path):
     plot(rows, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 1000
     assert len(report(rows, {"set": "facts"})["rows"]) == 5
-    with pytest.raises(DataError, match="the questions find . documents: begin with as many"):
-        study(model, tokenizer, start, start, world.passages, world.questions[:3], kept, [2, 12])
+
+
+def test_the_first_size_is_at_least_what_the_questions_find(tokenizer):
+    model, world = tiny_model(), generate("train", 12, 1)
+    start = tiny_initialization(model, "lora")
+    kept = Kept(["Who is it?"], [world.passages[0].text])
+    rows = study(model, tokenizer, start, start, world.passages, world.questions[:3], kept, [1, 2], epochs=1)
+    assert len(rows) == 3 and 3 <= rows[1].documents <= 9
+    with pytest.raises(DataError, match="no open question"):
+        study(model, tokenizer, start, start, world.passages, world.questions[:3], Kept([], ["a b"]), [2])

@@ -1,6 +1,7 @@
 """The paper's tables as runs: which commands, and that none is run twice."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,30 @@ def test_trainings_from_nothing_have_no_start(data):
     assert not [run for run in trainings if "--init" in run.command]
     assert [run.out.stem for run in asked] == [f"one-{recipe}" for recipe in recipes]
     assert f"--init runs/settings-{recipes[-1]}/initialization" in asked[-1].command
+
+
+def test_what_every_run_is_given_beside_its_own_options(data):
+    found = runs("main", data, ["one", "two"], 40, data / "out", "small", more=("--ft-rag", "mine"))
+    assert all(run.command.endswith("--ft-rag mine") for run in found)
+
+
+def test_a_training_is_not_made_for_results_that_are_there_nor_taken_for_one_of_another_recipe(data, monkeypatch):
+    monkeypatch.chdir(data)
+    folder = data / "out" / "domains"
+    folder.mkdir(parents=True)
+    for name in TABLES["domains"].recipes:
+        there = Path(__file__).parents[3] / "benchmarks" / "paper" / "domains" / f"{name}.yaml"
+        (folder / f"{name}.yaml").write_bytes(there.read_bytes())
+        (folder / f"one-{name}.json").touch()
+    (folder / "one-longer.json").unlink()
+    found = runs("domains", data, ["one"], 40, data / "out", "small")
+    assert [run.out.parts[1] for run in found if run.out.name == "regrad.json"] == ["domains-longer"]
+    made = data / "runs" / "domains-longer" / "initialization" / "regrad.json"
+    made.parent.mkdir(parents=True)
+    for recipe, error in ((Recipe.load(folder / "longer.yaml").as_dict(), None), ({"name": "longer"}, DataError)):
+        made.write_text(json.dumps({"card": {"recipe": recipe}}))
+        with pytest.raises(error, match="with another recipe") if error else nullcontext():
+            runs("domains", data, ["one"], 40, data / "out", "small")
 
 
 def test_initializations_are_trained_before_they_are_asked(data, monkeypatch):

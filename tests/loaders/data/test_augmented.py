@@ -39,6 +39,16 @@ def test_rows_become_questions_and_one_corpus(folder):
     assert len({question.id for question in found.questions}) == 4
 
 
+def test_files_of_one_split_have_ids_of_their_own_and_an_id_twice_in_a_file_is_refused(folder):
+    for name in ("bridge", "comparison"):
+        (folder / f"{name}.json").write_text(json.dumps(ROWS))
+    found = read_augmented(folder)
+    assert len({question.id for question in found.questions}) == len(found.questions) == 8
+    (folder / "bridge.json").write_text(json.dumps([ROWS[1], ROWS[1]]))
+    with pytest.raises(DataError, match="two questions have the id 'bridge-7'"):
+        read_augmented(folder)
+
+
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [({"question": "Where?"}, "passages"), ({"passages": ["a"], "question": "Where?"}, "answer"), ("x", "object"),

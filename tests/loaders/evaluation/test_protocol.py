@@ -41,6 +41,10 @@ def test_choices_are_letters(text, right):
     assert scored(CHOICE, text) == (right, right, right)
 
 
+def test_a_pronoun_is_no_letter_of_two_choices():
+    assert scored(CHOICE, "I think that it is B") == (1, 1, 1)
+
+
 def test_everything_is_asked_freely(model, tokenizer, tmp_path):
     world = generate("train", 6, 1)
     name = world.questions[0].question
