@@ -64,7 +64,7 @@ WHATS = {
     "latency": (
         "Latency, storage and what pays",
         "Answers of as many tokens from the passages in the prompt, from stored atoms, and from atoms computed "
-        "at query time; what making the atoms takes.",
+        "at query time; what making the atoms takes. In the middle plot the ends of each line were measured.",
     ),
 }
 
@@ -113,10 +113,10 @@ def differences(runs: Mapping[str, Mapping[str, Any]]) -> str:
     return table(["average, paired, with its 95 % interval", *(f"− {other}" for other in others)], rows) + "\n"
 
 
-def by_k(run: Mapping[str, Any]) -> dict[tuple[int, str], float]:
+def by_k(run: Mapping[str, Any]) -> dict[tuple[int, str], Interval]:
     """The F1 of each number of documents and mode: those of --sweep, and the run's own."""
-    own = {(run["settings"]["top_k"], mode): value for mode, value in f1(run).items()}
-    return own | {(row["top_k"], row["mode"]): 100 * row["f1"] for row in run["sweep"]}
+    own = {(run["settings"]["top_k"], row["mode"]): f1_of(row) for row in run["intervals"]}
+    return own | {(row["top_k"], row["mode"]): f1_of(row) for row in run["sweep"]}
 
 
 def sweep(runs: Mapping[str, Mapping[str, Any]]) -> str:
@@ -125,17 +125,17 @@ def sweep(runs: Mapping[str, Mapping[str, Any]]) -> str:
         at = by_k(run)
         ks = sorted({k for k, _ in at})
         for mode in dict.fromkeys(mode for _, mode in at):
-            rows.append([name, mode, *(f"{at[k, mode]:.1f}" for k in ks)])
+            rows.append([name, mode, *(at[k, mode].in_percent() for k in ks)])
     return table(["set", "mode", *(f"k = {k}" for k in ks)], rows) + "\n"
 
 
-def by_count(runs: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, float]]:
+def by_count(runs: Mapping[str, Mapping[str, Any]]) -> dict[tuple[str, str], dict[int, Interval]]:
     """Of each set and mode the F1 with so many random documents."""
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    found: dict[tuple[str, str], dict[int, Interval]] = {}
     for key, run in runs.items():
         name, _, count = key.rpartition("-")
-        for mode, value in f1(run).items():
-            found.setdefault((name, mode), {})[int(count)] = value
+        for row in run["intervals"]:
+            found.setdefault((name, row["mode"]), {})[int(count)] = f1_of(row)
     return found
 
 
@@ -143,7 +143,8 @@ def noise(runs: Mapping[str, Mapping[str, Any]]) -> str:
     lines = by_count(runs)
     counts = sorted({count for points in lines.values() for count in points})
     rows = [
-        [*of, *(f"{points[count]:.1f}" if count in points else "" for count in counts)] for of, points in lines.items()
+        [*of, *(points[count].in_percent() if count in points else "" for count in counts)]
+        for of, points in lines.items()
     ]
     return table(["set", "mode", *(f"{count} random" for count in counts)], rows) + "\n"
 
@@ -261,7 +262,8 @@ def draw_noise(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     figure = new_figure(7, 3.2)
     panel = figure.subplots()
     for (name, mode), points in by_count(runs).items():
-        panel.plot(sorted(points), [points[count] for count in sorted(points)], marker="o", label=f"{name}, {mode}")
+        shown = [100 * points[count].mean for count in sorted(points)]
+        panel.plot(sorted(points), shown, marker="o", label=f"{name}, {mode}")
     counts = sorted({count for points in by_count(runs).values() for count in points})
     panel.set(xlabel="random documents among those retrieved", ylabel="F1", ylim=(0, None), xticks=counts)
     panel.legend()
@@ -274,7 +276,7 @@ def draw_atoms(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for panel, (name, run) in zip(figure.subplots(1, len(runs), squeeze=False)[0], runs.items(), strict=True):
         at = by_k(run)
         for mode in dict.fromkeys(mode for _, mode in at):
-            points = sorted((k, value) for (k, of), value in at.items() if of == mode)
+            points = sorted((k, 100 * value.mean) for (k, of), value in at.items() if of == mode)
             panel.plot(*zip(*points, strict=True), marker="o", label=mode)
         panel.set(title=name, xlabel="documents retrieved", ylabel="F1", ylim=(0, None))
         panel.legend()
@@ -302,7 +304,37 @@ def draw_drift(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     plot_drift(rows, path)
 
 
-DRAWN = {"atoms": draw_atoms, "noise": draw_noise, "drift": draw_drift, "domains": draw_domains}
+def draw_latency(runs: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Of the first set: when an atom has paid, what passages that were met before are worth, and what bytes are."""
+    found = next(iter(runs.values()))["details"]["crossover"]
+    ms, kept = found["ms"], found["zipf"]["kept"]
+    figure = new_figure(10, 3.2)
+    paid, shared, stored = figure.subplots(1, 3)
+    questions = range(7)
+    for label, before, each in (("rag", 0.0, ms["rag"]), ("regrad", ms["making the atoms"], ms["stored"])):
+        paid.plot(questions, [(before + each * count) / 1000 for count in questions], marker="o", label=label)
+    paid.set(title="seconds in all", xlabel="questions about the same documents", ylim=(0, None))
+    lines = {
+        "rag": (ms["rag"], ms["rag"]),
+        "rag-kv": (ms["rag-kv, none kept"], ms["rag-kv"]),
+        "regrad, online": (ms["online"], ms["stored"]),
+        "regrad, all stored": (ms["stored"], ms["stored"]),
+    }
+    for label, ends in lines.items():
+        shared.plot([0, 100], ends, marker="o", label=label)
+    shared.set(title="ms an answer", xlabel="% of its passages met before", ylim=(0, None))
+    for label, of in (("regrad", "ms"), ("rag-kv", "ms_of_keys")):
+        stored.plot([k["megabytes"] for k in kept], [k[of] for k in kept], marker="o", label=label)
+    stored.axhline(ms["rag"], color="grey", linestyle=":", label="rag")
+    stored.set(title="ms an answer, Zipf's law", xlabel="MB kept of 1,000,000 documents", xscale="log", ylim=(0, None))
+    for panel in (paid, shared, stored):
+        panel.legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+DRAWN = {
+    "atoms": draw_atoms, "noise": draw_noise, "drift": draw_drift, "domains": draw_domains, "latency": draw_latency,
+}  # fmt: skip
 
 
 def asked(name: str, runs: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
