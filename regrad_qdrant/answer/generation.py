@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.base_model import input_device
-from regrad_qdrant.model.gradients import mean_losses, pad
+from regrad_qdrant.model.gradients import answer_losses, mean_losses, pad
 from regrad_qdrant.model.head import head_of
 from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, PromptFunction
@@ -175,6 +175,15 @@ def _read_on(module: Any, ids: Tensor, mask: Tensor, cache: Any, **options: Any)
     return module(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
 
 
+def can_fork(cache: Any) -> bool:
+    """Whether several continuations can go on from a cache: from keys and values they can, from a recurrent state, as
+    Mamba and linear attention have it, `transformers` does not let them."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+    layers = getattr(cache, "layers", None) or ()
+    return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
 @functools.cache
 def _taken(forward: Callable[..., Any]) -> frozenset[str]:
     """What a class's forward pass takes; an object's own may be wrapped, where a model is spread over devices."""
@@ -214,8 +223,9 @@ def _mean_log_probabilities(
 ) -> list[list[float]]:
     """Of each prompt's answers, over their tokens and their end.
 
-    A prompt is read once, and its answers go on from there. They are rows of one batch: n·i to n·(i + 1) − 1 are those
-    of prompt i, n as many as any has (`plugin.row_updates` gives all of them the change of row i).
+    A prompt is read once, and its answers go on from there, where the model's cache lets them. They are rows of one
+    batch: n·i to n·(i + 1) − 1 are those of prompt i, n as many as any has (`plugin.row_updates` gives all of them the
+    change of row i).
     """
     import torch
 
@@ -229,13 +239,18 @@ def _mean_log_probabilities(
     decoder, head = base.get_decoder(), head_of(base)
     with torch.inference_mode():
         output = _read_on(decoder, asked, mask, None)
-        states = output[0][:, -1:].repeat_interleave(count, dim=0)
-        if max(map(len, targets)) > 1:
-            said, _ = pad([target[:-1] for target in targets], pad_id, asked.device)
-            mask = torch.cat([mask.repeat_interleave(count, dim=0), torch.ones_like(said)], dim=1)
-            output.past_key_values.batch_repeat_interleave(count)
-            states = torch.cat([states, _read_on(decoder, said, mask, output.past_key_values)[0]], dim=1)
-        means, _ = mean_losses(states, head, targets)
+        cache: Any = getattr(output, "past_key_values", None)
+        if not can_fork(cache):
+            whole = [own for own in ids for _ in range(count)]
+            means, _ = answer_losses(peft_model, list(zip(whole, targets, strict=True)), pad_id)
+        else:
+            states = output[0][:, -1:].repeat_interleave(count, dim=0)
+            if max(map(len, targets)) > 1:
+                said, _ = pad([target[:-1] for target in targets], pad_id, asked.device)
+                mask = torch.cat([mask.repeat_interleave(count, dim=0), torch.ones_like(said)], dim=1)
+                cache.batch_repeat_interleave(count)
+                states = torch.cat([states, _read_on(decoder, said, mask, cache)[0]], dim=1)
+            means, _ = mean_losses(states, head, targets)
     return (-means).view(len(prompts), count).tolist()
 
 

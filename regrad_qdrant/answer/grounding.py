@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from regrad_qdrant.answer.generation import Asking, Generated, encoded, ends_of, next_logits
+from regrad_qdrant.answer.generation import Asking, Generated, can_fork, encoded, ends_of, next_logits
 from regrad_qdrant.answer.spans import Floats, Ints, Span, Spans, Walk
+from regrad_qdrant.errors import UnsupportedModelError
 from regrad_qdrant.model.plugin import base_of
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ def candidates(
             rows = beams if cache else 1  # of each prompt
             came_of = _grow(searches, logits, ends, rows, beams)
             if cache is None:
+                if not can_fork(now):
+                    raise UnsupportedModelError(
+                        f"{type(base).__name__} keeps a state of what it has read that beams can't share: its answers "
+                        "can't be spans of the texts (grounded=False)"
+                    )
                 now.batch_repeat_interleave(beams)
                 mask = mask.repeat_interleave(beams, dim=0)
             elif came_of != list(range(len(came_of))):

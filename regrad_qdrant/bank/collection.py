@@ -206,8 +206,9 @@ class AtomCollection:
     def check_place(self) -> None:
         """Refuse to write atoms where something else stands, before anything is written.
 
-        Every point of a collection is looked at up to 100,000; of a larger one, and where strict mode refuses the
-        filter, the first ones.
+        Before the first ingestion under the bank's key every point of a collection is looked at up to 100,000; of a
+        larger one, and where strict mode refuses the filter, the first ones. After it the key is the bank's, and what
+        is no atom is damage.
 
         Raises:
             BankError: if points have a field of the bank's name that is no atom, if the sidecar is a collection with
@@ -225,7 +226,8 @@ class AtomCollection:
                 f"collection {self.atoms.name!r} is sharded by keys of its own, which every write would have to name: "
                 "keep the atoms in a sidecar (--sidecar NAME)"
             )
-        if foreign := self._foreign():
+        key_is_ours = self.noted() or self.notes_other_spaces()
+        if not key_is_ours and (foreign := self._foreign()):
             raise BankError(
                 f"point {foreign[0].id!r} has a field {self.payload_key!r} that is no atom, and it would be written "
                 "over: choose another key (--payload-key NAME)"

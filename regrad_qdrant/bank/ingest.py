@@ -67,7 +67,8 @@ def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: Gradi
 
     Raises:
         DataError: for a text that can't have a gradient; the collection is as before.
-        BankError: for a passage with a field of the name of the bank's own key, likewise.
+        BankError: for a passage with a field of the name of the bank's own key, or as `AtomCollection.check_place`;
+            likewise.
     """
     for passage in passages:
         bank.check_fields(Document(passage.id, passage.payload))
@@ -75,6 +76,7 @@ def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: Gradi
             gradients.encode(passage.text)
         except DataError as error:
             raise DataError(f"passage {passage.id!r}: {error}") from error
+    bank.check_place()
     bank.create()
     return bank.sync(Document(passage.id, passage.payload) for passage in passages)
 

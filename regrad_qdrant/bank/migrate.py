@@ -63,6 +63,8 @@ def migrate(
         )
     if not target.exists() or not target.count():  # or it was stopped before its indexes were made
         report.left_out = target.create_as(source.configuration())
+        if source.has_shard_keys:
+            report.left_out.append("the shard keys")
     offset: PointId | None = None
     while True:
         points, offset = source.read(PAGE, offset)

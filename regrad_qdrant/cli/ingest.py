@@ -253,6 +253,7 @@ def _on_cluster(
 
     added = (0, 0)
     if passages is not None:
+        bank.check_place()
         bank.create()
         added = add_passages(bank, passages)
     here = cluster.workers if cluster.address == "local" else 1
@@ -315,6 +316,8 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
     from regrad_qdrant.model.gradients import BATCH_TOKENS
 
     bank, there = regrad.bank, regrad.bank.store.exists()
+    if there:
+        bank.check_place()
     found = bank.status() if there else None
     lacking = (hit.text for hit in bank.missing() if hit.text) if there else iter(())
     texts = list(itertools.islice(lacking, SAMPLE))

@@ -675,6 +675,15 @@ def test_a_field_of_the_users_under_the_banks_key_is_never_written_over(store, v
     first.check_place()
 
 
+def test_once_ingestion_has_noted_the_key_what_is_no_atom_under_it_is_damage(bank):
+    bank.store.set_payload([PayloadWrite(point_id("d2"), {"regrad": "garbage"})])
+    bank.store.write_metadata({bank.metadata_key: {"space": "lora"}})
+    if not bank.noted():
+        pytest.skip("this store keeps no metadata")
+    bank.check_place()
+    assert point_id("d2") in {hit.id for hit in bank.missing()}
+
+
 def test_of_a_large_collection_the_first_points_are_looked_at(bank, monkeypatch):
     monkeypatch.setattr("regrad_qdrant.bank.collection.LOOKED_THROUGH", 0)
     fill(bank, 3)

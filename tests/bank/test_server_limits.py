@@ -201,9 +201,9 @@ def test_points_are_written_and_questions_searched_as_many_at_a_time_as_the_serv
     assert bank.store.count() == COUNT
     assert len(bank.store.read_ids([point_id(f"d{i}") for i in range(COUNT)])) == COUNT
     bank.sync([Document(f"d{i}", {"id": f"d{i}", "text": f"{text} Anew."}) for i, text in enumerate(TEXTS)])
-    asked = [Asked(f"Who is person {i}?") for i in range(5)]
+    asked = [Asked(f"Who is person {i}?") for i in range(10)]  # 20 searches, as many as candidates of each
     found = bank.search_many(asked, 3, using="dense")
-    assert [hits[0].relevance for hits in found] == [1.0] * 5
+    assert [hits[0].relevance for hits in found] == [1.0] * 10
     client.calls.clear()
     assert bank.search_many(asked, 3, using="dense") == found
     batches = [arguments[1] for name, arguments, _ in client.calls if name == "query_batch_points"]
@@ -235,6 +235,25 @@ def test_a_sidecar_is_made_with_the_documents_shards_and_replicas_and_replaces_n
     [written] = [options for name, arguments, options in client.calls if name == "upsert" and "atoms" in arguments]
     assert written["update_mode"] == models.UpdateMode.INSERT_ONLY
     assert bank.status().atoms == COUNT
+
+
+def test_a_rate_limiter_that_refuses_a_batch_is_asked_less_at_a_time_and_not_for_fewer_candidates(monkeypatch):
+    client = Strict()
+    monkeypatch.setattr(ClientStore, "in_process", False)
+    bank = GradientBank(ClientStore(client, "docs"), "docs", SPACE, embedders={"dense": Angle()})
+    bank.create()
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    asked = [Asked(f"Who is person {i}?") for i in range(6)]
+    free = bank.search_many(asked, 3, using="dense")
+    check = client._check
+
+    def limited(name, arguments, options):
+        if len(_requests(name, arguments)) > 4:
+            raise refusal("request larger than rate limiter capacity, please try to split your request", 429)
+        check(name, arguments, options)
+
+    monkeypatch.setattr(client, "_check", limited)
+    assert bank.search_many(asked, 3, using="dense") == free
 
 
 def test_where_exact_counts_are_refused_approximate_ones_serve(monkeypatch):

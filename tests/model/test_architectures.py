@@ -8,6 +8,7 @@ from conftest import TINY, losses_of_steps, state_of, tiny_initialization
 from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_qdrant import Document, GradientBank, ReGrad
 from regrad_qdrant.answer.adapter import Adapter
+from regrad_qdrant.answer.query import Query
 from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.errors import UnsupportedModelError
 from regrad_qdrant.model.gradients import document_losses, pad
@@ -110,6 +111,27 @@ def test_answers_in_a_batch_are_those_one_by_one_and_every_weight_is_as_before(n
     for one, other in zip(together, alone, strict=True):
         assert one == other if dtype == torch.float32 else one[:4] == other[:4]
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_a_model_with_a_recurrent_state_weighs_options_by_whole_passes_and_gives_no_spans(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention", "conv"])
+    model = transformers.Lfm2ForCausalLM(config).eval().requires_grad_(False)
+    initialization = tiny_initialization(model, targets=["w1", "w2", "w3"])
+    asked = [
+        Query("Is Ida a baker?", "regrad", "yesno"),
+        Query("Which of them plays chess?", "regrad", "choice", ("Ida", "Noor", "a harp")),
+    ]
+    with GradientBank.open(tmp_path, "docs", initialization.fingerprint) as bank:
+        bank.create()
+        bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+        with ReGrad(model, tokenizer, bank, initialization, on_missing="compute") as regrad:
+            together = regrad.answer_many(asked, top_k=2)
+            alone = [regrad.answer(a.question, type=a.type, choices=a.choices, top_k=2).text for a in asked]
+            assert [answer.text for answer in together] == alone
+            assert together[0].text in ("yes", "no") and together[1].text in asked[1].choices
+            with pytest.raises(UnsupportedModelError, match="beams can't share"):
+                regrad.answer("What is Ida?", grounded=True)
 
 
 def test_a_training_step_runs_and_lowers_the_loss(name, dtype, tokenizer):

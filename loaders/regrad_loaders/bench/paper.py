@@ -21,6 +21,7 @@ from regrad_qdrant.errors import DataError
 
 SETS = ("nq_open", "phantomwiki", "hotpotqa", "squad2_dev")
 DOMAINS = ("medquad", "tatqa", "bioasq", "pubmedqa", "housing_yesno", "nq_open", "squad2_dev")
+GIVEN = ("base_model", "data_dir", "layers", "start")  # of a recipe, what `train` may replace
 SHARED_FIELD = {"housing_yesno": "state"}  # of a question and of what is retrieved for it
 COMPARED = (
     "direct", "rag", "rag-kv", "cpt", "instruction-cpt", "ft-direct", "ft-cpt", "ft-rag", "ft-rag-kv", "ft-rag-64",
@@ -169,7 +170,8 @@ def _training(recipe: Path, name: str, data: Path, options: Sequence[str]) -> Ru
     made = folder / "initialization" / "regrad.json"
     if made.is_file():
         there = json.loads(made.read_text(encoding="utf-8"))["card"].get("recipe")
-        if there != json.loads(json.dumps(Recipe.load(recipe).as_dict())):
+        wanted = json.loads(json.dumps(Recipe.load(recipe).as_dict()))
+        if any((there or {}).get(name) != value for name, value in wanted.items() if name not in GIVEN):
             raise DataError(f"{made} was trained with another recipe than {recipe}: remove the folder {folder}")
     resumed = ["--resume"] if (folder / "checkpoint.pt").is_file() else []
     asked = ("train", "--recipe", str(recipe), "--data-dir", str(data), "--out", str(folder))

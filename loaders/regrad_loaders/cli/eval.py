@@ -299,7 +299,9 @@ def evaluation(
             else initialization_of(party, initialization, base, tokenizer, passages, questions, filter_field, progress)
             for party, is_made in zip(answering, done, strict=True)
         ]
-        stored: dict[str, Any] = {} if journal is None else dict(journal.stored)
+        stored: dict[str, Any] = {}
+        if journal is not None:
+            stored = {mode: kept for mode, kept in journal.stored.items() if mode in chosen}
         with progress("Answering", asked) as advance:
             for party, ours, is_made in zip(answering, owners, done, strict=True):
                 key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}_{party.made or 'own'}"

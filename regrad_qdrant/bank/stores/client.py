@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
 
+STRICT = "Help:"  # what stands in every refusal of strict mode, which of older servers is a 403
 UNINDEXED = "ndex required"  # how a server in strict mode begins when it refuses a filter
+BATCH = "search batch size"  # … how it names what is too much, where it is the number of searches
 TOO_LARGE = "larger than rate limiter capacity"  # … a read that it would never let pass, however long one waits
 ATTEMPTS = 8
 FIRST_WAIT, LONGEST_WAIT = 0.25, 20.0  # seconds; doubled after each attempt: half a minute in all
@@ -154,7 +156,7 @@ class ClientStore:
         }
         if not self.in_process:
             settings |= {
-                "shard_number": parameters.shard_number,
+                "shard_number": None if parameters.sharding_method == "custom" else parameters.shard_number,
                 "replication_factor": parameters.replication_factor,
                 "write_consistency_factor": parameters.write_consistency_factor,
                 "hnsw_config": models.HnswConfigDiff(**config.hnsw_config.model_dump()),
@@ -283,13 +285,13 @@ class ClientStore:
             try:
                 found += self._search(asked)
             except BankError as error:
-                sizes = {size for search in asked for size in (search.limit, search.depth)}
-                allowed = _allowed(str(error), max(sizes))
-                of_searches = len(asked) not in sizes and f"exceeded {len(asked)} >" in str(error)
-                if not of_searches and allowed and asked != [search.within(allowed) for search in part]:
-                    self._candidates = allowed
-                elif fewer := _allowed(str(error), len(asked)):
+                said = str(error)
+                deepest = max(max(search.limit, search.depth) for search in asked)
+                fewer, allowed = _allowed(said, len(asked)), _allowed(said, deepest)
+                if fewer and (TOO_LARGE in said or BATCH in said):
                     self._searches = fewer
+                elif allowed and asked != [search.within(allowed) for search in part]:
+                    self._candidates = allowed
                 else:
                     raise
         return found
@@ -527,11 +529,11 @@ def client_errors(collection: str) -> Iterator[None]:
         code = getattr(error, "code", lambda: None)()
         if code == grpc.StatusCode.UNAUTHENTICATED:
             raise unknown from error
-        if code == grpc.StatusCode.PERMISSION_DENIED:
-            raise forbidden(getattr(error, "details", lambda: None)() or error) from error
+        said = getattr(error, "details", lambda: None)() or error
+        if code == grpc.StatusCode.PERMISSION_DENIED and STRICT not in str(said):
+            raise forbidden(said) from error
         if is_transient(error):
             raise StoreUnavailableError(f"can't reach the Qdrant server, still after retries: {error}") from error
-        said = getattr(error, "details", lambda: None)() or error
         raise _refused(collection, code, str(said)) from error
     except (ResponseHandlingException, ConnectionError) as error:
         raise StoreUnavailableError(
@@ -541,7 +543,7 @@ def client_errors(collection: str) -> Iterator[None]:
         if error.status_code == 401:
             raise unknown from error
         said = error.content.decode(errors="replace")[:300]
-        if error.status_code == 403 and "Help:" not in said:  # of older servers also what strict mode refuses
+        if error.status_code == 403 and STRICT not in said:
             raise forbidden(said) from error
         raise _refused(collection, error.status_code, said) from error
     except (ValueError, KeyError) as error:  # what the in-process engine raises

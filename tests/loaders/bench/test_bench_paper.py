@@ -76,7 +76,8 @@ def test_a_training_is_not_made_for_results_that_are_there_nor_taken_for_one_of_
     assert [run.out.parts[1] for run in found if run.out.name == "regrad.json"] == ["domains-longer"]
     made = data / "runs" / "domains-longer" / "initialization" / "regrad.json"
     made.parent.mkdir(parents=True)
-    for recipe, error in ((Recipe.load(folder / "longer.yaml").as_dict(), None), ({"name": "longer"}, DataError)):
+    same = Recipe.load(folder / "longer.yaml").as_dict() | {"start": "small", "data_dir": "elsewhere"}  # as given
+    for recipe, error in ((same, None), (same | {"learning_rate": 7.0}, DataError)):
         made.write_text(json.dumps({"card": {"recipe": recipe}}))
         with pytest.raises(error, match="with another recipe") if error else nullcontext():
             runs("domains", data, ["one"], 40, data / "out", "small")
