@@ -109,6 +109,8 @@ def test_grounded_answers_are_measured_beside_free_ones(parties):
 def test_an_atom_pays_for_itself_after_some_questions(parties):
     figures, details = bench_crossover(parties, "sign", rounds=2)
     assert set(figures) == {"crossover.questions_in_seconds", "crossover.questions_in_operations"}
+    first, whole = details["ms_to_first_token"], details["ms"]
+    assert set(first) == set(whole) - {"making the atoms"} and min(first.values()) > 0
     assert 0 < figures["crossover.questions_in_operations"].value < 10  # a pass and a half of what RAG reads each time
     kept = details["zipf"]["kept"]
     assert kept[-1]["hits"] == 1 and kept[-1]["ms"] == pytest.approx(details["ms"]["stored"])
