@@ -44,7 +44,8 @@ OF_FRESH = (
     *SPANS,
     ("regrad/grounded", "ft-rag/grounded", "the same, both as spans"),
 )
-OF_SHIPPED = (*OF_UNSEEN, SPANS[4], ("regrad/grounded", "ft-rag/grounded", "the same, both as spans"))
+OF_OTHER = (*OF_UNSEEN, SPANS[4])
+OF_SHIPPED = (*OF_OTHER, ("regrad/grounded", "ft-rag/grounded", "the same, both as spans"))
 READERS = (("regrad+icl", "ft-rag", "what gradients add to the passages in a fine-tuned model's prompt"),)
 
 PAGE = """# Results
@@ -198,7 +199,7 @@ def averages(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
     whole = [name for name, run in runs.items() if run["settings"]["type"] is None and _kinds(run) != {"choice"}]
     four = [name for name in MAIN if name in whole]
     averaged = {"average of four": four} if four else {}
-    return averaged | ({f"average of {len(whole)}": whole} if len(whole) > len(four) else {})
+    return averaged | ({f"average of {len(whole)}": whole} if len(whole) > max(len(four), 1) else {})
 
 
 def _kinds(run: dict[str, Any]) -> set[str]:
@@ -318,7 +319,7 @@ def main() -> None:
         shipped=scores(ships),
         shipped_differences=differences(ships, OF_SHIPPED),
         shipped_kinds=kinds(ships),
-        others=section(OTHER, other, scores, OF_SHIPPED)
+        others=section(OTHER, other, scores, OF_OTHER)
         + section(YESNO, yesno, scores, OF_YESNO)
         + section(SENTENCES, sentences, sentence_scores, OF_SENTENCES),
         unseen_command=command(unseen),
