@@ -142,13 +142,20 @@ def check_vector(store: Store, using: list[str] | None) -> None:
 def load(
     init: str, model: str | None, device: str = "auto", dtype: str = "auto"
 ) -> tuple[MetaInitialization, Any, Any]:
-    from regrad_qdrant.model.base_model import load_base_model
+    from regrad_qdrant.model.base_model import input_device, load_base_model, multiplies_16_bits_faster
     from regrad_qdrant.model.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
     with console.status(f"Loading {model or initialization.base.name}"):
         base, tokenizer = load_base_model(model or initialization.base.name, device=device, dtype=dtype)
     initialization.check_model(base)
+    if dtype in ("bfloat16", "float16") and input_device(base).type == "cpu" and not multiplies_16_bits_faster():
+        console.print(
+            f"This processor multiplies in {dtype} more slowly than in float32, up to a hundred times: --dtype auto "
+            "takes what is faster",
+            style="yellow",
+            highlight=False,
+        )
     return initialization, base, tokenizer
 
 

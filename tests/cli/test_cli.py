@@ -284,6 +284,24 @@ def test_eval_answers_from_the_passages_that_were_retrieved_for_each_question(ru
     assert code == 2 and "either --oracle or --retrieved" in err
 
 
+@pytest.mark.parametrize("faster", [True, False])
+def test_a_type_that_the_processor_is_slow_in_is_warned_of(run, folder, monkeypatch, faster):
+    monkeypatch.setattr("regrad_qdrant.model.base_model.multiplies_16_bits_faster", lambda: faster)
+    asked = (
+        "eval",
+        "--corpus",
+        folder / "corpus.jsonl",
+        "--qa",
+        folder / "qa.jsonl",
+        "--limit",
+        "2",
+        "--modes",
+        "direct",
+    )
+    code, out, err = run(*asked, "--dtype", "bfloat16")
+    assert code == 0 and ("more slowly than in float32" in out) is not faster, err
+
+
 def test_eval_warns_of_a_codec_that_no_training_has_seen(run, folder):
     asked = (
         "eval",
