@@ -62,10 +62,10 @@ yesno() { # SET OPTIONS…: the likelier option, with spans or without
         --modes regrad,init,random,ft-direct,ft-rag "$@"
 }
 
-sentences() { # SET OPTIONS…
-    set=$1
-    shift
-    asked "sentences/$set" "$set" 160 --style sentence --init smollm2-135m-instruct --dtype "$dtype" --batch 8 \
+sentences() { # SET QUESTIONS OPTIONS…
+    set=$1 count=$2
+    shift 2
+    asked "sentences/$set" "$set" "$count" --style sentence --init smollm2-135m-instruct --dtype "$dtype" --batch 8 \
         --against init,random,rag,ft-rag --modes regrad,init,random,direct,rag,ft-direct,ft-rag "$@"
 }
 
@@ -78,8 +78,8 @@ other 2wiki
 other bioasq
 for set in strategyqa fool_me_twice infotabs pubmedqa; do yesno $set; done
 yesno housing_yesno --filter-field state
-sentences fairytaleqa $among_three
-sentences squadshifts_wiki
+sentences fairytaleqa 80 $among_three
+sentences squadshifts_wiki 160
 for set in qamr ropes squadshifts_reddit; do other $set $among_three; done
 other wikitablequestions
 [ -f benchmarks/merge.json ] || regrad-qdrant bench merge --init smollm2-135m-instruct-few --set facts --set "$data/phantomwiki:direct" --limit 60 \
