@@ -323,6 +323,10 @@ def test_eval_does_not_go_on_with_other_contents(run, folder, tmp_path):
     asked = ("eval", "--corpus", "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "2", "--modes", "direct",
              "--resume", "kept.jsonl")  # fmt: skip
     assert run(*asked)[0] == 0
+    kept = tmp_path / "kept.jsonl"
+    kept.write_text(kept.read_text().replace('"retrieved": false, ', "", 1))  # as before there was that option
+    assert "retrieved" not in kept.read_text()
+    assert run(*asked)[0] == 0
     with (tmp_path / "corpus.jsonl").open("a") as file:
         file.write('\n{"id": "more", "text": "One more."}')
     code, _, err = run(*asked)

@@ -101,7 +101,9 @@ class Journal:
                 self._known[prediction.mode, top_k, prediction.id] = prediction
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is no journal of an evaluation: {error!r}") from error
-        differing = sorted(name for name in own.keys() | there.keys() if own.get(name) != there.get(name))
+        # A setting that a file of an older version does not have was off.
+        names = own.keys() | there.keys()
+        differing = sorted(name for name in names if (own.get(name) or None) != (there.get(name) or None))
         if differing:
             raise DataError(f"{path} is of other settings ({', '.join(differing)}): choose another --resume file")
         return whole
