@@ -61,7 +61,7 @@ class Shared:
 class SharedStore:
     """A process' own end of it; `lost` stands for a server that is gone."""
 
-    one_thread, copies_points, name = True, True, "docs"
+    one_thread, copies_points, has_shard_keys, name = True, True, False, "docs"
 
     def __init__(self, actor, lost=()):
         self._actor, self._lost = actor, lost
