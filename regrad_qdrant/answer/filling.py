@@ -91,7 +91,6 @@ class Filling:
             new = [(hit, record) for hit, record in computed if hit.id in lacking and _lack(hit) == MISSING]
             if due := [(hit, record) for hit, record in new if self._is_due(hit.id)]:
                 if not self._prepared:
-                    self.bank.check_place()
                     self.bank.index()  # and the sidecar, where there is to be one
                     self._prepared = True
                 self.bank.put(due, replace=False)

@@ -130,9 +130,10 @@ class GradientBank(AtomCollection):
 
         Raises:
             BankError: if it exists without a vector that an embedder makes, or with one that none makes: documents
-                added here would lack it.
+                added here would lack it; or as `check_place`.
         """
         if not self.store.exists():
+            self.check_place()
             dense = {name: size for name, embedder in self.embedders.items() if (size := embedder.size) is not None}
             sparse = tuple(name for name, embedder in self.embedders.items() if embedder.size is None)
             self.store.create(VectorNames(dense, sparse))

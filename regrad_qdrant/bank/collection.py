@@ -23,6 +23,7 @@ from regrad_qdrant.bank.stores.base import (
     VectorNames,
     Without,
     WithPayload,
+    is_empty,
     pages,
 )
 from regrad_qdrant.bank.stores.client import ClientStore
@@ -197,7 +198,12 @@ class AtomCollection:
 
     def index(self) -> None:
         """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar, on as many shards and
-        replicas as the documents have. Again changes nothing."""
+        replicas as the documents have. Again changes nothing.
+
+        Raises:
+            BankError: as `check_place`, before anything is changed.
+        """
+        self.check_place()
         if self.in_sidecar and not self.atoms.exists():
             kept = {name: value for name, value in self.store.configuration().settings.items() if name in OF_SIDECAR}
             self.atoms.create_as(Configuration(VectorNames(), {"vectors_config": {}, **kept}))
@@ -237,11 +243,8 @@ class AtomCollection:
         """Points that have something else than an atom under the bank's key."""
         from qdrant_client import models
 
-        def empty(path: str) -> Any:
-            return models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
-
         if self.atoms.count() <= LOOKED_THROUGH:
-            theirs = models.Filter(must=[empty(self.space_path)], must_not=[empty(self.payload_key)])
+            theirs = models.Filter(must=[is_empty(self.space_path)], must_not=[is_empty(self.payload_key)])
             with contextlib.suppress(UnindexedFilterError):
                 return self.atoms.scroll(theirs, 1, None, False)[0]
         first, _ = self.atoms.scroll(None, SAMPLE, None, [self.payload_key])
@@ -380,9 +383,8 @@ class AtomCollection:
 
         absent = []
         for key in _keys_of_filter(query_filter):
-            empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=key))
             try:
-                found, _ = self.store.scroll(models.Filter(must_not=[empty]), 1, None, False)
+                found, _ = self.store.scroll(models.Filter(must_not=[is_empty(key)]), 1, None, False)
             except BankError:
                 continue  # strict mode, and no index on it
             if not found:
@@ -424,8 +426,7 @@ class AtomCollection:
     def _of_other_spaces(self) -> Filter:
         from qdrant_client import models
 
-        empty = models.IsEmptyCondition(is_empty=models.PayloadField(key=self.space_path))
-        return models.Filter(must_not=[self.in_space(), empty])
+        return models.Filter(must_not=[self.in_space(), is_empty(self.space_path)])
 
     # -- as they are read -------------------------------------------------------------------------------
 

@@ -76,7 +76,6 @@ def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: Gradi
             gradients.encode(passage.text)
         except DataError as error:
             raise DataError(f"passage {passage.id!r}: {error}") from error
-    bank.check_place()
     bank.create()
     return bank.sync(Document(passage.id, passage.payload) for passage in passages)
 
@@ -177,7 +176,6 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
         BankError: if it has atoms of another space under the same key, and they are not to be replaced; or as
             `AtomCollection.check_place`.
     """
-    bank.check_place()
     bank.index()  # first: a server in strict mode filters by nothing else
     if not replace and bank.has_other_spaces():
         raise BankError(

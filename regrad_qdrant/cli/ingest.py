@@ -253,7 +253,6 @@ def _on_cluster(
 
     added = (0, 0)
     if passages is not None:
-        bank.check_place()
         bank.create()
         added = add_passages(bank, passages)
     here = cluster.workers if cluster.address == "local" else 1

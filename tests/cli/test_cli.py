@@ -78,6 +78,11 @@ def ingest(run, folder):
     )
 
 
+def asked_of(folder):
+    """The command that asks the folder's questions of its corpus."""
+    return "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl"
+
+
 def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
     code, out, err = ingest(run, folder)
     assert code == 0 and "12 points added, 0 updated, 12 atoms written" in out, err
@@ -119,7 +124,7 @@ def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
 
 def test_eval_writes_the_contract(run, folder, tmp_path):
     code, out, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--split", "dev", "--limit", "3",
+        *asked_of(folder), "--split", "dev", "--limit", "3",
         "--modes", "direct,rag,regrad,random", "--filter-field", "state", "--json", "out.json",
         "--predictions", "lines.jsonl",
     )  # fmt: skip
@@ -140,7 +145,7 @@ def test_eval_writes_the_contract(run, folder, tmp_path):
 def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path):
     modes = "rag,pe-rag,regrad,regrad+icl,ft-direct,ft-rag,raw"
     code, out, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", modes,
+        *asked_of(folder), "--limit", "4", "--modes", modes,
         "--icl-init", folder / "init", "--ft-direct", folder / "init", "--ft-rag", folder / "init",
         "--against", "raw,rag", "--distractors", "2", "--top-k", "1",
         "--json", "out.json", "--plot", "bars.png", "--predictions", "lines.jsonl",
@@ -161,7 +166,7 @@ def test_eval_compares_modes_with_controls_and_draws_them(run, folder, tmp_path)
 def test_eval_runs_what_gradients_are_compared_with(run, folder, tmp_path):
     modes = "cpt,instruction-cpt,ft-cpt,prag,ft-prag,rag-kv,ft-rag-kv,ft-rag-64,ft-rag-128/grounded"
     code, out, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3", "--modes", modes,
+        *asked_of(folder), "--limit", "3", "--modes", modes,
         "--ft-direct", folder / "lora", "--ft-rag", folder / "init", "--json", "out.json",
     )  # fmt: skip
     assert code == 0, err
@@ -173,9 +178,7 @@ def test_eval_runs_what_gradients_are_compared_with(run, folder, tmp_path):
     assert "ft-rag-kv: " in out and " s each to make" in out
     code, _, err = run("eval", "--collection", "docs", "--qa", folder / "qa.jsonl", "--modes", "cpt")
     assert code == 2 and "no collection" in err
-    code, _, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--modes", "rag-kv/auto"
-    )
+    code, _, err = run(*asked_of(folder), "--modes", "rag-kv/auto")
     assert code == 2 and "unknown modes" in err
 
 
@@ -183,7 +186,7 @@ def test_a_new_bank_is_filled_for_the_gradients_and_not_for_a_baseline(run, fold
     shorter = replace(MetaInitialization.load(folder / "init"), max_length=64)  # another space, so other atoms
     shorter.save(tmp_path / "baseline")
     code, _, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3",
+        *asked_of(folder), "--limit", "3",
         "--collection", "docs", "--modes", "ft-rag,regrad+icl", "--ft-rag", "baseline", "--json", "out.json",
     )  # fmt: skip
     assert code == 0, err
@@ -209,7 +212,7 @@ def test_a_passage_that_can_have_no_atom_does_not_end_an_eval(run, folder, tmp_p
 
 def test_eval_asks_with_further_k(run, folder, tmp_path):
     code, out, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "3", "--top-k", "2",
+        *asked_of(folder), "--limit", "3", "--top-k", "2",
         "--modes", "direct,regrad", "--sweep", "4,1", "--json", "out.json",
     )  # fmt: skip
     assert code == 0, err
@@ -221,7 +224,7 @@ def test_eval_asks_with_further_k(run, folder, tmp_path):
 
 
 def test_eval_goes_on_from_what_was_answered_before_it_was_stopped(run, folder, tmp_path):
-    shared = ("eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4")
+    shared = (*asked_of(folder), "--limit", "4")
     whole = (*shared, "--modes", "direct,regrad", "--sweep", "1", "--json")
     code, _, err = run(*whole, "one.json", "--resume", "kept.jsonl")
     assert code == 0, err
@@ -245,7 +248,7 @@ def test_eval_goes_on_from_what_was_answered_before_it_was_stopped(run, folder, 
 
 
 def test_what_was_made_of_the_corpus_is_not_made_again_for_answers_that_are_there(run, folder, tmp_path, monkeypatch):
-    asked = ("eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "2", "--modes",
+    asked = (*asked_of(folder), "--limit", "2", "--modes",
              "cpt,rag-kv", "--resume", "kept.jsonl", "--json")  # fmt: skip
     code, _, err = run(*asked, "one.json")
     assert code == 0, err
@@ -263,18 +266,8 @@ def test_eval_answers_from_the_passages_that_were_retrieved_for_each_question(ru
         {"question": f"Where does {name} live?", "answer": "Oslo", "passages": passages[::-1]} for name in ("Ada", "Bo")
     ]
     (tmp_path / "dev.json").write_text(json.dumps(rows))
-    asked = (
-        "eval",
-        "--qa",
-        "dev.json",
-        "--modes",
-        "rag,regrad",
-        "--top-k",
-        "2",
-        "--retrieved",
-        "--predictions",
-        "lines.jsonl",
-    )
+    asked = ("eval", "--qa", "dev.json", "--modes", "rag,regrad", "--top-k", "2", "--retrieved", "--predictions",
+             "lines.jsonl")  # fmt: skip
     code, _, err = run(*asked)
     assert code == 0, err
     lines = [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
@@ -287,34 +280,12 @@ def test_eval_answers_from_the_passages_that_were_retrieved_for_each_question(ru
 @pytest.mark.parametrize("faster", [True, False])
 def test_a_type_that_the_processor_is_slow_in_is_warned_of(run, folder, monkeypatch, faster):
     monkeypatch.setattr("regrad_qdrant.model.base_model.multiplies_16_bits_faster", lambda: faster)
-    asked = (
-        "eval",
-        "--corpus",
-        folder / "corpus.jsonl",
-        "--qa",
-        folder / "qa.jsonl",
-        "--limit",
-        "2",
-        "--modes",
-        "direct",
-    )
-    code, out, err = run(*asked, "--dtype", "bfloat16")
+    code, out, err = run(*asked_of(folder), "--limit", "2", "--modes", "direct", "--dtype", "bfloat16")
     assert code == 0 and ("more slowly than in float32" in out) is not faster, err
 
 
 def test_eval_warns_of_a_codec_that_no_training_has_seen(run, folder):
-    asked = (
-        "eval",
-        "--corpus",
-        folder / "corpus.jsonl",
-        "--qa",
-        folder / "qa.jsonl",
-        "--limit",
-        "2",
-        "--codec",
-        "ternary",
-    )
-    code, out, err = run(*asked, "--modes", "regrad")
+    code, out, err = run(*asked_of(folder), "--limit", "2", "--codec", "ternary", "--modes", "regrad")
     assert code == 0 and "not through ternary" in out, err
 
 
@@ -335,7 +306,7 @@ def test_eval_does_not_go_on_with_other_contents(run, folder, tmp_path):
 
 def test_random_atoms_are_of_documents_that_other_questions_found(run, folder, tmp_path):
     code, _, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--top-k", "2",
+        *asked_of(folder), "--limit", "4", "--top-k", "2",
         "--modes", "regrad,random", "--predictions", "lines.jsonl",
     )  # fmt: skip
     assert code == 0, err
@@ -360,7 +331,7 @@ def test_eval_samples_questions_and_takes_one_type(run, folder, tmp_path):
     asked = []
     for _ in range(2):
         code, _, err = run(
-            "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--modes", "init",
+            *asked_of(folder), "--modes", "init",
             "--sample", "3", "--predictions", "lines.jsonl",
         )  # fmt: skip
         assert code == 0, err
@@ -391,7 +362,7 @@ def test_eval_tells_types_of_questions_apart(run, folder, tmp_path):
 
 def test_gradients_of_others_stand_for_as_many_as_the_gold_passages(run, folder, tmp_path):
     code, _, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "1", "--oracle",
+        *asked_of(folder), "--limit", "1", "--oracle",
         "--modes", "regrad,random", "--predictions", "lines.jsonl",
     )  # fmt: skip
     assert code == 0, err
@@ -401,7 +372,7 @@ def test_gradients_of_others_stand_for_as_many_as_the_gold_passages(run, folder,
 
 def test_eval_can_be_given_the_gold_passages(run, folder, tmp_path):
     code, _, err = run(
-        "eval", "--corpus", folder / "corpus.jsonl", "--qa", folder / "qa.jsonl", "--limit", "4", "--modes", "regrad",
+        *asked_of(folder), "--limit", "4", "--modes", "regrad",
         "--oracle", "--predictions", "lines.jsonl",
     )  # fmt: skip
     assert code == 0, err

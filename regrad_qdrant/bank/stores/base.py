@@ -17,7 +17,7 @@ from regrad_qdrant.bank.layouts import value_at
 from regrad_qdrant.errors import BankError, RecordTooLargeError
 
 if TYPE_CHECKING:
-    from qdrant_client.models import Filter
+    from qdrant_client.models import Filter, IsEmptyCondition
 
 PointId = int | str
 Payload = dict[str, Any]
@@ -82,9 +82,7 @@ class PayloadWrite:
         from qdrant_client import models
 
         same: list[Any] = [
-            models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
-            if value is None
-            else models.FieldCondition(key=path, match=models.MatchValue(value=value))
+            is_empty(path) if value is None else models.FieldCondition(key=path, match=models.MatchValue(value=value))
             for path, value in self.unless_changed.items()
         ]
         return models.Filter(must=[models.HasIdCondition(has_id=[self.id]), *same])
@@ -230,6 +228,13 @@ class Store(Protocol):
         """Let the engine put its segments in order after a bulk load, where it does not do so by itself."""
 
     def close(self) -> None: ...
+
+
+def is_empty(path: str) -> IsEmptyCondition:
+    """The condition that there is nothing at a path of the payload."""
+    from qdrant_client import models
+
+    return models.IsEmptyCondition(is_empty=models.PayloadField(key=path))
 
 
 def plain_id(key: Any) -> PointId:

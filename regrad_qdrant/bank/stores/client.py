@@ -50,11 +50,9 @@ class ClientStore:
         self.client = client
         self.name = name
         self.owns_client = owns_client  # whether `close` closes it
-        # What a server in strict mode allows, as far as it has refused more:
-        self._page = sys.maxsize  # points of one read
-        self._batch = sys.maxsize  # points of one write
-        self._searches = sys.maxsize  # searches of one request
-        self._candidates = sys.maxsize  # points of one search, where some can be spared
+        # What a server in strict mode allows, as far as it has refused more: points of one read, points of one write,
+        # searches of one request, and points of one search where some can be spared.
+        self._most = dict.fromkeys(("read", "write", "searches", "candidates"), sys.maxsize)
 
     @property
     def in_process(self) -> bool:
@@ -196,28 +194,34 @@ class ClientStore:
             )
             for point in points
         ]
-        self._in_parts(structs, lambda part: self._request("upsert", part, **options))
+        self._in_parts("write", structs, lambda part: self._request("upsert", part, **options))
 
-    def _in_parts(self, items: Sequence[Any], write: Callable[[Sequence[Any]], Any]) -> None:
-        """Write all of these, in as many requests as the server's limit makes of them."""
+    def _in_parts(self, kind: str, items: Sequence[Any], send: Callable[[Sequence[Any]], Any]) -> list[Any]:
+        """What is answered to all of these, in as many requests as the server's limit makes of them."""
+        answers: list[Any] = []
         left = items
         while left:
-            part = left[: self._batch]
+            part = left[: self._most[kind]]
             try:
-                write(part)
+                answers.append(send(part))
             except BankError as error:
-                allowed = _allowed(str(error), len(part))
-                if allowed is None:
-                    raise
-                self._batch = allowed
+                self._learn(kind, len(part), error)
             else:
                 left = left[len(part) :]
+        return answers
+
+    def _learn(self, kind: str, size: int, refusal: BankError) -> None:
+        """Ask for fewer at a time from now on; raises the refusal where it is of something else."""
+        allowed = _allowed(str(refusal), size)
+        if allowed is None:
+            raise refusal
+        self._most[kind] = allowed
 
     def update_vectors(self, points: Sequence[Point]) -> None:
         from qdrant_client import models
 
         rows = [models.PointVectors(id=point.id, vector=_client_vectors(point.vectors)) for point in points]
-        self._in_parts(rows, lambda part: self._request("update_vectors", part, wait=True))
+        self._in_parts("write", rows, lambda part: self._request("update_vectors", part, wait=True))
 
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
         """By a filter on id and state, which one shard checks in the same step as it writes; by id after a look where
@@ -241,7 +245,7 @@ class ClientStore:
         payloads = [models.SetPayload(payload=write.payload, filter=write.target()) for write in writes]
         try:
             operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
-            self._in_parts(operations, lambda part: self._request("batch_update_points", part, wait=True))
+            self._in_parts("write", operations, lambda part: self._request("batch_update_points", part, wait=True))
         except UnindexedFilterError:
             self._write_by_id(writes)
 
@@ -255,7 +259,7 @@ class ClientStore:
                 return
             try:
                 operations = [models.SetPayloadOperation(set_payload=payload) for payload in payloads]
-                self._in_parts(operations, lambda part: self._request("batch_update_points", part, wait=True))
+                self._in_parts("write", operations, lambda part: self._request("batch_update_points", part, wait=True))
                 return
             except BankError as error:
                 if "No point with id" not in str(error) or attempt == ATTEMPTS - 1:
@@ -280,8 +284,8 @@ class ClientStore:
     def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
         found: list[list[StoredPoint]] = []
         while left := searches[len(found) :]:
-            part = left[: self._searches]
-            asked = [search.within(self._candidates) for search in part]
+            part = left[: self._most["searches"]]
+            asked = [search.within(self._most["candidates"]) for search in part]
             try:
                 found += self._search(asked)
             except BankError as error:
@@ -289,9 +293,9 @@ class ClientStore:
                 deepest = max(max(search.limit, search.depth) for search in asked)
                 fewer, allowed = _allowed(said, len(asked)), _allowed(said, deepest)
                 if fewer and (TOO_LARGE in said or BATCH in said):
-                    self._searches = fewer
+                    self._most["searches"] = fewer
                 elif allowed and asked != [search.within(allowed) for search in part]:
-                    self._candidates = allowed
+                    self._most["candidates"] = allowed
                 else:
                     raise
         return found
@@ -316,15 +320,8 @@ class ClientStore:
 
     def _retrieved(self, ids: Sequence[PointId], **options: Any) -> list[Any]:
         """The points of these ids, in as many pages as the server's limit makes of them."""
-        found: list[Any] = []
-        left = list(ids)
-        while left:
-            part = left[: self._page]
-            if (answer := self._page_of("retrieve", len(part), part, **options)) is None:
-                continue  # with a smaller page
-            found += answer
-            left = left[len(part) :]
-        return found
+        found = self._in_parts("read", list(ids), lambda part: self._request("retrieve", part, **options))
+        return [point for page in found for point in page]
 
     def scroll(
         self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
@@ -336,23 +333,14 @@ class ClientStore:
 
     def _scrolled(self, limit: int, **options: Any) -> tuple[list[Any], PointId | None]:
         """A page of at most so many points, as many as the server allows, and where the next one begins."""
-        answer = None
-        while answer is None:
-            size = min(limit, self._page)
-            answer = self._page_of("scroll", size, limit=size, **options)
-        found, following = answer
-        return found, None if following is None else plain_id(following)
-
-    def _page_of(self, method: str, size: int, *arguments: Any, **options: Any) -> Any:
-        """One page of a read; None where the server refuses that many points, after which pages are smaller."""
-        try:
-            return self._request(method, *arguments, **options)
-        except BankError as error:
-            allowed = _allowed(str(error), size)
-            if allowed is None:
-                raise
-            self._page = allowed
-            return None
+        while True:
+            size = min(limit, self._most["read"])
+            try:
+                found, following = self._request("scroll", limit=size, **options)
+            except BankError as error:
+                self._learn("read", size, error)
+            else:
+                return found, None if following is None else plain_id(following)
 
     def read(self, limit: int, offset: PointId | None) -> tuple[list[Point], PointId | None]:
         found, following = self._scrolled(limit, offset=offset, with_payload=True, with_vectors=True)
