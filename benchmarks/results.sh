@@ -1,11 +1,11 @@
 #!/bin/sh
 # The runs behind docs/results.md: every set of ../shared/data with a dev split, the modes side by side: of the default
 # initialization in default/, fresh/, unseen/, other/, yesno/ and sentences/, elsewhere of the one that shipped before.
-# Some hours on two cores. A run that is there already is not made again.
+# Some hours on two cores. A run that is there already is not made again, and one that was stopped goes on.
 #   sh benchmarks/results.sh && python benchmarks/results_page.py
 set -eu
 data=${DATA:-../shared/data} dtype=${DTYPE:-bfloat16}
-mkdir -p benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default benchmarks/results/fresh \
+mkdir -p runs benchmarks/results/passages benchmarks/results/grounded benchmarks/results/default benchmarks/results/fresh \
     benchmarks/results/unseen benchmarks/results/other benchmarks/results/yesno benchmarks/results/sentences
 
 asked() { # NAME SET QUESTIONS OPTIONS…
@@ -13,7 +13,12 @@ asked() { # NAME SET QUESTIONS OPTIONS…
     shift 3
     [ -f "benchmarks/results/$name.json" ] && return 0
     regrad-qdrant eval --corpus "$data/$set/corpus.jsonl" --qa "$data/$set/qa.jsonl" --split dev --sample "$count" \
-        --init smollm2-135m-instruct-few "$@" --json "benchmarks/results/$name.json"
+        --init smollm2-135m-instruct-few "$@" --resume "$(answers "$name")" --json "benchmarks/results/$name.json"
+    rm -f "$(answers "$name")"
+}
+
+answers() { # NAME: where they are kept as they are given
+    echo "runs/results-$(echo "$1" | tr / -).jsonl"
 }
 
 run() { # NAME SET QUESTIONS OPTIONS…
@@ -38,7 +43,7 @@ shipped() { # SET
 }
 
 fresh() { # SET: questions of which none took part in a choice of τ, of an initialization or of a rate
-    asked "fresh/$1" "$1" 120 --skip-sample 160 --init smollm2-135m-instruct --dtype "$dtype" --batch 8 \
+    asked "fresh/$1" "$1" 120 --skip-sample 80 --skip-sample 160 --init smollm2-135m-instruct --dtype "$dtype" --batch 8 \
         --against "regrad,init,init/grounded,$rivals,ft-rag/grounded" \
         --modes "regrad,regrad/grounded,regrad/auto,init,init/grounded,$rivals,ft-rag/grounded"
 }

@@ -38,9 +38,9 @@ def bench_grounding(
     for size in sizes:
         seconds, shares = _of_size(regrad, questions, rounds, size, on_round)
         for beams in BEAMS:
-            name = f"grounded, {beams} beam{'s' if beams > 1 else ''} ÷ free, batch of {size}"
+            name = f"grounding.{beams}_beam{'s' if beams > 1 else ''}_over_free.batch_{size}"
             figures[name] = Figure.ratio(seconds[f"{beams} beams"], seconds["free"])
-        figures[f"own work in a grounded answer, batch of {size}"] = Figure.of(shares, "share")
+        figures[f"grounding.own_share.batch_{size}"] = Figure.of(shares, "share")
         details[f"milliseconds of a batch of {size}"] = milliseconds(seconds)
     return figures, details
 

@@ -99,8 +99,8 @@ def evaluation(
         int | None, typer.Option("--sample", min=1, help="Only N questions, drawn at random, the same every time.")
     ] = None,
     skip_sample: Annotated[
-        int | None,
-        typer.Option("--skip-sample", min=1, help="None of those that --sample N draws."),
+        list[int] | None,
+        typer.Option("--skip-sample", min=1, help="None of those that --sample N draws; can be given again."),
     ] = None,
     top_k: TopK = 3,
     sweep: Annotated[
@@ -231,7 +231,7 @@ def evaluation(
         raise DataError(f"--protocol {protocol}: it is own or paper")
     augmented = read_augmented(qa) if qa.suffix == ".json" or qa.is_dir() else None
     asked_of = augmented.questions if augmented else read_questions(qa)
-    questions = select(asked_of, split, limit, sample=sample, of_type=of_type, skip_sample=skip_sample)
+    questions = select(asked_of, split, limit, sample=sample, of_type=of_type, skip_samples=skip_sample or ())
     for question in questions:
         field_filter(question, filter_field)
     passages = read_corpus(corpus) if corpus is not None else augmented.passages if augmented else None

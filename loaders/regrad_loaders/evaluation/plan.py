@@ -128,12 +128,13 @@ def select(
     *,
     sample: int | None = None,
     of_type: str | None = None,
-    skip_sample: int | None = None,
+    skip_samples: Sequence[int] = (),
 ) -> list[Question]:
     """The questions of a split and type: the first `limit` of them, or `sample` drawn at random, the same every time.
 
     Args:
-        skip_sample: leave out those that a sample of this size draws: what was chosen on those is judged by others.
+        skip_samples: leave out those that samples of these sizes draw (a smaller one is not a part of a larger): what
+            was chosen on those is judged by others.
 
     Raises:
         DataError: if there are none; the error lists the splits or types there are.
@@ -144,11 +145,11 @@ def select(
     typed = [question for question in chosen if of_type is None or question.type == of_type]
     if not typed:
         raise DataError(f"no questions of type {of_type!r}; types found: {sorted({q.type for q in chosen})}")
-    if skip_sample is not None:
-        seen = {question.id for question in _drawn(typed, skip_sample)}
+    if skip_samples:
+        seen = {question.id for count in skip_samples for question in _drawn(typed, count)}
         typed = [question for question in typed if question.id not in seen]
         if not typed:
-            raise DataError(f"--skip-sample {skip_sample} leaves no question")
+            raise DataError(f"--skip-sample {' '.join(map(str, skip_samples))} leaves no question")
     return (typed if sample is None else _drawn(typed, sample))[:limit]
 
 

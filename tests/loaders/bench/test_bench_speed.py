@@ -102,7 +102,7 @@ def test_grounded_answers_are_measured_beside_free_ones(parties):
     decoder = regrad.decoder
     figures, details = bench_grounding(regrad, [q.question for q in parties.questions], rounds=2, sizes=(1, 3))
     assert len(figures) == 6 and all(figure.value > 0 for figure in figures.values())
-    assert all(0 < figures[name].value < 1 for name in figures if name.startswith("own work"))
+    assert all(0 < figures[name].value < 1 for name in figures if ".own_share." in name)
     assert len(details) == 2 and regrad.decoder is decoder
 
 

@@ -61,8 +61,12 @@ def test_grounded_answers_are_of_the_texts_that_were_retrieved_whatever_atoms_ar
 
 def test_a_sample_can_be_left_out():
     asked = [Question(f"q{i}", "Who?", ("Ida",), split="dev") for i in range(20)]
-    first, others = select(asked, "dev", sample=8), select(asked, "dev", skip_sample=8)
+    first, others = select(asked, "dev", sample=8), select(asked, "dev", skip_samples=[8])
     assert len(first) == 8 and {q.id for q in first} | {q.id for q in others} == {q.id for q in asked}
-    assert len(others) == 12 and len(select(asked, "dev", sample=5, skip_sample=8)) == 5
+    assert len(others) == 12 and len(select(asked, "dev", sample=5, skip_samples=[8])) == 5
     with pytest.raises(DataError, match="--skip-sample 20 leaves no question"):
-        select(asked, "dev", skip_sample=20)
+        select(asked, "dev", skip_samples=[20])
+    many = [Question(f"q{i}", "Who?", ("Ida",), split="dev") for i in range(300)]
+    small, large = ({q.id for q in select(many, "dev", sample=count)} for count in (80, 160))
+    left = {q.id for q in select(many, "dev", skip_samples=[80, 160])}
+    assert small - large and not left & (small | large)
