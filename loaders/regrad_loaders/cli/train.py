@@ -80,6 +80,7 @@ def train(
     folder = out or Path("runs") / settings.name
     if (folder / "checkpoint.pt").exists() and not resume:
         raise DataError(f"{folder} holds a checkpoint: go on from it with --resume, or choose another --out")
+    console.quiet = errors.quiet = os.environ.get("RANK", "0") != "0"  # the first of several processes speaks
     for name, value in settings.as_dict().items():
         console.print(f"  {name:<24} {value}", highlight=False, markup=False)
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -90,7 +91,6 @@ def train(
             settings.base_model, device=device, dtype=dtype, **({"device_map": "cpu"} if shared else {})
         )
     base = BaseModel.of(model, settings.base_model)
-    console.quiet = errors.quiet = os.environ.get("RANK", "0") != "0"  # the first of several processes speaks
 
     def say(line: str) -> None:
         console.print(line, highlight=False, markup=False)

@@ -249,14 +249,17 @@ class EpisodeSource:
         return self._encoded[key]
 
     def _window(self, key: str, answers: Iterable[str], rng: random.Random) -> list[int]:
+        """A passage, or a part of it that holds an answer and begins as a text does (BOS), as at ingestion."""
         ids, offsets = self._tokens(key)
         if len(ids) <= self.passage_tokens:
             return ids
+        begin = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
+        room = self.passage_tokens - len(begin)
         spot = next((at for answer in answers if (at := self.texts[key].find(answer)) >= 0), 0)
         token = next((i for i, (_, end) in enumerate(offsets) if end > spot), 0)
-        last = len(ids) - self.passage_tokens
-        start = max(0, min(last, token - rng.randrange(self.passage_tokens * 3 // 4)))
-        return ids[start : start + self.passage_tokens]
+        last = len(ids) - room
+        start = max(len(begin), min(last, token - rng.randrange(self.passage_tokens * 3 // 4)))
+        return begin + ids[start : start + room]
 
 
 def _in_text(question: Question) -> tuple[str, ...]:

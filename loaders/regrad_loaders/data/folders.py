@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,28 +52,37 @@ def read_questions(path: Path) -> list[Question]:
         DataError: as `read_corpus`.
     """
     known = {"id", "question", "answers", "gold_ids", "split", "type", "choices"}
-    questions = []
+    questions: dict[str, Question] = {}
     for place, row in json_rows(path):
-        answers = row.get("answers")
-        if not isinstance(answers, list) or not answers:
-            raise DataError(f"{place}: 'answers' must be a list with at least one answer, found {answers!r}")
+        answers = _texts(row, "answers", place)
+        if not answers:
+            raise DataError(f"{place}: 'answers' must be a list with at least one answer, found none")
         if not string_field(row, "question", place).strip():
             raise DataError(f"{place}: the question is empty")
-        questions.append(
-            Question(
-                id=string_field(row, "id", place),
-                question=string_field(row, "question", place),
-                answers=tuple(str(answer) for answer in answers),
-                gold_ids=tuple(row.get("gold_ids") or ()),
-                split=row.get("split") or "",
-                type=row.get("type") or "open",
-                choices=tuple(row.get("choices") or ()),
-                fields={name: value for name, value in row.items() if name not in known},
-            )
+        key = string_field(row, "id", place)
+        if key in questions:
+            raise DataError(f"{place}: the id {key!r} is there twice")
+        questions[key] = Question(
+            id=key,
+            question=string_field(row, "question", place),
+            answers=answers,
+            gold_ids=_texts(row, "gold_ids", place),
+            split=row.get("split") or "",
+            type=row.get("type") or "open",
+            choices=_texts(row, "choices", place),
+            fields={name: value for name, value in row.items() if name not in known},
         )
     if not questions:
         raise DataError(f"{path}: no questions; expected one JSON object a line with 'id', 'question' and 'answers'")
-    return questions
+    return list(questions.values())
+
+
+def _texts(row: Mapping[str, Any], name: str, place: str) -> tuple[str, ...]:
+    """A field that is a list of texts, or of numbers that stand for texts; empty where there is none."""
+    values = row.get(name) or []
+    if not isinstance(values, list) or not all(isinstance(value, str | int | float) for value in values):
+        raise DataError(f"{place}: {name!r} must be a list of texts, found {values!r}")
+    return tuple(str(value) for value in values)
 
 
 def read_folder(folder: Path) -> Dataset:

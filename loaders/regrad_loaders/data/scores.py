@@ -18,7 +18,10 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def chosen(prediction: str, choices: Sequence[str]) -> str:
-    """The choice that an answer such as "B", "B)" or "B) London" means; any other answer as it is."""
+    """The choice that an answer such as "B", "B)" or "B) London" means; any other answer, or a choice itself, as it
+    is."""
+    if prediction.strip() in choices:
+        return prediction
     found = _LETTER.match(prediction.strip())
     if found and ord(found[1].upper()) - ord("A") < len(choices):
         return choices[ord(found[1].upper()) - ord("A")]

@@ -219,9 +219,10 @@ def _of_others(
     # Sorted: the engine leaves the order of equal scores open, and the draw must not depend on it.
     pool = sorted({key for points in used for key in points}, key=str)
     passing = _Passing(bank)
+    golds = _points_of(bank, {key for question in questions for key in question.gold_ids})
     found: list[_Given | None] = []
     for i, (question, points) in enumerate(zip(questions, used, strict=True)):
-        own = set(points) | {point_id(key) for key in question.gold_ids}
+        own = set(points) | {golds[key] for key in question.gold_ids if key in golds}
         only = filters[i] if filters else None
         allowed = None if only is None else set(passing.ids(only))
         left = [key for key in pool if key not in own and (allowed is None or key in allowed)]

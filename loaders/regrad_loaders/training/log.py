@@ -56,5 +56,6 @@ def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str,
 def _forget_after(metrics: Path, step: int) -> None:
     """Drop what was logged after a checkpoint's step: those steps are done again. A step of −1 drops all."""
     if metrics.is_file():
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0]  # without a line that a run's end cut off
+        lines = [f"{line}\n" for line in whole.splitlines()]
         metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")

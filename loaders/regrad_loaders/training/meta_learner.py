@@ -99,6 +99,13 @@ class MetaLearner(nn.Module):
         grads = torch.autograd.grad(losses.sum(), list(zeros.values()), create_graph=create_graph)
         return dict(zip(zeros, grads, strict=True)), losses
 
+    def atoms_in_parts(self, passages: Sequence[Sequence[int]], size: int | None) -> dict[str, Tensor]:
+        """The same atoms without a graph, of so many passages at a time (None: all)."""
+        size = size or len(passages)
+        starts = range(0, len(passages), size)
+        parts = [self.atoms(passages[at : at + size], create_graph=False)[0] for at in starts]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
     def projected_atoms(self, passages: Sequence[Sequence[int]]) -> dict[str, Tensor]:
         """The same atoms, differentiable through the space's own projections (A and U in the core space) alone.
 

@@ -46,21 +46,28 @@ def load_sources(recipe: Recipe, tokenizer: Any) -> tuple[list[EpisodeSource], l
 
 
 def load_dev_sources(recipe: Recipe, tokenizer: Any) -> list[EpisodeSource]:
-    """Sources of dev questions, to evaluate on: of each folder that has any, and invented people that training has
-    not met. None where the recipe wants none."""
+    """Sources of dev questions, to evaluate on: of each set that has any (a split `dev` or `validation`), and invented
+    people that training has not met. None where the recipe wants none.
+
+    Raises:
+        DataError: where the recipe wants some, and no set has any.
+    """
     sources: list[EpisodeSource] = []
     if not recipe.dev_questions:
         return sources
     rng, format = random.Random(recipe.seed + 4), prompt_of(recipe)
     for source in recipe.data:
-        dataset = _dataset(recipe, source) if source.facts is None else generate("demo", 60, recipe.seed)
-        of_dev = _of_types(dataset.split("dev"), source)
+        if (dataset := _dev_dataset(recipe, source)) is None:
+            continue
+        of_dev = _of_types(dataset.split("dev", "validation"), source)
         questions = [question for question in of_dev if question.gold_ids or recipe.retrieved]
         if source.style == "sentence":
             questions = with_sentences(questions)
         if questions:
             chosen = rng.sample(questions, min(recipe.dev_questions, len(questions)))
             sources.append(_episodes(recipe, dataset, chosen, tokenizer, format, source.style))
+    if not sources:
+        raise DataError("dev_questions: no set of the recipe has questions of a split dev or validation to evaluate on")
     return sources
 
 
@@ -89,6 +96,18 @@ def _dataset(recipe: Recipe, source: Source) -> Dataset:
     if source.data_aug is not None:
         return read_augmented(Path(recipe.data_dir) / source.data_aug, source.split)
     return read_folder(Path(recipe.data_dir) / str(source.folder))
+
+
+def _dev_dataset(recipe: Recipe, source: Source) -> Dataset | None:
+    """Where a source's dev questions are; None for a set of the Hub that has no such split."""
+    if source.facts is not None:
+        return generate("demo", 60, recipe.seed)
+    if source.hub is None:
+        return _dataset(recipe, source)
+    try:
+        return read_hub(source.hub, "validation", source.fields, source.config)
+    except DataError:
+        return None
 
 
 def _of_types(questions: list[Question], source: Source) -> list[Question]:

@@ -37,13 +37,19 @@ class Source:
                 "a source of data is either a `folder`, a dataset of the `hub`, a folder of `data_aug` or a world of "
                 "`facts`"
             )
-        if self.split in ("dev", "test", "validation"):
+        if self.split.split("[")[0].strip().lower() in ("dev", "test", "validation", "val", "eval"):
             name = self.folder or self.hub or self.data_aug
             raise DataError(f"{name}: the split {self.split!r} is for evaluation, never for training")
         if self.style not in STYLES:
             raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if not isinstance(self.cloze, int) or self.cloze < 0:
             raise DataError(f"cloze counts questions of each gold passage, 0 or more, found {self.cloze!r}")
+        object.__setattr__(self, "weight", _checked("weight", "float", self.weight))
+        if self.weight < 0:
+            raise DataError(f"a source's weight is a share, 0 or more, found {self.weight}")
+        known = {"people", "seed", "questions_per_person"}
+        if self.facts is not None and not {"people", "seed"} <= set(self.facts) <= known:
+            raise DataError(f"facts are {{people: …, seed: …}}, perhaps with questions_per_person; found {self.facts}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ class Recipe:
     max_length: int = 256  # tokens of a document at ingestion
     merge: str = "margin"
     temperature: float | None = None  # τ of the merge rule at first; None: that of `start`, or 0.2
-    step_size: float | None = None  # the first; None: calibrated. {kind: raw, initial: 0.01} sets step_size_kind too
+    # The first of what begins fresh (`start` has its own); None: calibrated. {kind: raw, initial: 0.01} sets the kind.
+    step_size: float | None = None
     step_size_kind: str = "log"  # log α is learned, so that α keeps its sign; raw: α itself, at learning_rate
     # where it starts, and what it learns
     start: str | None = None  # an initialization to go on from, shipped or a folder; None: fresh
@@ -160,7 +167,9 @@ class Recipe:
             raise DataError("contrast counts questions and contrast_weight is a weight: neither is below 0")
         if self.passage_batch is not None and self.passage_batch < 1:
             raise DataError(f"passage_batch must be at least 1, found {self.passage_batch}")
-        for name in ("accumulate", "shards"):
+        if self.step_size == 0:
+            raise DataError("a step_size of 0 moves nothing")
+        for name in ("accumulate", "shards", "checkpoint_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.patience and not self.dev_questions:

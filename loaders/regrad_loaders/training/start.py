@@ -28,9 +28,18 @@ TEMPERATURE = 0.2  # τ that fresh tensors begin with
 SAMPLE = 48  # passages of each source whose atoms say which directions narrowing keeps
 
 
-def begin(recipe: Recipe, model: nn.Module, base: BaseModel, sources: Sequence[EpisodeSource]) -> MetaInitialization:
+def begin(
+    recipe: Recipe,
+    model: nn.Module,
+    base: BaseModel,
+    sources: Sequence[EpisodeSource],
+    passage_batch: int | None = None,
+) -> MetaInitialization:
     """What training begins with: fresh from the model's own singular vectors, or an initialization made before,
     narrowed where the recipe's space, ranks and layers hold less; of LoRA tensors of the same rank B A stays.
+
+    Args:
+        passage_batch: passages whose atoms are computed at once, to narrow by; None: an episode's.
 
     Raises:
         InitializationError: if that one has another shape than the recipe says.
@@ -61,7 +70,7 @@ def begin(recipe: Recipe, model: nn.Module, base: BaseModel, sources: Sequence[E
     if start.kind == "lora" and recipe.space in ("core", "values"):
         start = values_of(start, modules)
     if recipe.space == "core" and start.kind in ("core", "values") and _plan(start) != wanted:
-        atoms = _sample_atoms(recipe, model, start, sources)
+        atoms = _sample_atoms(recipe, model, start, sources, passage_batch)
         start = narrow(start, atoms, rank=recipe.rank, basis_rank=recipe.basis_rank, modules=modules)
     found: dict[str, tuple[Any, Any]] = {
         "kind": (start.kind, recipe.space),
@@ -195,21 +204,27 @@ def fresh_like(model: nn.Module, like: MetaInitialization, kind: str) -> MetaIni
 
 
 def _sample_atoms(
-    recipe: Recipe, model: nn.Module, start: MetaInitialization, sources: Sequence[EpisodeSource]
+    recipe: Recipe,
+    model: nn.Module,
+    start: MetaInitialization,
+    sources: Sequence[EpisodeSource],
+    passage_batch: int | None,
 ) -> Tensor:
     """Atoms of passages of every source in the space of `start`, each source's of mean length 1."""
     rng = random.Random(recipe.seed + 3)
     learner = MetaLearner(model, start, recipe.merge)
-    atoms = []
-    for source in sources:
-        found: list[Tensor] = []
-        while len(found) < SAMPLE:
-            episode = source.episode(rng, recipe.passages, 1, recipe.top_k)
-            found += learner.space.flatten(learner.atoms(episode.passages, create_graph=False)[0]).cpu()
-        rows = torch.stack(found)
-        atoms.append(rows / rows.norm(dim=1).mean())
+    atoms = torch.empty(len(sources), SAMPLE, learner.space.numel)
+    for source, rows in zip(sources, atoms, strict=True):
+        passages: list[list[int]] = []
+        while len(passages) < SAMPLE:
+            passages += source.episode(rng, recipe.passages, 1, recipe.top_k).passages
+        size = passage_batch or recipe.passages
+        for at in range(0, SAMPLE, size):
+            found, _ = learner.atoms(passages[at : min(at + size, SAMPLE)], create_graph=False)
+            rows[at : at + size] = learner.space.flatten(found)
+        rows /= rows.norm(dim=1).mean()
     learner.model[0].unload()
-    return torch.cat(atoms)
+    return atoms.flatten(0, 1)
 
 
 def _plan(initialization: MetaInitialization) -> tuple[int, int, set[str]]:

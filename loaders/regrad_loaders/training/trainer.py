@@ -87,7 +87,7 @@ class Trainer:
             model.to(self.accelerator.device)
         self.sources, self.weights = load_sources(recipe, tokenizer)
         self.dev_sources = load_dev_sources(recipe, tokenizer)
-        initialization = begin(recipe, model, base, self.sources)
+        initialization = begin(recipe, model, base, self.sources, recipe.passage_batch or self._fitting(model))
         if recipe.shards > 1:
             share = Share(self.accelerator.process_index, self.accelerator.num_processes, recipe.shards)
             share_weights(model, share)
@@ -276,7 +276,7 @@ class Trainer:
                 updates: list[dict[str, Tensor] | None] = [None, None]  # right and wrong ones
                 if self.recipe.atoms:
                     with self._precision():
-                        atoms, _ = self.learner.atoms(episode.passages, create_graph=False)
+                        atoms = self.learner.atoms_in_parts(episode.passages, self.passage_batch)
                     shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
                     with torch.no_grad():
                         updates = [self.learner.merged(episode, either, codec) for either in (atoms, shifted)]
@@ -354,6 +354,8 @@ def run(
             size = float(next(iter(trainer.learner.step_sizes().values())).detach().flatten()[0])
             log.write("calibration", {"table": table, "step_size": size})
         on_step(trainer.step)
+        if trainer.dev_sources:
+            say("evaluated on dev questions of " + ", ".join(source.name for source in trainer.dev_sources))
         while trainer.step < recipe.steps and not (recipe.patience and trainer.waited >= recipe.patience):
             metrics = trainer.train_step()
             on_step(1)
@@ -370,6 +372,8 @@ def run(
     if not recipe.dev_questions:
         return _save(trainer, out / "initialization")
     trainer.accelerator.wait_for_everyone()
+    if trainer.best == math.inf:
+        raise DataError(f"no evaluation of {out / 'metrics.jsonl'} is finite, so no step was kept: lower learning_rate")
     return MetaInitialization.load(out / "initialization")
 
 

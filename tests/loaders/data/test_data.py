@@ -46,6 +46,10 @@ def test_bad_corpora_are_refused_with_their_line(tmp_path, rows, message):
     [
         ([{**QUESTION, "answers": []}], "'answers' must be a list"),
         ([{**QUESTION, "answers": "Ida"}], "'answers' must be a list"),
+        ([{**QUESTION, "answers": [None]}], "'answers' must be a list of texts"),
+        ([{**QUESTION, "gold_ids": "p1"}], "'gold_ids' must be a list of texts"),
+        ([{**QUESTION, "choices": {"A": "Ida"}}], "'choices' must be a list of texts"),
+        ([QUESTION, QUESTION], "line 2: the id 'q1' is there twice"),
         ([{"id": "q", "answers": ["a"]}], "'question' is missing"),
         ([], "no questions"),
     ],
@@ -53,6 +57,11 @@ def test_bad_corpora_are_refused_with_their_line(tmp_path, rows, message):
 def test_bad_questions_are_refused(tmp_path, rows, message):
     with pytest.raises(DataError, match=message):
         read_questions(write(tmp_path / "qa.jsonl", *rows))
+
+
+def test_ids_of_passages_may_be_numbers(tmp_path):
+    [question] = read_questions(write(tmp_path / "qa.jsonl", {**QUESTION, "gold_ids": [1]}))
+    assert question.gold_ids == ("1",)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -33,3 +33,7 @@ def test_a_letter_means_its_choice():
     assert [chosen(text, choices) for text in ("B", "b)", "B) London", "London", "C", "A small town")] == [
         "London", "London", "London", "London", "C", "A small town",
     ]  # fmt: skip
+    initials = ("B", "C. Darwin", "A. Huxley")
+    assert [chosen(text, initials) for text in ("B", "A. Huxley", "C. Darwin", "C")] == [
+        "B", "A. Huxley", "C. Darwin", "A. Huxley",
+    ]  # fmt: skip

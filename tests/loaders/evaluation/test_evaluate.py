@@ -1,5 +1,7 @@
 """Modes of an evaluation: who answers which, and what grounds an answer."""
 
+from dataclasses import replace
+
 import pytest
 from conftest import regrad_over
 
@@ -57,6 +59,17 @@ def test_grounded_answers_are_of_the_texts_that_were_retrieved_whatever_atoms_ar
             for mode in modes[1:]:
                 assert any(own[mode].prediction in text for text in texts)
             assert not set(own["random/grounded"].hits) & set(own["regrad/grounded"].hits)
+
+
+def test_random_documents_are_never_the_gold_ones_whatever_their_ids_are(model, tokenizer, tmp_path):
+    world = generate("train", 4, 1)
+    with regrad_over([passage.text for passage in world.passages], model, tokenizer, tmp_path) as regrad:
+        ids = [hit.id for hit in regrad.bank.points()]
+        asked = [replace(q, gold_ids=(str(ids[number % 4]),)) for number, q in enumerate(world.questions)]
+        found = evaluate(regrad, asked, ["random"], top_k=1, batch=4)
+        golds = {question.id: question.gold_ids[0] for question in asked}
+        documents = {str(hit.id): hit.document_id for hit in regrad.bank.points()}
+        assert not any(documents[golds[one.id]] in one.hits for one in found.predictions)
 
 
 def test_a_sample_can_be_left_out():

@@ -1,3 +1,5 @@
+import copy
+import itertools
 import json
 import math
 import os
@@ -10,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_initialization, tiny_model
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from regrad_loaders.data.episodes import EpisodeSource, bm25_hits
@@ -104,6 +107,21 @@ def test_a_window_of_a_long_passage_holds_the_answer(tokenizer):
         for example in episode.examples:
             answer = tokenizer.decode(example.answer_ids[:-1])
             assert any(answer in tokenizer.decode(episode.passages[row]) for row in example.rows)
+
+
+def test_a_window_begins_as_a_text_does(tokenizer):
+    begun = copy.deepcopy(tokenizer)
+    begun.add_special_tokens({"bos_token": "<|endoftext|>"})
+    begin = begun.bos_token_id
+    begun._tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    world = generate("train", 12, 1)
+    source = EpisodeSource(world, world.questions, begun, passage_tokens=30)
+    windows = [ids for seed in range(5) for ids in source.episode(random.Random(seed), 4, 2, [2]).passages]
+    assert all(ids[0] == begin and begin not in ids[1:] and len(ids) == 30 for ids in windows)
+    whole = {tuple(source._tokens(key)[0][:30]) for key in source.texts}
+    assert not {tuple(ids) for ids in windows} <= whole  # some begin later in their texts
 
 
 def test_hits_are_those_of_a_bank():
@@ -290,6 +308,56 @@ def test_a_run_keeps_the_best_on_dev_questions_and_stops_when_it_gets_no_better(
     assert list(lines[-1]["sources"]) == ["facts-demo"]
     assert made.fingerprint == best[0] == MetaInitialization.load(tmp_path / "initialization").fingerprint
     assert made.card["steps"] == 2
+    endless = iter([math.nan] * 2)
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self: {"x": {"loss": next(endless), "exact": 0.0, "random_exact": 0.0}}
+    )
+    model = tiny_model()
+    with pytest.raises(DataError, match="no evaluation of .*metrics.jsonl is finite"):
+        run(replace(recipe, patience=1), model, tokenizer, BaseModel.of(model, "tiny"), tmp_path / "nan")
+
+
+def test_dev_questions_are_never_training_questions(tokenizer, tmp_path):
+    world = generate("train", 12, 1)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "corpus.jsonl").write_text(
+        "".join(json.dumps({"id": passage.id, "text": passage.text}) + "\n" for passage in world.passages)
+    )
+
+    def written(*splits):
+        rows = [
+            {"id": q.id, "question": q.question, "answers": q.answers, "gold_ids": q.gold_ids, "split": split}
+            for q, split in zip(world.questions, itertools.cycle(splits), strict=False)
+        ]
+        (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return replace(RECIPE, data=(Source(1.0, folder="set"),), data_dir=str(tmp_path), dev_questions=5)
+
+    [source] = trainer(tokenizer, tmp_path / "run", written("train", "validation")).dev_sources
+    assert len(source.entries) == 5 and all(entry.question.split == "validation" for entry in source.entries)
+    with pytest.raises(DataError, match="no set of the recipe has questions of a split dev or validation"):
+        trainer(tokenizer, tmp_path / "run", written("train", "held-out"))
+
+
+def test_an_evaluation_holds_no_more_passages_at_once_than_training(tokenizer, tmp_path):
+    whole, parts = (trainer(tokenizer, tmp_path, replace(RECIPE, passage_batch=size)) for size in (3, 2))
+    atoms, seen = parts.learner.atoms, []
+    parts.learner.atoms = lambda passages, **options: seen.append(len(passages)) or atoms(passages, **options)
+    expected, found = whole.evaluate(), parts.evaluate()
+    assert max(seen) == 2
+    for name, scores in expected.items():
+        assert found[name] == pytest.approx(scores, rel=1e-4)
+
+
+def test_what_a_runs_end_cut_off_is_dropped_from_its_log(tokenizer, tmp_path):
+    first = trainer(tokenizer, tmp_path)
+    first.train_step()
+    first.save()
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n{"kind": "st')
+    model = tiny_model()
+    run(replace(RECIPE, steps=6), model, tokenizer, BaseModel.of(model, "tiny"), tmp_path, resume=True)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
 
 
 def test_several_processes_learn_the_same_from_different_episodes(tokenizer, tmp_path):
@@ -545,6 +613,11 @@ def test_recipes_are_checked(tmp_path):
         ("data: [{folder: x, weight: 1.0}]\nshards: 0\n", "shards must be at least 1"),
         ("data: [{folder: x, weight: 1.0}]\nsteps: many\n", "steps must be a number"),
         ("data: [{folder: x, weight: 1.0}]\nwarmup: 0.5\n", "warmup must be a whole number"),
+        ("data: [{folder: x, weight: 1.0}]\nevaluate_every: 0\n", "evaluate_every must be at least 1"),
+        ("data: [{folder: x, weight: 1.0}]\nstep_size: 0\n", "moves nothing"),
+        ("data: [{folder: x, weight: much}]\n", "weight must be a number"),
+        ("data: [{facts: {poeple: 3, seed: 1}, weight: 1.0}]\n", "facts are {people"),
+        ("data: [{hub: x, split: 'validation[:10%]', weight: 1.0}]\n", "never for training"),
     ):
         path.write_text(
             good.replace("space: core\n", "") * ("space:" in lines) + good * ("space:" not in lines) + lines
