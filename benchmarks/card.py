@@ -23,7 +23,7 @@ from regrad_qdrant import MetaInitialization
 def scores(result: dict[str, Any], modes: list[str]) -> dict[str, Any]:
     """What of an evaluation goes into the card: of these modes, or of all where none is named."""
     rows = [row for row in result["results"] if row["type"] == "all" and row["mode"] in (modes or [row["mode"]])]
-    kept = ("split", "limit", "sample", "top_k", "init", "icl_init", "codec")
+    kept = ("split", "limit", "sample", "skip_sample", "top_k", "init", "icl_init", "codec")
     return {
         "settings": {name: result["settings"][name] for name in kept if name in result["settings"]},
         "questions": rows[0]["n"],
