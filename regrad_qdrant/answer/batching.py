@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+IDLE = 5.0  # seconds without a question after which the thread ends; the next question starts another
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -75,8 +76,20 @@ class Batcher(Generic[Item, Result]):
                 self._queue.put(None)
                 self._thread = None
 
+    def _next(self) -> _Waiting[Item, Result] | None:
+        """What was asked next; None where the thread is to end: at `close`, or when nothing was asked for long, so that
+        what nobody uses any more is not kept by its thread."""
+        while True:
+            try:
+                return self._queue.get(timeout=IDLE)
+            except queue.Empty:
+                with self._starting:
+                    if self._queue.empty():
+                        self._thread = None
+                        return None
+
     def _run(self) -> None:
-        while (first := self._queue.get()) is not None:
+        while (first := self._next()) is not None:
             batch, ends = [first], False
             until = time.monotonic() + self._wait
             while len(batch) < self._size and not ends:

@@ -16,7 +16,7 @@ from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bank.stores.base import PointId
-from regrad_qdrant.errors import DataError, RecordError, RegradError, StaleAtomError
+from regrad_qdrant.errors import BankError, DataError, RecordError, RegradError, StaleAtomError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer
 
 COUNTED = 100_000  # points without an atom whose retrievals are counted
@@ -87,13 +87,11 @@ class Filling:
         anew = {hit.id: hit for hits, is_online in pairs for hit in hits if is_online}
         lacking = {hit.id: hit for hits, is_online in pairs for hit in hits if not is_online and self._to_compute(hit)}
         computed, refused = self._computed(list((anew | lacking).values()))
+        unstored: dict[PointId, str] = {}
         if self.policy.on_missing == "store":
             new = [(hit, record) for hit, record in computed if hit.id in lacking and _lack(hit) == MISSING]
             if due := [(hit, record) for hit, record in new if self._is_due(hit.id)]:
-                if not self._prepared:
-                    self.bank.index()  # and the sidecar, where there is to be one
-                    self._prepared = True
-                self.bank.put(due, replace=False)
+                unstored = self._stored(due)
         fresh = {hit.id: record for hit, record in computed}
         usable = []
         for hits, is_online in pairs:
@@ -103,8 +101,22 @@ class Filling:
                 whole = replace(hit, record=fresh.get(hit.id), damaged=None) if hit.id in ours else hit
                 lack = refused.get(hit.id) if whole.record is None and hit.id in ours else _lack(whole)
                 judged.append((whole, lack))
-            usable.append(_sorted_out(judged))
+            ready = _sorted_out(judged)
+            lost = dict.fromkeys(unstored[hit.id] for hit in hits if not is_online and hit.id in unstored)
+            usable.append(replace(ready, notes=[*ready.notes, *lost]))
         return usable
+
+    def _stored(self, due: Sequence[tuple[Hit, Record]]) -> dict[PointId, str]:
+        """Store these atoms; where that fails, what is to be said of each: the answer has its atoms all the same."""
+        try:
+            if not self._prepared:
+                self.bank.index()  # and the sidecar, where there is to be one
+                self.bank.describe(self.adapter.space)
+                self._prepared = True
+            self.bank.put(due, replace=False)
+        except BankError as error:
+            return {hit.id: f"atoms were computed and could not be stored: {error}" for hit, _ in due}
+        return {}
 
     def _to_compute(self, hit: Hit) -> bool:
         """Whether a hit's atom is to be computed for this query."""

@@ -48,6 +48,10 @@ class Asking:
         """The answer in what the model said. Its own system message may want more than a line."""
         return self.format.said(text, first_line=self.first_line(prompt))
 
+    def is_over(self, prompt: Prompt, text: str) -> bool:
+        """Whether nothing that comes can change the answer in what the model has said."""
+        return self.format.is_over(text, first_line=self.first_line(prompt))
+
     def first_line(self, prompt: Prompt) -> bool:
         """Whether an answer to this prompt ends with its line."""
         return self.format.first_line and prompt.system is None
@@ -141,8 +145,13 @@ def generate(
     ends = ends_of(base, tokenizer)
     lengths = [asking.length(prompt) for prompt in prompts]
     options: dict[str, Any] = {"streamer": streamer} if streamer is not None else {}
-    if stopping is not None:
-        options["stopping_criteria"] = [stopping]
+
+    def over(ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+        said = tokenizer.batch_decode(ids[:, longest:], skip_special_tokens=True)
+        done = [asking.is_over(prompt, text) for prompt, text in zip(prompts, said, strict=True)]
+        return torch.tensor(done, device=ids.device)
+
+    options["stopping_criteria"] = [over] if stopping is None else [over, stopping]
     if asking.format.end:
         options |= {"stop_strings": [asking.format.end], "tokenizer": tokenizer}
     with torch.inference_mode(), greedily(base, max(lengths), ends, tokenizer.pad_token_id or 0):
@@ -233,7 +242,9 @@ def _mean_log_probabilities(
     count = max(map(len, answers))
     targets: list[list[int]] = []
     for prompt, own in zip(prompts, answers, strict=True):
-        found = [asking.format.target(tokenizer, answer, asking.length(prompt)) for answer in own]
+        # An option is weighed whole, however short an answer may be.
+        most = None if prompt.options else asking.length(prompt)
+        found = [asking.format.target(tokenizer, answer, most) for answer in own]
         targets += found + found[:1] * (count - len(own))
     asked, mask = padded_left(ids, pad_id, input_device(base))
     decoder, head = base.get_decoder(), head_of(base)

@@ -169,7 +169,8 @@ class ReGrad:
             query_filter: restricts the search.
             query: what to search with, if not the question itself: a text, a vector, or vectors by name.
             using: name of the vector to search; several names make it a hybrid search.
-            hits: of a retriever of your own, best first (`bank.fetch(ids, scores)`), instead of a search.
+            hits: of a retriever of your own, best first (`bank.fetch(ids, scores)`), instead of a search; the first
+                `top_k` of them count.
             max_new_tokens: of the answer, instead of the prompt format's.
             grounded: the answer to an open question is a span of the retrieved texts, the one that the model finds
                 best; `Answer.source` says where it stands. No text needs to stand in the prompt for that. With "auto"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Query
 from regrad_qdrant.bank.bank import Asked, GradientBank
 from regrad_qdrant.bank.collection import SAMPLE
-from regrad_qdrant.errors import BankError
+from regrad_qdrant.errors import AdapterError, BankError
 
 if TYPE_CHECKING:
     from regrad_qdrant.bank.async_bank import AsyncGradientBank
@@ -48,9 +48,11 @@ class Retrieval:
         self.explains = explains
         self._all_ids: list[PointId] | None = None
         self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
+        self._closed = False
 
     def close(self) -> None:
         """End the threads. The bank stays open."""
+        self._closed = True
         self._searchers.shutdown(wait=False)
 
     async def aretrieve(
@@ -63,6 +65,8 @@ class Retrieval:
             return self.retrieve(asked, top_k, using, seed)
         if self._async_bank is not None:
             return await self._async_bank.run(self.retrieve, asked, top_k, using, seed)
+        if self._closed:
+            raise AdapterError("this ReGrad is closed: make a new one")
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._searchers, self.retrieve, asked, top_k, using, seed)
 
@@ -73,7 +77,9 @@ class Retrieval:
             _ = self.bank.embedders  # read where an async bank's requests can be awaited, for what follows elsewhere
         searching = [one for one in reading if one.hits is None]
         wanted = [
-            Asked(one.query or one.question, one.query_filter, one.mode in ("regrad", "regrad+icl"))
+            Asked(
+                one.question if one.query is None else one.query, one.query_filter, one.mode in ("regrad", "regrad+icl")
+            )
             for one in searching
         ]
         results = iter(self.bank.search_many(wanted, top_k, using=using) if wanted else [])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from regrad_qdrant.answer.generation import Asking, ends_of, next_logits, padded_left, token_ids
+from regrad_qdrant.answer.generation import Asking, can_fork, ends_of, next_logits, padded_left, token_ids
 from regrad_qdrant.errors import RegradError
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.plugin import base_of
@@ -89,7 +89,10 @@ class Row:
             return likeliest
         if self._generator is None:
             self._generator = torch.Generator()
-            self._generator.manual_seed(torch.seed() if sampling.seed is None else sampling.seed)
+            if sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(sampling.seed)
         shares, tokens = (logits.cpu().double() / sampling.temperature).softmax(dim=0).sort(descending=True)
         before = shares.cumsum(dim=0) - shares
         kept = shares * (before < sampling.top_p)
@@ -107,16 +110,10 @@ class Row:
         at = min((place for stop in self._sampling.stop if (place := self.text.find(stop)) >= 0), default=None)
         if at is not None:
             self.text, self.finish = self.text[:at], "stop"
-        elif self._ended(said):
+        elif self._asking.is_over(self._prompt, said):
             self.finish = "stop"
         elif len(self.tokens) >= self.length:
             self.finish = "length"
-
-    def _ended(self, said: str) -> bool:
-        """Whether nothing that comes can change the answer."""
-        end = self._asking.format.end
-        line = self._asking.first_line(self._prompt) and "\n" in said.strip()
-        return bool(self.text) and (line or (end is not None and end in said))
 
     @property
     def shown(self) -> str:
@@ -145,6 +142,7 @@ class RunningBatch:
         self._cache: Any = None
         self._mask: Tensor | None = None  # (rows, tokens that the cache has)
         self._change: RowChange | None = None  # of these rows; None: not made yet
+        self._silent: set[int] = set()  # rows, by id, that have left and whose places are still there
 
     @property
     def is_open(self) -> bool:
@@ -194,11 +192,15 @@ class RunningBatch:
         self._add(self.rows, _chosen(self.rows, logits))
 
     def leave(self, rows: Sequence[Row]) -> None:
-        """Take rows out, done or not."""
+        """Take rows out, done or not; those that a recurrent state holds are silent from then until all have left."""
         import torch
 
-        gone = set(map(id, rows))
+        gone = self._silent | set(map(id, rows))
         left = [i for i, row in enumerate(self.rows) if id(row) not in gone]
+        if left and self._mask is not None and not can_fork(self._cache):
+            self._silent = gone
+            return
+        self._silent = set()
         self.rows, self._change = [self.rows[i] for i in left], None
         if not left or self._mask is None:
             self._cache, self._mask = None, None
@@ -213,7 +215,8 @@ class RunningBatch:
 
     def _add(self, rows: Sequence[Row], said: Sequence[int]) -> None:
         for row, token in zip(rows, said, strict=True):
-            row.add(token, self._ends)
+            if id(row) not in self._silent:
+                row.add(token, self._ends)
 
     def _change_of(self, rows: Sequence[Row]) -> RowChange:
         return self._adapter.row_change([row.atom_sum for row in rows], [row.bare for row in rows])

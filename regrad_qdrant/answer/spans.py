@@ -8,6 +8,7 @@ follows it; each word has a chain of nodes for itself alone, which leads into th
 
 from __future__ import annotations
 
+import copy
 import itertools
 import threading
 from collections import OrderedDict
@@ -139,7 +140,8 @@ class SpanReader:
                 f"grounded answers need a tokenizer that says which characters a token stands for; {type(tokenizer)} "
                 "does not: load the model's fast one"
             )
-        self.tokenizer = tokenizer
+        # Its own: that special tokens are read as text is a state of the tokenizer, which other threads would meet.
+        self.tokenizer = copy.deepcopy(tokenizer)
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, TextNodes] = OrderedDict()
         self._words: dict[str, list[int]] = {}  # the tokens of words that a text has been met to begin a span with

@@ -50,8 +50,6 @@ class AnswerStream:
                 if said.startswith(shown) and said != shown:
                     yield said[len(shown) :]
                     shown = said
-                if self._asking.first_line(self._prompt) and "\n" in text.strip():
-                    self._stop.set()
             self._thread.join()
             if self._error is not None:
                 raise self._error

@@ -185,14 +185,18 @@ class GradientBank(AtomCollection):
             there = [(document, found.get(point_id(document.id))) for document in page]
             added += self._add([document for document, payload in there if payload is None])
             differing = [
-                (document, payload)
+                (document, payload, payload | dict(document.payload))
                 for document, payload in there
                 if payload is not None and any(payload.get(key) != value for key, value in document.payload.items())
             ]
-            reworded = [d for d, payload in differing if self.layout.text_of(payload) != self.layout.text_of(d.payload)]
+            reworded = [
+                replace(document, payload=merged)
+                for document, payload, merged in differing
+                if self.layout.text_of(payload) != self.layout.text_of(merged)
+            ]
             for batch in bounded(self.max_request_bytes, sized(self._points(reworded)), lambda point: point.id):
                 self.store.update_vectors(batch)
-            writes = (PayloadWrite(point_id(document.id), document.payload) for document, _ in differing)
+            writes = (PayloadWrite(point_id(document.id), document.payload) for document, _, _ in differing)
             of_size = ((write, json_bytes(write.payload)) for write in writes)
             for changes in bounded(self.max_request_bytes, of_size, lambda write: write.id):
                 self.store.set_payload(changes)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from haystack import Document, component
 
-from regrad_qdrant.bridges.options import checked, merged, source_of
+from regrad_qdrant.bridges.options import checked, fields_of, merged, source_of
 from regrad_qdrant.errors import MissingExtraError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _output(given: Answer) -> dict[str, Any]:
         Document(
             id=str(hit.document_id),
             content=hit.text,
-            meta=hit.payload.get("meta", hit.payload) or {},
+            meta=fields_of(hit.payload, "meta"),
             score=float(hit.score),
         )
         for hit in given.hits

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.documents import Document
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 
-from regrad_qdrant.bridges.options import checked, merged, source_of
+from regrad_qdrant.bridges.options import checked, fields_of, merged, source_of
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
@@ -67,7 +67,7 @@ def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str | dict[str, 
 def _output(given: Answer) -> dict[str, Any]:
     """Documents as LangChain's own store returns them: `metadata` of its collections, the whole payload of others."""
     documents = [
-        Document(page_content=hit.text, metadata=hit.payload.get("metadata", hit.payload) or {}, id=str(hit.id))
+        Document(page_content=hit.text, metadata=fields_of(hit.payload, "metadata"), id=str(hit.id))
         for hit in given.hits
     ]
     return {"answer": given.text, "documents": documents, **source_of(given)}

@@ -40,6 +40,12 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     return dict(options)
 
 
+def fields_of(payload: dict[str, Any], key: str) -> dict[str, Any]:
+    """The metadata that a framework keeps under its key of a payload; of other collections the whole payload."""
+    own = payload.get(key, payload)
+    return own if isinstance(own, dict) else {} if own is None else payload
+
+
 def source_of(answer: Answer) -> dict[str, Any]:
     """`{"source": {"document_id", "start", "end"}}` of a grounded answer, nothing of another."""
     return {} if answer.source is None else {"source": asdict(answer.source)}

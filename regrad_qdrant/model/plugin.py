@@ -43,6 +43,7 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
     if missing:
         raise AdapterError(f"the model lacks {len(missing)} adapted layers, {missing[0]} among them")
     _keep_differentiable(model)
+    _check_present(cast("PreTrainedModel", model), list(initialization.modules))
     check_layers(cast("PreTrainedModel", model), list(initialization.modules))
     config = LoraConfig(
         r=initialization.rank,
@@ -74,6 +75,15 @@ def _keep_differentiable(model: nn.Module) -> None:
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment] # of Linear4bit
             layer.state_dict()  # brings weights that were packed for it back
+
+
+def _check_present(model: PreTrainedModel, names: Sequence[str]) -> None:
+    """Refuse a model whose adapted layers are offloaded: φ₀ has to be where they compute."""
+    away = [name for name in names if cast("Tensor", model.get_submodule(name).weight).device.type == "meta"]
+    if away and input_device(model).type != "meta":
+        raise UnsupportedModelError(
+            f"layer {away[0]} is offloaded: load the model with a device_map that keeps the adapted layers on a device"
+        )
 
 
 def check_layers(model: PreTrainedModel, names: Sequence[str]) -> None:

@@ -218,13 +218,16 @@ class PromptFormat:
         try:
             text = templated(messages)
         except Exception as error:  # a template without a system role raises jinja2.TemplateError or ValueError
-            if "system" not in str(error).lower() or messages[0]["role"] != "system":
+            if messages[0]["role"] != "system":
                 raise
             merged = {"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}
-            text = templated([merged, *messages[2:]])
+            try:
+                text = templated([merged, *messages[2:]])
+            except Exception:
+                raise error from None
         return text + self.answer
 
-    def target(self, tokenizer: Any, answer: str, most: int) -> list[int]:
+    def target(self, tokenizer: Any, answer: str, most: int | None) -> list[int]:
         """The token ids that training wants after the prompt: at most so many of the answer, and its end."""
         ids: list[int] = tokenizer(answer, add_special_tokens=False).input_ids[:most]
         return [*ids, *self.end_ids(tokenizer)]
@@ -243,6 +246,12 @@ class PromptFormat:
             text = text.split(self.end)[0].strip()
         line = self.first_line if first_line is None else first_line
         return text.split("\n")[0].strip() if line else text
+
+    def is_over(self, text: str, *, first_line: bool | None = None) -> bool:
+        """Whether `said` of this text will stay as it is, whatever comes."""
+        text = _THOUGHTS.sub("", text).lstrip()
+        line = self.first_line if first_line is None else first_line
+        return (line and "\n" in text) or bool(self.end and text and self.end in text)
 
 
 def _beginning(tokenizer: Any) -> str:

@@ -287,16 +287,20 @@ class _Lane:
         for place in places:
             place.first_at = time.perf_counter()
         self.places += places
-        self._hand_on()
+        self._carry_on(lambda: None)
 
     def step(self) -> bool:
         """Let every row say a token; returns whether one has left."""
+        return self._carry_on(self.batch.step)
+
+    def _carry_on(self, work: Callable[[], None]) -> bool:
+        """Do it and give what was said to whoever waits for it; returns whether a row has left."""
         try:
-            self.batch.step()
+            work()
+            return self._hand_on()
         except Exception as error:  # whatever it is, its callers get it
             self._lost(error)
             return True
-        return self._hand_on()
 
     def _lost(self, error: Exception) -> None:
         """Tell those that have rows that they have none any more."""

@@ -1,5 +1,6 @@
 """What the model says: ends, greed, options, streams, prompts of one's own."""
 
+import copy
 import functools
 import itertools
 import json
@@ -108,6 +109,45 @@ def test_a_question_with_options_is_answered_with_one_of_them_alone_and_in_a_bat
     assert state_of(regrad.adapter) == before
 
 
+def test_an_option_is_weighed_whole_however_short_an_answer_may_be(regrad):
+    places = ("the Alps", "the Caucasus", "the Andes")
+    texts = {
+        regrad.answer("Where is Ida?", type="choice", choices=choices, top_k=2, max_new_tokens=most).text
+        for choices in (places, places[::-1])
+        for most in (None, 1)
+    }
+    assert len(texts) == 1
+
+
+def test_an_answer_of_one_line_ends_with_it(model, tokenizer, monkeypatch):
+    prompts = [Prompt("Who?"), Prompt("Who?", system="Answer in lines.")]
+    verdicts = []
+
+    def written(input_ids, attention_mask, stopping_criteria, **_options):
+        said = tokenizer(["\nIda\nNoor"] * 2, return_tensors="pt", add_special_tokens=False).input_ids
+        for end in range(1, said.shape[1] + 1):
+            ids = torch.cat([input_ids, said[:, :end]], dim=1)
+            verdicts.append([bool(over) for over in stopping_criteria[0](ids, None)])
+        return ids
+
+    monkeypatch.setattr(base_of(model), "generate", written)
+    assert [found.text for found in generate(model, tokenizer, prompts)] == ["Ida", "Ida\nNoor"]
+    assert verdicts[0] == [False, False] and verdicts[-1] == [True, False]
+
+
+def test_a_template_that_takes_no_system_message_gets_it_with_the_question(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+    )
+    asked = Prompt("Who?").render(own)
+    assert asked.startswith("[user] ") and PromptFormat().system["open"] in asked and "Who?" in asked
+    own.chat_template = "{{ raise_exception('No conversation is right') }}"
+    with pytest.raises(Exception, match="No conversation is right"):
+        Prompt("Who?").render(own)
+
+
 def test_a_stream_is_the_answer_in_pieces_and_restores_on_every_way_out(regrad, tokenizer):
     expected = regrad.answer("What is Noor?", top_k=2)
     before = state_of(regrad.adapter)
@@ -153,6 +193,8 @@ def test_thoughts_are_no_answer():
     assert format.said("<think>\nHm, Ida.\n</think>\n\nA baker\nIndeed") == "A baker"
     assert format.said("<think>never ending") == ""
     assert PromptFormat(first_line=False, end="##").said("two\nlines ## rest") == "two\nlines"
+    said = "<think>\nHm, Ida.\n</think>\n\nA baker\n"
+    assert [end for end in range(len(said) + 1) if format.is_over(said[:end])] == [len(said)]
 
 
 def test_a_format_is_data_and_says_what_it_needs(tokenizer, tmp_path):

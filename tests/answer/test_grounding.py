@@ -235,6 +235,14 @@ def test_several_threads_read_at_once(tokenizer):
     ]
 
 
+def test_reading_spans_changes_nothing_of_how_others_tokenize(tokenizer):
+    before = tokenizer("<|im_end|>", add_special_tokens=False).input_ids
+    reader = SpanReader(tokenizer)
+    reader.spans(TEXTS)
+    assert not tokenizer.backend_tokenizer.encode_special_tokens  # which prompts of other threads would meet
+    assert tokenizer("<|im_end|>", add_special_tokens=False).input_ids == before == [tokenizer.eos_token_id]
+
+
 def test_no_beam_is_refused_before_the_model_is_touched(model, tokenizer, regrad):
     before = type(model.model.layers[1].mlp.down_proj)
     with pytest.raises(RegradError, match="beams"):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import state_of, tiny_initialization, tiny_model
-from qdrant_client import models
+from qdrant_client import QdrantClient, models
 
 from regrad_qdrant import Bm25, Document, GradientBank, MergeRule, ReGrad
 from regrad_qdrant.answer.filling import FillPolicy
@@ -176,6 +176,37 @@ def test_a_bank_without_atoms_fills_by_use(regrad):
     assert answer.text == expected and regrad.bank.status().atoms == len(answer.hits) > 0
     stored = regrad.bank.fetch([hit.id for hit in answer.hits])
     assert all(hit.record is not None and not hit.stale for hit in stored)
+
+
+def test_what_can_not_be_stored_is_answered_all_the_same_and_said(regrad, monkeypatch):
+    expected = regrad.answer(QUESTIONS[0], top_k=2).text
+    regrad.bank.drop()
+    regrad.filling.policy = FillPolicy(codec="int8", on_missing="store")
+
+    def refused(*_arguments, **_options):
+        raise BankError("this API key may not do that")
+
+    monkeypatch.setattr(regrad.bank, "put", refused)
+    with pytest.warns(UserWarning, match="could not be stored: this API key"):
+        answer = regrad.answer(QUESTIONS[0], top_k=2)
+    assert answer.text == expected and answer.weights and len(answer.notes) == 1
+
+
+def test_what_fills_a_sidecar_says_where_it_is(model, tokenizer, initialization):
+    client = QdrantClient(":memory:")
+    bank = GradientBank(client, "docs", initialization.fingerprint, sidecar="docs-atoms")
+    bank.create()
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    with ReGrad(model, tokenizer, bank, initialization, on_missing="store") as regrad:
+        hits = regrad.answer(QUESTIONS[0], top_k=2).hits
+    reader = GradientBank(client, "docs", initialization.fingerprint)
+    assert reader.status().atoms == len(hits) > 0
+
+
+def test_after_the_end_asyncio_is_told_so_too(regrad):
+    regrad.close()
+    with pytest.raises(AdapterError, match="make a new one"):
+        asyncio.run(regrad.aanswer(QUESTIONS[0]))
 
 
 def test_only_what_is_asked_for_often_is_stored(regrad):

@@ -1,6 +1,8 @@
 import asyncio
+import gc
 import inspect
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -9,6 +11,7 @@ from conftest import tiny_initialization, tiny_model
 from qdrant_client import AsyncQdrantClient, QdrantClient, models
 
 from regrad_qdrant import AsyncGradientBank, Document, GradientBank, ReGrad
+from regrad_qdrant.answer import batching
 from regrad_qdrant.answer.batching import Batcher
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import make_records
@@ -222,6 +225,25 @@ def test_questions_that_wait_together_share_a_batch_and_one_that_fails_fails_alo
     (a, b, bad, c, d), last = asyncio.run(main())
     assert (a, b, c, d, last) == ("A", "B", "C", "D", "F") and isinstance(bad, ValueError)
     assert sizes[0] == 4 and max(sizes) == 4
+
+
+def test_a_batcher_that_nobody_asks_keeps_nothing(monkeypatch):
+    monkeypatch.setattr(batching, "IDLE", 0.05)
+
+    class Work:
+        def done(self, items):
+            return items
+
+    work = Work()
+    kept, batcher = weakref.ref(work), Batcher(work.done, size=4, wait=0.0)
+    assert asyncio.run(batcher.ask("a")) == "a"
+    thread = batcher._thread
+    thread.join(5)
+    assert not thread.is_alive() and asyncio.run(batcher.ask("b")) == "b"  # and begins anew
+    batcher._thread.join(5)
+    del work, batcher
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_sidecar_that_is_not_there_yet_is_made_when_the_first_atom_is_stored(tokenizer):

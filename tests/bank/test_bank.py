@@ -210,6 +210,17 @@ def test_sync_updates_a_point_and_keeps_what_the_application_added(bank):
     assert bank.sync(changed) == (0, 0)
 
 
+def test_sync_of_some_fields_makes_the_vector_of_the_whole(bank):
+    bank.create()
+    bank.add([Document("d1", {"id": "d1", "title": "Zanzibar", "text": "Ida works as a baker."})])
+    assert bank.sync([Document("d1", {"id": "d1", "text": "Ida works as a sailor."})]) == (0, 1)
+    for asked in ("Zanzibar", "sailor"):
+        [hit] = bank.search(asked, 1)
+        assert hit.text == "Zanzibar\nIda works as a sailor."
+    assert bank.sync([Document("d1", {"id": "d1", "state": "new"})]) == (0, 1)  # no text of its own
+    assert payloads(bank)[point_id("d1")]["state"] == "new"
+
+
 def test_documents_that_would_lack_a_vector_are_refused(store):
     class One:
         size = 2
@@ -333,7 +344,7 @@ def test_an_edge_bank_is_there_after_it_was_closed(tmp_path):
         bank.create()
         bank.add(documents())
         fill(bank)
-        with pytest.raises(StoreUnavailableError, match="open in another process"):
+        with pytest.raises(StoreUnavailableError, match="open already, here or in another process"):
             EdgeStore(tmp_path / "docs").count()
     with GradientBank.open(tmp_path, "docs", SPACE) as bank:
         assert bank.status().atoms == 4

@@ -83,7 +83,7 @@ def test_a_folder_that_another_process_has_open_is_an_error_that_says_so(tmp_pat
     first = GradientBank.open(tmp_path, "docs", SPACE)
     first.create()
     second = EdgeStore(tmp_path / "docs")
-    with pytest.raises(StoreUnavailableError, match="open in another process"):
+    with pytest.raises(StoreUnavailableError, match="open already, here or in another process"):
         second.count()
     first.close()
     assert second.count() == 0

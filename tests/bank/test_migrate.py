@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import Letters
-from qdrant_client import QdrantClient
+from qdrant_client import QdrantClient, models
 
 from regrad_qdrant import Document, GradientBank
 from regrad_qdrant.atoms.record import make_records
@@ -83,6 +83,21 @@ def test_a_target_with_other_vectors_is_refused(pair):
     target.create(VectorNames({"other": 3}))
     with pytest.raises(BankError, match="other vectors"):
         migrate(bank.store, target)
+
+
+def test_a_servers_limits_are_settings_that_a_server_takes(monkeypatch):
+    """What a collection says of its strict mode is of another type than what makes one."""
+    client = QdrantClient(":memory:")
+    store = ClientStore(client, "docs")
+    filled(store)
+    info = client.get_collection("docs")
+    info.config.strict_mode_config = models.StrictModeConfigOutput(enabled=True, max_query_limit=50)
+    monkeypatch.setattr(client, "get_collection", lambda _name: info)
+    monkeypatch.setattr(ClientStore, "in_process", False)
+    settings = store.configuration().settings
+    given = {name.removesuffix("_config"): value for name, value in settings.items() if name.startswith("strict")}
+    limits = models.CreateCollection(strict_mode_config=settings["strict_mode_config"]).strict_mode_config
+    assert given and limits.enabled and limits.max_query_limit == 50
 
 
 def test_distances_and_modifiers_are_kept(tmp_path):

@@ -16,7 +16,7 @@ from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
 from regrad_qdrant.bank.stores import client as client_store
 from regrad_qdrant.bank.stores.base import PayloadWrite, Point, VectorNames
 from regrad_qdrant.bank.stores.client import ClientStore
-from regrad_qdrant.errors import BankError
+from regrad_qdrant.errors import BankError, StoreUnavailableError
 
 PASSAGES = generate("train", 30, 1).passages
 
@@ -64,6 +64,7 @@ TRANSIENT = [
     ResponseHandlingException(httpx.ReadTimeout("late")),
     ResponseHandlingException(ValueError("cut short")),
     ResourceExhaustedResponse("slow down", 0),
+    answered(408),
     answered(429),
     answered(500),
     answered(503),
@@ -135,7 +136,7 @@ def test_a_refusal_is_not_repeated_and_says_what_the_server_said(fault, message)
 def test_what_does_not_pass_is_given_up_after_a_bounded_number_of_attempts(fault):
     client = FaultyClient(1.0, [fault])
     client.client.create_collection("docs", {})
-    with pytest.raises(BankError):
+    with pytest.raises(StoreUnavailableError):
         ClientStore(client, "docs").count()
     assert client.requests == client_store.ATTEMPTS
 

@@ -9,11 +9,13 @@ from regrad_loaders.training.meta_learner import MetaLearner
 from regrad_qdrant import Document, GradientBank, ReGrad
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.query import Query
+from regrad_qdrant.answer.running import Row, RunningBatch
 from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.errors import UnsupportedModelError
 from regrad_qdrant.model.gradients import document_losses, pad
 from regrad_qdrant.model.head import head_of
-from regrad_qdrant.model.plugin import check_layers
+from regrad_qdrant.model.plugin import check_layers, plug_in
+from regrad_qdrant.model.prompts import Prompt
 
 HEADS = {"head_dim": 8}
 ARCHITECTURES = {
@@ -132,6 +134,19 @@ def test_a_model_with_a_recurrent_state_weighs_options_by_whole_passes_and_gives
             assert together[0].text in ("yes", "no") and together[1].text in asked[1].choices
             with pytest.raises(UnsupportedModelError, match="beams can't share"):
                 regrad.answer("What is Ida?", grounded=True)
+            lengths = (3, 9, 6)
+            rows = [
+                Row(Prompt("What is Ida?", max_new_tokens=n), tokenizer, regrad.asking, None, False) for n in lengths
+            ]
+            batch = RunningBatch(regrad.adapter, tokenizer)
+            batch.join(rows)
+            while batch.rows:  # each leaves when it is done, and one of them cannot leave the state that they share
+                batch.leave([row for row in batch.rows if row.finish])
+                if batch.rows:
+                    batch.step()
+            assert [len(row.tokens) for row in rows] == list(lengths)
+            for row, length in zip(rows, lengths, strict=True):
+                assert row.text == regrad.answer("What is Ida?", mode="init", max_new_tokens=length).text
 
 
 def test_a_training_step_runs_and_lowers_the_loss(name, dtype, tokenizer):
@@ -139,6 +154,14 @@ def test_a_training_step_runs_and_lowers_the_loss(name, dtype, tokenizer):
     learner = MetaLearner(model, initialization_of(model, name), "margin")
     losses = losses_of_steps(learner, tokenizer)
     assert losses[-1] < losses[0]
+
+
+def test_offloaded_layers_are_refused():
+    model = made("Llama")
+    initialization = initialization_of(model, "Llama")
+    model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(UnsupportedModelError, match="layers.1.mlp.up_proj is offloaded"):
+        plug_in(model, initialization)
 
 
 def test_heads_are_found_by_what_they_do():

@@ -159,7 +159,7 @@ class ClientStore:
                 "write_consistency_factor": parameters.write_consistency_factor,
                 "hnsw_config": models.HnswConfigDiff(**config.hnsw_config.model_dump()),
                 "optimizers_config": models.OptimizersConfigDiff(**config.optimizer_config.model_dump()),
-                "strict_mode_config": getattr(config, "strict_mode_config", None),
+                "strict_mode_config": _strict_mode(config),
             }
         indexes = {name: index.params or index.data_type for name, index in (info.payload_schema or {}).items()}
         kept = {name: value for name, value in settings.items() if value is not None}
@@ -402,6 +402,14 @@ def _allowed(refusal: str, size: int) -> int | None:
     return size // 2 if size > 1 and TOO_LARGE in refusal else None
 
 
+def _strict_mode(config: Any) -> Any:
+    """A collection's limits as they are set, from what it says of them; None where it says nothing."""
+    from qdrant_client import models
+
+    told = getattr(config, "strict_mode_config", None)
+    return None if told is None else models.StrictModeConfig(**told.model_dump(exclude_none=True))
+
+
 def _selector(with_payload: WithPayload) -> Any:
     from qdrant_client import models
 
@@ -449,7 +457,8 @@ def _client_vector(vector: Vector) -> Any:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: lost connections, time-outs, 429 and 5xx; no other 4xx."""
+    """Whether the same request may succeed a little later: lost connections, time-outs (408), 429 and 5xx; no other
+    4xx."""
     import grpc
     from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
     from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
@@ -457,7 +466,7 @@ def is_transient(error: BaseException) -> bool:
     if TOO_LARGE in str(error):
         return False
     if isinstance(error, UnexpectedResponse):
-        return error.status_code == 429 or (error.status_code or 0) >= 500
+        return error.status_code in (408, 429) or (error.status_code or 0) >= 500
     if isinstance(error, grpc.RpcError):
         codes = grpc.StatusCode
         passing = (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.RESOURCE_EXHAUSTED, codes.ABORTED, codes.INTERNAL)
@@ -533,6 +542,10 @@ def client_errors(collection: str) -> Iterator[None]:
         said = error.content.decode(errors="replace")[:300]
         if error.status_code == 403 and STRICT not in said:
             raise forbidden(said) from error
+        if is_transient(error):
+            raise StoreUnavailableError(
+                f"the Qdrant server answered {error.status_code}, still after retries: {said}"
+            ) from error
         raise _refused(collection, error.status_code, said) from error
     except (ValueError, KeyError) as error:  # what the in-process engine raises
         raise BankError(f"collection {collection!r}: {error}") from error

@@ -261,7 +261,7 @@ class EdgeStore:
             message = str(error)
             if "WouldBlock" in message or re.search(r"\block(ed)?\b", message, re.IGNORECASE):
                 raise StoreUnavailableError(
-                    f"the collection folder {self.folder} is open in another process: wait for it or stop it"
+                    f"the folder {self.folder} is open already, here or in another process: close() that bank"
                 ) from error
             raise BankError(f"collection {self.name!r} in {self.folder.parent}: {message}") from error
 
