@@ -23,6 +23,7 @@ from regrad_qdrant.errors import BankError
 
 if TYPE_CHECKING:
     from qdrant_client import AsyncQdrantClient
+    from qdrant_client.models import Filter
 
     from regrad_qdrant.atoms.codec import AtomLayout
     from regrad_qdrant.atoms.record import Record
@@ -133,8 +134,8 @@ class AsyncGradientBank:
     async def fetch(self, ids: Any, scores: Any = None, **options: Any) -> list[Hit]:
         return await self.run(self.blocking.fetch, ids, scores, **options)
 
-    def points(self) -> AsyncIterator[Hit]:
-        return self._stream(self.blocking.points())
+    def points(self, query_filter: Filter | None = None) -> AsyncIterator[Hit]:
+        return self._stream(self.blocking.points(query_filter))
 
     def missing(self) -> AsyncIterator[Hit]:
         return self._stream(self.blocking.missing())
@@ -145,8 +146,10 @@ class AsyncGradientBank:
     async def status(self) -> BankStatus:
         return await self.run(self.blocking.status)
 
-    async def recode(self, codec: str, layout: AtomLayout) -> RecodeReport:
-        return await self.run(self.blocking.recode, codec, layout)
+    async def recode(
+        self, codec: str, layout: AtomLayout, on_progress: Callable[[int], None] = lambda _: None
+    ) -> RecodeReport:
+        return await self.run(self.blocking.recode, codec, layout, on_progress)
 
     async def drop(self) -> int:
         return await self.run(self.blocking.drop)

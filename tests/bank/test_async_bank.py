@@ -48,6 +48,7 @@ async def life(bank):
         lambda: bank.search("Noor the diver", 2, query_filter=odd, with_records=False),
         lambda: bank.fetch([point_id("d1"), point_id("gone")], [0.5, 0.1]),
         lambda: bank.points(),
+        lambda: bank.points(odd),
         lambda: bank.missing(),
         lambda: bank.sync([Document("d0", {"id": "d0", "text": "Ida Corvand works as a judge."})]),
         lambda: bank.stale(),
@@ -102,6 +103,9 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "name_documents_by",
     }  # parts of ingestion, which is a command, and of the methods that are there
     assert methods(GradientBank) - inside <= methods(AsyncGradientBank)
+    for name in ("points", "recode", "drop", "put", "sync", "add"):
+        here, there = (inspect.signature(getattr(kind, name)) for kind in (AsyncGradientBank, GradientBank))
+        assert list(here.parameters) == list(there.parameters), name
 
 
 async def with_documents(space):
