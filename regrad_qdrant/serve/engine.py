@@ -287,20 +287,16 @@ class _Lane:
         for place in places:
             place.first_at = time.perf_counter()
         self.places += places
-        self._carry_on(lambda: None)
+        self._hand_on()
 
     def step(self) -> bool:
         """Let every row say a token; returns whether one has left."""
-        return self._carry_on(self.batch.step)
-
-    def _carry_on(self, work: Callable[[], None]) -> bool:
-        """Do it and give what was said to whoever waits for it; returns whether a row has left."""
         try:
-            work()
-            return self._hand_on()
+            self.batch.step()
         except Exception as error:  # whatever it is, its callers get it
             self._lost(error)
             return True
+        return self._hand_on()
 
     def _lost(self, error: Exception) -> None:
         """Tell those that have rows that they have none any more."""
@@ -313,8 +309,11 @@ class _Lane:
         """Give what was said to whoever waits for it, and let those leave that are done or gone."""
         gone = [place for place in self.places if place.over or _handed_on(place)]
         if gone:
-            self.batch.leave([place.row for place in gone if place.row is not None])
             self.places = [place for place in self.places if place not in gone]
+            try:
+                self.batch.leave([place.row for place in gone if place.row is not None])
+            except Exception as error:  # those that are left can't go on
+                self._lost(error)
         return bool(gone)
 
 

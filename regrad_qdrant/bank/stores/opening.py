@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_qdrant.bank.stores.base import Store
-from regrad_qdrant.bank.stores.client import ClientStore, client_errors, retrying, server_version
+from regrad_qdrant.bank.stores.client import ClientStore, client_errors, server_version
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 
@@ -28,7 +28,7 @@ def open_store(
 
         with client_errors(collection):
             client = QdrantClient(url=url, api_key=api_key, timeout=CLIENT_TIMEOUT, check_compatibility=False)
-            retrying(client.get_collections)
+            client.get_collections()
             _warn_of(client)
         return ClientStore(client, collection, owns_client=True)
     folder = Path(path or "regrad_bank")
