@@ -61,7 +61,7 @@ documents, of the other sets about none. Only fine-tuned RAG (ft-rag) has the th
 grounded answers in spans of them, whatever the prompt holds. Its temperature, and that it ships and not another
 mixture, were chosen by scores on samples of 80 dev questions. So first others, of which none took part in that
 (`--skip-sample`; some did in the choice of one number, the margin of `regrad/auto`). nq_open and phantomwiki were asked
-in bfloat16, without those of the sample of 160 alone, among which, or not among these, are all of their 80:
+in bfloat16, with `--skip-sample 160` alone: none of their 80 is among these.
 
 {fresh}
 {fresh_differences}
@@ -69,7 +69,7 @@ in bfloat16, without those of the sample of 160 alone, among which, or not among
 smaller ones, and no question of squadshifts_wiki, which it has had: what it has above them is training as well as
 knowledge; what it has above `init` is the gradients' alone.
 
-The questions that were looked at while it was made, and 80 more of each set, in bfloat16:
+Samples of 160, a part of which was looked at while it was made, in bfloat16:
 
     {looked_at_command}
 
