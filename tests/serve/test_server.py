@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import transformers
+from conftest import TINY, tiny_initialization
 from openai import NotFoundError, OpenAI
 from qdrant_client import models
-from servers import running_server, served, server, start  # noqa: F401 # fixtures
+from servers import filled, running_server, served, server, start  # noqa: F401 # fixtures
 
 from regrad_qdrant import Query
 from regrad_qdrant.serve.service import Keys
@@ -461,6 +463,20 @@ def test_a_fault_of_the_models_own_is_told_and_the_server_goes_on(server, monkey
         assert failed.status_code == 500 and failed.json()["error"]["code"] == "internal_error"
         assert "memory" not in failed.text
     assert chat(server.url).status_code == 200
+
+
+def test_rows_that_share_a_recurrent_state_end_one_by_one(tokenizer, tmp_path):
+    config = transformers.Lfm2Config(**TINY, layer_types=["conv", "full_attention", "conv"])
+    model = transformers.Lfm2ForCausalLM(config).eval().requires_grad_(False)
+    initialization = tiny_initialization(model, targets=["w1", "w2", "w3"])
+    lengths = (2, 9, 5, 3, 12, 7)  # the first alone, while it lasts; then the others together
+    with filled(tmp_path, model, tokenizer, initialization) as regrad:
+        with running_server((regrad, None)) as running, ThreadPoolExecutor(len(lengths)) as threads:
+            answers = list(threads.map(lambda most: chat(running.url, max_tokens=most), lengths))
+        assert [answer.status_code for answer in answers] == [200] * len(lengths)
+        for answer, most in zip(answers, lengths, strict=True):
+            said = answer.json()["choices"][0]["message"]["content"]
+            assert said == regrad.answer(QUESTION, max_new_tokens=most).text
 
 
 def test_a_server_that_is_ended_answers_what_it_has_accepted(start, slow):
