@@ -27,15 +27,20 @@ def mean_f1(
     tokenizer: Any,
     format: PromptFormat,
 ) -> float:
-    """Mean F1 of what is written greedily to these questions.
+    """Mean F1 of what is written greedily to these questions, in batches as training has them.
 
     Args:
         updates: (questions, *shape) of each tensor of the space; None: with φ₀ alone.
     """
     base: Any = base_of(learner.model[0])
-    ids, mask = padded_left([example.prompt_ids for example in examples], learner.pad_id, learner.device)
-    rows = nullcontext() if updates is None else row_updates(learner.model[0], learner.space, updates)
-    with rows, torch.no_grad(), greedily(base, MAX_NEW_TOKENS, ends_of(base, tokenizer), learner.pad_id):
-        written = base.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
-    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
-    return mean(f1(format.said(text), example.answers) for text, example in zip(texts, examples, strict=True))
+    scores = []
+    for group in learner.groups(examples):
+        asked = [examples[i] for i in group]
+        ids, mask = padded_left([example.prompt_ids for example in asked], learner.pad_id, learner.device)
+        own = None if updates is None else {name: update[group] for name, update in updates.items()}
+        rows = nullcontext() if own is None else row_updates(learner.model[0], learner.space, own)
+        with rows, torch.no_grad(), greedily(base, MAX_NEW_TOKENS, ends_of(base, tokenizer), learner.pad_id):
+            written = base.generate(input_ids=ids, attention_mask=mask)[:, ids.shape[1] :]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        scores += [f1(format.said(text), example.answers) for text, example in zip(texts, asked, strict=True)]
+    return mean(scores)

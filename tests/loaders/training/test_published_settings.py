@@ -9,6 +9,7 @@ from test_meta_train import RECIPE, trainer
 
 from regrad_loaders.data.episodes import EpisodeSource
 from regrad_loaders.data.facts import generate
+from regrad_loaders.training import meta_learner, written
 from regrad_loaders.training.recipe import Recipe
 from regrad_loaders.training.trainer import run
 from regrad_loaders.training.written import mean_f1
@@ -107,6 +108,22 @@ def test_written_answers_follow_each_questions_own_update(tokenizer, tmp_path):
     source = run_of.sources[0]
     alone = mean_f1(run_of.learner, episode.examples, None, tokenizer, source.format)
     assert mean_f1(run_of.learner, episode.examples, rows, tokenizer, source.format) == alone
+
+
+def test_what_is_written_in_several_batches_is_what_is_written_in_one(tokenizer, tmp_path, monkeypatch):
+    run_of = trainer(tokenizer, tmp_path, replace(RECIPE, retrieved=False, passage_label=False))
+    episode = run_of._draw(random.Random(0))
+    torch.manual_seed(0)
+    none = run_of.learner.no_change(len(episode.examples))
+    rows = {name: torch.randn_like(change) for name, change in none.items()}
+    said = []
+    monkeypatch.setattr(written, "f1", lambda text, answers: said.append((text, answers)) or 0.5)
+    for size in (10_000, 1):
+        monkeypatch.setattr(meta_learner, "BATCH_TOKENS", size)
+        assert mean_f1(run_of.learner, episode.examples, rows, tokenizer, PromptFormat()) == 0.5
+    count = len(episode.examples)
+    assert count > 2 and len(said) == 2 * count and sorted(said[:count]) == sorted(said[count:])
+    assert len({text for text, _ in said}) > 1
 
 
 @pytest.mark.parametrize(
