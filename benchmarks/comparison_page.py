@@ -103,7 +103,7 @@ def took(runs: Mapping[str, Mapping[str, Any]]) -> str:
     minutes = sum(row["seconds"] for run in runs.values() for row in run["results"] if row["type"] == "all") / 60
     return (
         f"The answers took {minutes:.0f} minutes in all. The seconds of an answer are those of a batch, shared; where "
-        "atoms, or keys and values, are first needed, they hold the making of them.\n"
+        "atoms, adapters, or keys and values are first needed, they hold the making of them.\n"
     )
 
 

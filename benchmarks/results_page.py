@@ -312,8 +312,10 @@ def main() -> None:
         + [f"--init {name}" for name in of_merge["inits"]]
         + [f"--{option} {_as_typed(of_merge[name])}" for option, name in merge_options]
     )
+    # Runs that left one sample out have its size alone; the page says which they are.
+    of_both = {name: run for name, run in fresh.items() if run["settings"]["skip_sample"] != 160}
     page = PAGE.format(
-        fresh_command=command({name: run for name, run in fresh.items() if run["settings"]["skip_sample"] != 160}),
+        fresh_command=command(of_both),
         fresh=scores(fresh),
         fresh_differences=differences(fresh, OF_FRESH),
         looked_at_command=command(ships),

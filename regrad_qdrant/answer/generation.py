@@ -56,6 +56,10 @@ class Asking:
         """Whether an answer to this prompt ends with its line."""
         return self.format.first_line and prompt.system is None
 
+    def target(self, tokenizer: Any, prompt: Prompt, answer: str) -> list[int]:
+        """The token ids that an answer is weighed by, and its end: of an option all, however short an answer may be."""
+        return self.format.target(tokenizer, answer, None if prompt.options else self.length(prompt))
+
     def length(self, prompt: Prompt) -> int:
         return prompt.max_new_tokens or self.format.max_new_tokens[prompt.instruction]
 
@@ -242,9 +246,7 @@ def _mean_log_probabilities(
     count = max(map(len, answers))
     targets: list[list[int]] = []
     for prompt, own in zip(prompts, answers, strict=True):
-        # An option is weighed whole, however short an answer may be.
-        most = None if prompt.options else asking.length(prompt)
-        found = [asking.format.target(tokenizer, answer, most) for answer in own]
+        found = [asking.target(tokenizer, prompt, answer) for answer in own]
         targets += found + found[:1] * (count - len(own))
     asked, mask = padded_left(ids, pad_id, input_device(base))
     decoder, head = base.get_decoder(), head_of(base)

@@ -43,7 +43,6 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
     if missing:
         raise AdapterError(f"the model lacks {len(missing)} adapted layers, {missing[0]} among them")
     _keep_differentiable(model)
-    _check_present(cast("PreTrainedModel", model), list(initialization.modules))
     check_layers(cast("PreTrainedModel", model), list(initialization.modules))
     config = LoraConfig(
         r=initialization.rank,
@@ -77,27 +76,23 @@ def _keep_differentiable(model: nn.Module) -> None:
             layer.state_dict()  # brings weights that were packed for it back
 
 
-def _check_present(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Refuse a model whose adapted layers are offloaded: φ₀ has to be where they compute."""
-    away = [name for name in names if cast("Tensor", model.get_submodule(name).weight).device.type == "meta"]
-    if away and input_device(model).type != "meta":
-        raise UnsupportedModelError(
-            f"layer {away[0]} is offloaded: load the model with a device_map that keeps the adapted layers on a device"
-        )
-
-
 def check_layers(model: PreTrainedModel, names: Sequence[str]) -> None:
     """Run a plain base model on two rows of a few tokens, and refuse it where a document's atom would be wrong.
 
     Raises:
-        UnsupportedModelError: if its head is none that `head_of` knows, or if a layer of these names sees other inputs
-            than all tokens of every row, once.
+        UnsupportedModelError: if its head is none that `head_of` knows, or if a layer of these names is offloaded, or
+            sees other inputs than all tokens of every row, once.
     """
     import torch
 
     head_of(model)
     if (device := input_device(model)).type == "meta":
         return
+    for name in names:
+        if cast("Tensor", model.get_submodule(name).weight).device.type == "meta":  # φ₀ has to be where it computes
+            raise UnsupportedModelError(
+                f"layer {name} is offloaded: load the model with a device_map that keeps the adapted layers on a device"
+            )
     seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -223,12 +223,12 @@ class PromptFormat:
             merged = {"role": "user", "content": f"{messages[0]['content']}\n{messages[1]['content']}"}
             try:
                 text = templated([merged, *messages[2:]])
-            except Exception:
+            except Exception:  # then it was not the system's message: what the template said first stands
                 raise error from None
         return text + self.answer
 
     def target(self, tokenizer: Any, answer: str, most: int | None) -> list[int]:
-        """The token ids that training wants after the prompt: at most so many of the answer, and its end."""
+        """The token ids that training wants after the prompt: so many of the answer at most (None: all) and its end."""
         ids: list[int] = tokenizer(answer, add_special_tokens=False).input_ids[:most]
         return [*ids, *self.end_ids(tokenizer)]
 

@@ -204,7 +204,7 @@ class KeyValueReader(Reader):
         """The likeliest option, by the mean log-probability of its tokens and its end."""
         asking, best = self.regrad.asking, dict[str, float]()
         for spelling, option in prompt.spellings:
-            target = asking.format.target(self.regrad.tokenizer, spelling, None)
+            target = asking.target(self.regrad.tokenizer, prompt, spelling)
             logits = self._next(*self.joined(pieces), asked + target)
             chances = logits[len(asked) - 1 : -1].log_softmax(dim=-1)
             mean = float(chances[range(len(target)), target].mean())

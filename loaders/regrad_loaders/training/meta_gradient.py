@@ -113,8 +113,8 @@ def _atoms(
     """All passages' atoms: of one part with its graph, of several parts without, to gather what comes back to them."""
     if len(parts) == 1:
         return _of_part(learner, episode, parts[0], order)
-    of_parts = [{name: atom.detach() for name, atom in _of_part(learner, episode, part, 0).items()} for part in parts]
-    return {name: torch.cat([part[name] for part in of_parts]).requires_grad_(True) for name in of_parts[0]}
+    found = learner.atoms_in_parts(episode.passages, len(parts[0]))
+    return {name: atom.requires_grad_(True) for name, atom in found.items()}
 
 
 def _of_part(learner: MetaLearner, episode: Episode, part: Sequence[int], order: Literal[0, 1, 2]) -> dict[str, Tensor]:

@@ -87,13 +87,13 @@ class Trainer:
             model.to(self.accelerator.device)
         self.sources, self.weights = load_sources(recipe, tokenizer)
         self.dev_sources = load_dev_sources(recipe, tokenizer)
-        initialization = begin(recipe, model, base, self.sources, recipe.passage_batch or self._fitting(model))
+        initialization = begin(recipe, model, base, self.sources, self._fitting(model))
         if recipe.shards > 1:
             share = Share(self.accelerator.process_index, self.accelerator.num_processes, recipe.shards)
             share_weights(model, share)
             model.to(self.accelerator.device)
         self.learner = MetaLearner(model, initialization, recipe.merge, recipe.step_size_mode, recipe.step_size_kind)
-        self.passage_batch = recipe.passage_batch or self._fitting(model)
+        self.passage_batch = self._fitting(model)  # anew: what it learns takes memory, shared weights give some back
         if recipe.shards > 1:
             self.passage_batch = share.smallest(self.passage_batch, self.learner.device)
         self.contrast = SpanContrast(tokenizer, recipe.contrast) if recipe.contrast else None
@@ -118,7 +118,9 @@ class Trainer:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
 
     def _fitting(self, model: nn.Module) -> int | None:
-        """As many passages at once as the free memory holds, by the model's configuration; None: all."""
+        """As many passages at once as the recipe says, or as fit the memory by the model's configuration; None: all."""
+        if self.recipe.passage_batch is not None:
+            return self.recipe.passage_batch
         device = next(model.parameters()).device
         if device.type not in ("cpu", "cuda") or not self.recipe.atoms:
             return None

@@ -144,7 +144,7 @@ class VllmEngine:
     async def _likeliest(self, prompt: Prompt, prompt_ids: list[int], updates: Updates, lora: Any) -> str:
         """Of the options the one whose tokens, and its end, have the highest mean log-probability."""
         asking, tokenizer = updates.asking, updates.tokenizer
-        targets = [asking.format.target(tokenizer, said, None) for said, _ in prompt.spellings]
+        targets = [asking.target(tokenizer, prompt, said) for said, _ in prompt.spellings]
         following: dict[tuple[int, ...], set[int]] = {}  # of what was said, the tokens that may come next
         for target in targets:
             for i, token in enumerate(target):
