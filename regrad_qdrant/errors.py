@@ -2,7 +2,7 @@
 
 RegradError
 ├── MissingExtraError         a part whose optional dependencies are not installed
-├── DataError                 a corpus, a question file or a text that can't be used
+├── DataError                 a corpus, a question or a text that can't be used
 ├── InitializationError       a meta-initialization that is missing or damaged
 │   ├── WrongModelError       … or that was trained for another base model
 │   └── UnsupportedModelError … or a base model whose losses or layers can't be followed
@@ -34,8 +34,8 @@ class MissingExtraError(RegradError, ImportError):
     """A part whose optional dependencies are not installed; the message names the extra."""
 
 
-class DataError(RegradError):
-    """A corpus, a question file or a text that can't be used."""
+class DataError(RegradError, ValueError):
+    """A corpus, a question or a text, or a setting that goes with it, that can't be used."""
 
 
 class InitializationError(RegradError):

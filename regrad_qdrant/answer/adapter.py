@@ -22,6 +22,7 @@ from regrad_qdrant.errors import AdapterError, AdapterInUseError, WrongShapeErro
 from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.plugin import (
     Seats,
+    check_pluggable,
     live_space,
     lora_layers,
     lora_weight,
@@ -75,7 +76,8 @@ class Adapter:
 
     Raises:
         WrongModelError: if they differ.
-        AdapterError: if the model carries adapters of others already; one of ours is taken out.
+        AdapterError: if the model carries adapters of others already (one of ours is taken out), or if `beside` is one
+            of another model, or was released.
     """
 
     def __init__(
@@ -91,11 +93,17 @@ class Adapter:
         if check_model:
             initialization.check_model(model)
         self._released = False
-        self._turns: _Turns = _Turns() if beside is None else beside._turns
         holders = _HOLDERS.setdefault(model, weakref.WeakSet())
+        if beside is not None and (beside not in holders or beside._released):
+            raise AdapterError("beside: the adapter is of another model, or was released: give one of this model's")
+        self._turns: _Turns = _Turns() if beside is None else beside._turns
         if beside is None:
-            for before in list(holders):
-                before.release()  # a notebook's cell that is run again, or another bank
+            before = [holder for holder in holders if not holder._released]
+            if before:  # which goes on where this one can't take its place; all of a model's have one turn
+                with before[0].disabled():
+                    check_pluggable(model, initialization)
+            for holder in before:
+                holder.release()  # a notebook's cell that is run again, or another bank
             holders.clear()
         self.initialization = initialization
         with self._turns.lock:
@@ -272,8 +280,8 @@ class Adapter:
                 raise AdapterError(
                     "the model was taken over by another ReGrad, or given back by close(): make a new one"
                 )
-            turns.owner = me
             try:
+                turns.owner = me
                 if plugged:
                     self._seats.put_in()
                 yield

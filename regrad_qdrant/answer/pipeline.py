@@ -220,8 +220,8 @@ class ReGrad:
     ) -> AnswerStream:
         """`answer`, piece by piece as the model writes it.
 
-        Iterate over the result; its `answer` is the whole one when it ends. The model is restored when it ends, when
-        it is closed, and when nothing refers to it any more.
+        Iterate over the result; its `answer` is the whole one when it ends. The model is restored when it ends, and
+        when it is closed.
 
         Args:
             question: a text, or a `Query` with all that belongs to it.

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from regrad_qdrant.errors import DataError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -46,9 +48,9 @@ class MergeRule:
 
     def __post_init__(self) -> None:
         if self.rule not in RULES:
-            raise ValueError(f"merge rule {self.rule!r} is not one of {', '.join(RULES)}")
+            raise DataError(f"merge rule {self.rule!r} is not one of {', '.join(RULES)}")
         if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise ValueError(f"the temperature must be positive and finite, found {self.temperature}")
+            raise DataError(f"the temperature must be positive and finite, found {self.temperature}")
 
     def weights(self, scores: Sequence[float]) -> list[float]:
         """One weight for each score, in the scores' order. Scores need not be sorted."""

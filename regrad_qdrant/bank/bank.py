@@ -306,7 +306,7 @@ class GradientBank(AtomCollection):
                 replace(self.hit(p, with_record=one.with_records), relevance=r)
                 for p, r in zip(whole, relevances, strict=True)
             ]
-            # Engines leave the order of equal scores open; answers must not depend on it.
+            # Engines leave the order of equal scores open; among the k it is that of their ids.
             ties = itertools.groupby(ranked, key=lambda hit: hit.score)
             hits.append([hit for _, tied in ties for hit in sorted(tied, key=lambda hit: str(hit.id))])
         return hits
@@ -315,34 +315,36 @@ class GradientBank(AtomCollection):
         self, asked: Sequence[Asked], every: Sequence[Mapping[str, Vector | Words]], k: int
     ) -> list[tuple[list[StoredPoint], list[float]]]:
         """The k best points of each question, and their relevances."""
-        searches: list[Search] = []
-        for one, vectors in zip(asked, every, strict=True):
-            if len(vectors) == 1:
-                searches.append(Search(vectors, k, one.query_filter, self._read_of(one)))
-            if not self._from_zero(vectors):
-                depth, spare = max(HYBRID_DEPTH, 2 * k), max(DEPTH - k, 0)
-                searches.append(Search(vectors, k + spare, one.query_filter, depth=depth, spare=spare))
-        answers = iter(self.store.search(searches))
+        plans = [self._plan(one, vectors, k) for one, vectors in zip(asked, every, strict=True)]
+        answers = iter(self.store.search([search for plan in plans for search in plan if search is not None]))
+        ranked = [[next(answers) if search is not None else None for search in plan] for plan in plans]
+        fused: dict[bool, dict[PointId, None]] = {}  # the winners of fusions, by whether their atoms are wanted
+        for one, (best, deeper) in zip(asked, ranked, strict=True):
+            if best is None and deeper:
+                fused.setdefault(one.with_records, {}).update(dict.fromkeys(point.id for point in deeper[:k]))
+        read = {way: {p.id: p for p in self.store.retrieve([*ids], self._read(way))} for way, ids in fused.items()}
         found = []
-        for one, vectors in zip(asked, every, strict=True):
-            points = next(answers) if len(vectors) == 1 else []
-            deeper = [] if self._from_zero(vectors) else next(answers)
-            if len(vectors) > 1:
-                ranked = deeper[:k]
-                payloads = {p.id: p for p in self.store.retrieve([p.id for p in ranked], self._read_of(one))}
-                points = [replace(payloads[p.id], score=p.score) for p in ranked if p.id in payloads]
-            scores = [point.score for point in points]
-            candidates = [point.score for point in deeper[: max(k, DEPTH)]]
-            found.append((points, from_candidates(scores, candidates) if candidates else from_zero(scores)))
+        for one, (best, deeper) in zip(asked, ranked, strict=True):
+            if best is None:
+                whole = read.get(one.with_records, {})
+                best = [replace(whole[p.id], score=p.score) for p in (deeper or [])[:k] if p.id in whole]
+            scores = [point.score for point in best]
+            candidates = [point.score for point in (deeper or [])[: max(k, DEPTH)]]
+            found.append((best, from_candidates(scores, candidates) if candidates else from_zero(scores)))
         return found
 
-    def _read_of(self, one: Asked) -> WithPayload:
-        """What is read of a payload: exactly k are."""
-        return True if one.with_records else Without((self.payload_key,))
+    def _plan(self, one: Asked, vectors: Mapping[str, Vector | Words], k: int) -> tuple[Search | None, Search | None]:
+        """What is asked of the engine for a question: the k best with their payloads, of which a fusion ranks ids
+        first; and where scores have no zero of their own, the ids of more, by which they are judged."""
+        best = Search(vectors, k, one.query_filter, self._read(one.with_records)) if len(vectors) == 1 else None
+        if len(vectors) == 1 and all(isinstance(vector, SparseVector | Words) for vector in vectors.values()):
+            return best, None  # BM25's have
+        depth, spare = max(HYBRID_DEPTH, 2 * k), max(DEPTH - k, 0)
+        return best, Search(vectors, k + spare, one.query_filter, depth=depth, spare=spare)
 
-    def _from_zero(self, vectors: Mapping[str, Vector | Words]) -> bool:
-        """Whether the scores have a zero of their own: those of one sparse vector, or of a text index."""
-        return len(vectors) == 1 and all(isinstance(vector, SparseVector | Words) for vector in vectors.values())
+    def _read(self, with_records: bool) -> WithPayload:
+        """What is read of a payload."""
+        return True if with_records else Without((self.payload_key,))
 
     def _vectors(
         self, query: str | Vector | Mapping[str, Vector], using: str | Sequence[str] | None
@@ -363,7 +365,12 @@ class GradientBank(AtomCollection):
         return self.embedders[name].query(query)
 
     def fetch(
-        self, ids: Sequence[PointId], scores: Sequence[float] | None = None, *, zero: float | None = None
+        self,
+        ids: Sequence[PointId],
+        scores: Sequence[float] | None = None,
+        *,
+        zero: float | None = None,
+        with_records: bool = True,
     ) -> list[Hit]:
         """The points of these ids, best first as they are given, with their atoms; ids that are gone are left out.
 
@@ -372,14 +379,18 @@ class GradientBank(AtomCollection):
                 order alone counts.
             zero: the score that a document has which shares nothing with the question (0 for BM25), so that the
                 merge rule knows how far the scores fall.
+            with_records: read the atoms.
         """
         if scores is not None and len(scores) != len(ids):
             raise BankError(f"{len(scores)} scores for {len(ids)} ids")
         keys = [canonical_id(key) for key in ids]
         of_key = dict(zip(keys, scores, strict=True)) if scores is not None else {}
-        found = {point.id: point for point in self.with_atoms(self.store.retrieve(keys, True))}
+        points = self.store.retrieve(keys, self._read(with_records))
+        found = {point.id: point for point in (self.with_atoms(points) if with_records else points)}
         hits = [
-            self.hit(replace(found[key], score=of_key.get(key, 0.0)), with_record=True) for key in keys if key in found
+            self.hit(replace(found[key], score=of_key.get(key, 0.0)), with_record=with_records)
+            for key in keys
+            if key in found
         ]
         if zero is None or scores is None:
             return hits

@@ -335,7 +335,7 @@ def _rows(bank: GradientBank, shard: Shard | None) -> Iterator[Row]:
     for hit in bank.missing(shard):
         yield {"id": _key(hit.id), "payload": _payload(hit), "renewed": False}
     for state, hit in bank.examined(shard):
-        if state not in ("current", "gone"):
+        if state != "current":
             yield {"id": _key(hit.id), "payload": _payload(hit), "renewed": True}
 
 

@@ -23,6 +23,7 @@ from regrad_qdrant.bank.stores.base import (
     VectorNames,
     Without,
     WithPayload,
+    check_name,
     is_empty,
     pages,
 )
@@ -104,10 +105,12 @@ class AtomCollection:
         """Read and write atoms in the collection of this name beside the documents', or in place.
 
         Raises:
-            BankError: if it is the documents' own.
+            BankError: if it is the documents' own, or no name of a collection.
         """
         if sidecar == self.store.name:
             raise BankError(f"the sidecar {sidecar!r} is the documents' own collection: give it another name")
+        if sidecar is not None:
+            check_name(sidecar)
         self._atoms = self.store if sidecar is None else self.store.sibling(sidecar)
 
     @property
@@ -128,7 +131,14 @@ class AtomCollection:
             noted = self.noted().get("layout")
             if noted is None:
                 return self.detect_layout()
-            self._use(Layout(**noted))
+            try:
+                self._use(Layout(**noted))
+            except TypeError as error:
+                raise BankError(
+                    f"the collection notes a layout {noted} under {self.metadata_key!r} of its metadata: a newer "
+                    "regrad-qdrant may know it; or name the field with the text (--text-path PATH, in Python "
+                    "layout=Layout('mine', 'PATH'))"
+                ) from error
         assert self._layout is not None
         return self._layout
 
@@ -286,7 +296,8 @@ class AtomCollection:
 
     def points(self, query_filter: Filter | None = None) -> Iterator[Hit]:
         """Every point that passes the filter, page by page, without its atom."""
-        return (self.hit(point) for point in self.scroll(query_filter, self._fields))
+        for point in self.scroll(query_filter, self._fields):
+            yield self.hit(point)
 
     def missing(self, shard: Shard | None = None) -> Iterator[Hit]:
         """The points, of a shard or all, that lack an atom of this space, page by page, without reading any atom.
@@ -294,9 +305,11 @@ class AtomCollection:
         Points may be given their atoms while this iterates. A point without text has an empty `text`.
         """
         if not self.in_sidecar:
-            return (self.hit(point) for point in self._with_atom(False, self._fields, shard))
-        joined = self.joined(self._fields, "space", shard=shard)
-        return (self.hit(point) for point in joined if not self.belongs(point))
+            found = self._with_atom(False, self._fields, shard)
+        else:
+            found = (point for point in self.joined(self._fields, "space", shard=shard) if not self.belongs(point))
+        for point in found:
+            yield self.hit(point)
 
     def stale(self) -> Iterator[Hit]:
         """The points whose text has changed since their atom was computed, without reading any atom."""
@@ -316,6 +329,13 @@ class AtomCollection:
         for point in points:
             hit = self.hit(point)
             yield self._state_of(point, hit.text), hit
+
+    def count_current(self, ids: Sequence[PointId]) -> int:
+        """How many of these points carry an atom of this space and of their present text; none is read."""
+        of_record = [f"{self.payload_key}.{name}" for name in EXAMINED]
+        points = self.store.retrieve(ids, [*self.layout.fields(), *([] if self.in_sidecar else of_record)])
+        joined = self._joined(points, of_record) if self.in_sidecar else points
+        return sum(self._state_of(point, self.layout.text_of(point.payload) or "") == "current" for point in joined)
 
     def surveyed(self) -> Iterator[tuple[AtomState, Hit]]:
         """Every point with what its atom is worth, without reading any atom; every text is read once."""
@@ -448,14 +468,17 @@ class AtomCollection:
 
     def joined(self, fields: list[str], *of_record: str, shard: Shard | None = None) -> Iterator[StoredPoint]:
         """Every point, of a shard or all, with some fields of its record in the sidecar."""
+        points = self._of_shard(shard, None, fields)
         if not self.atoms.exists():
-            yield from self._of_shard(shard, None, fields)
+            yield from points
             return
-        names = [f"{self.payload_key}.{name}" for name in of_record]
-        for page in pages(self._of_shard(shard, None, fields), PAGE):
-            atoms = {point.id: point.payload for point in self.atoms.retrieve([point.id for point in page], names)}
-            for point in page:
-                yield replace(point, payload=point.payload | atoms.get(point.id, {}))
+        for page in pages(points, PAGE):
+            yield from self._joined(page, [f"{self.payload_key}.{name}" for name in of_record])
+
+    def _joined(self, points: Sequence[StoredPoint], fields: list[str]) -> list[StoredPoint]:
+        """The points with these fields of the sidecar's."""
+        atoms = {point.id: point.payload for point in self.atoms.retrieve([point.id for point in points], fields)}
+        return [replace(point, payload=point.payload | atoms.get(point.id, {})) for point in points]
 
     def with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
         """The points with what the sidecar holds for them, as if it stood in their payload."""
@@ -464,13 +487,11 @@ class AtomCollection:
         if not self.in_sidecar or not points:
             return list(points)
         try:
-            found = self.atoms.retrieve([point.id for point in points], [self.payload_key])
+            return self._joined(points, [self.payload_key])
         except BankError:
             if self.atoms.exists():
                 raise
             return list(points)  # nothing was ingested yet: none has an atom
-        atoms = {point.id: point.payload for point in found}
-        return [replace(point, payload=point.payload | atoms.get(point.id, {})) for point in points]
 
     def _look_again(self) -> None:
         """Find the sidecar of an ingestion that came after this bank was opened."""

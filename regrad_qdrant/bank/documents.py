@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,13 +27,15 @@ def as_json(document: Document) -> Document:
     """The document with what a payload can hold: dates, UUIDs and the like as their texts, as Qdrant's client has it.
 
     Raises:
-        BankError: for a field with something that has no JSON.
+        BankError: for a field with something that has no JSON, such as NaN.
     """
     from pydantic_core import PydanticSerializationError, to_jsonable_python
 
     try:
-        return replace(document, payload=to_jsonable_python(document.payload))
-    except PydanticSerializationError as error:
+        payload = to_jsonable_python(document.payload)
+        json.dumps(payload, allow_nan=False)
+        return replace(document, payload=payload)
+    except (PydanticSerializationError, ValueError) as error:
         raise BankError(f"document {document.id!r}: its payload can't be written as JSON: {error}") from error
 
 

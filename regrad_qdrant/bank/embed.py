@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +15,8 @@ from regrad_qdrant.model.base_model import resolve_package
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+
+_LOADING = threading.RLock()  # a model is loaded once, though threads come for it together
 
 WITHOUT_SPACES = ("chinese", "japanese", "korean", "thai")  # languages whose words are found by a model
 
@@ -43,10 +46,12 @@ def embedder_of(noted: Mapping[str, Any]) -> Embedder:
         BankError: for a kind that this version does not know.
     """
     kinds: dict[str, Callable[..., Embedder]] = {"bm25": Bm25, "sentence-transformers": DenseEmbedder}
-    kind, options = noted.get("kind"), {name: value for name, value in noted.items() if name != "kind"}
-    if kind not in kinds:
-        raise BankError(f"an embedder of kind {kind!r} is noted in the collection: a newer regrad-qdrant may know it")
-    return kinds[kind](**options)
+    try:
+        return kinds[noted["kind"]](**{name: value for name, value in noted.items() if name != "kind"})
+    except (KeyError, TypeError) as error:
+        raise BankError(
+            f"the collection notes an embedder {dict(noted)} in its metadata: a newer regrad-qdrant may know it"
+        ) from error
 
 
 class Bm25:
@@ -66,8 +71,13 @@ class Bm25:
     def noted(self) -> dict[str, Any]:
         return {"kind": "bm25", "language": self.language}
 
-    @cached_property
+    @property
     def _model(self) -> Any:
+        with _LOADING:
+            return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Any:
         import qdrant_edge as edge
 
         tokenizer = edge.TokenizerType.Multilingual if self.language in WITHOUT_SPACES else None
@@ -109,8 +119,13 @@ class DenseEmbedder:
     def noted(self) -> dict[str, Any]:
         return {"kind": "sentence-transformers", "model": self.name}
 
-    @cached_property
+    @property
     def _model(self) -> SentenceTransformer:
+        with _LOADING:
+            return self._loaded
+
+    @cached_property
+    def _loaded(self) -> SentenceTransformer:
         try:
             from sentence_transformers import SentenceTransformer
         except ImportError as error:

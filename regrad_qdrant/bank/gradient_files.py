@@ -18,8 +18,7 @@ from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.documents import Hit, point_id
-from regrad_qdrant.bank.ingest import IngestReport, check_space
-from regrad_qdrant.bank.stores.base import PointId
+from regrad_qdrant.bank.ingest import IngestReport, check_space, put_what_fits
 from regrad_qdrant.errors import DataError, InitializationError
 
 if TYPE_CHECKING:
@@ -36,11 +35,14 @@ def gradient_files(folder: Path) -> list[Path]:
     """The files of a folder and of those in it.
 
     Raises:
-        DataError: if there is none.
+        DataError: if there is none, or two are of one document.
     """
     files = sorted(folder.rglob("*.pt"))
     if not files:
         raise DataError(f"{folder}: no .pt file in it")
+    if len(of_document := {file.stem: file for file in files}) < len(files):
+        first = next(file for file in files if of_document[file.stem] != file)
+        raise DataError(f"{first} and {of_document[first.stem]} are of one document, {first.stem!r}: leave one of them")
     return files
 
 
@@ -75,7 +77,7 @@ def put_gradients(
     for at in range(0, len(files), TOGETHER):
         part = files[at : at + TOGETHER]
         hits = _points_of(bank, part)
-        pairs: list[tuple[PointId | Hit, Record]] = []
+        pairs: list[tuple[Hit, Record]] = []
         for file in part:
             hit = hits.get(file.stem)
             if hit is None or not hit.text:
@@ -89,9 +91,11 @@ def put_gradients(
             layout = initialization.space.layout
             [record] = make_records(gradient[None], [hit.text], initialization.fingerprint, codec, layout)
             pairs.append((hit, record))
-        written = bank.put(pairs)
-        size = sum(record.payload_bytes for _, record in pairs)
-        report.atoms_written += written
+        sent = put_what_fits(bank, pairs, report)
+        size = sum(record.payload_bytes for _, record in sent)
+        arrived = bank.count_current([hit.id for hit, _ in sent])
+        report.atoms_written += arrived
+        report.passed_over += len(sent) - arrived
         report.bytes_written += size
         on_progress(len(part), size)
     report.seconds = time.perf_counter() - started
@@ -139,4 +143,4 @@ def _points_of(bank: GradientBank, files: Sequence[Path]) -> dict[str, Hit]:
     """The points by their files' names: the id that a document of that name gets, or a number that is a point's own."""
     names = {point_id(file.stem): file.stem for file in files}
     names |= {int(file.stem): file.stem for file in files if file.stem.isdecimal()}
-    return {names[hit.id]: hit for hit in bank.fetch(list(names)) if hit.id in names}
+    return {names[hit.id]: hit for hit in bank.fetch(list(names), with_records=False) if hit.id in names}

@@ -113,7 +113,6 @@ def attach_atoms(
             report.present += 1
         else:
             outdated.append(hit.id)
-    before = report.present + len(outdated)
     ingestion = Ingestion(bank, gradients, codec, batch_tokens, long_texts, report, on_progress)
     started = time.perf_counter()
     with ingestion:
@@ -121,20 +120,18 @@ def attach_atoms(
             ingestion.attach(page)
         sent_new = ingestion.sent()
         for ids in pages(outdated, PAGE):
-            ingestion.attach(bank.fetch(ids))
+            ingestion.attach(bank.fetch(ids, with_records=False))
         renewed = ingestion.sent()
-    left_stale = sum(hit.stale or hit.record is None for ids in pages(renewed, PAGE) for hit in bank.fetch(ids))
     report.seconds = time.perf_counter() - started
     if report.without_text and not report.present and not report.atoms_written:
         raise BankError(
             f"none of the {report.without_text} points has a text for the layout {bank.layout}; their fields are "
             f"{_fields(bank)}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
         )
-    if shard is None:
-        left_out = max(0, before + len(sent_new) - bank.count_atoms())
-    else:  # others write too, so that a count says nothing
-        left_out = len(sent_new) - sum(map(bank.count_with_atoms, pages(sent_new, PAGE)))
-    report.passed_over = left_out + left_stale
+    arrived = sum(map(bank.count_with_atoms, pages(sent_new, PAGE))) + sum(
+        map(bank.count_current, pages(renewed, PAGE))
+    )
+    report.passed_over = len(sent_new) + len(renewed) - arrived
     report.atoms_written -= report.passed_over
     bank.optimize()
     return report

@@ -162,7 +162,7 @@ def value_at(payload: Mapping[str, Any], path: str) -> Any:
         if isinstance(value, str):
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):  # also of numbers, and nesting, that no reader takes
                 return None
         if not isinstance(value, Mapping):
             return None

@@ -44,13 +44,13 @@ def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str | dict[str, 
     def asked(given: str | dict[str, Any], config: RunnableConfig, call: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         of_input: dict[str, Any] = {}
         if isinstance(given, dict):
-            of_input = {name: value for name, value in given.items() if name not in QUESTION_KEYS}
-            found = [given[key] for key in QUESTION_KEYS if isinstance(given.get(key), str)]
-            if not found:
+            place = next((key for key in QUESTION_KEYS if isinstance(given.get(key), str)), None)
+            if place is None:
                 raise ValueError(
                     f"no question under {', '.join(QUESTION_KEYS)}; the input has {', '.join(given) or 'nothing'}"
                 )
-            given = str(found[0])
+            of_input = {name: value for name, value in given.items() if name != place}
+            given = str(given[place])
         return given, merged(fixed, config.get("configurable"), of_input, checked(call))
 
     def answer(given: str | dict[str, Any], config: RunnableConfig, **call: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import math
 import os
 import shutil
 import tempfile
@@ -139,19 +140,17 @@ def _precision(dtype: str | torch.dtype, device: str) -> dict[str, Any]:
 @functools.cache
 def multiplies_16_bits_faster() -> bool:
     """Whether this processor multiplies bfloat16 matrices faster than float32 ones: those with AVX512_BF16 or AMX do,
-    others take up to a hundred times as long. Measured once, in a few milliseconds."""
+    others take up to a hundred times as long. Measured once, in turns, so that what else runs decides nothing."""
     import torch
 
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        left, right = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
-        times = []
-        for _ in range(3):
+    least = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)
+    for _ in range(10):
+        for dtype in least:
+            left, right = torch.ones(128, 256, dtype=dtype), torch.ones(256, 256, dtype=dtype)
             started = time.perf_counter()
             left @ right
-            times.append(time.perf_counter() - started)
-        seconds[dtype] = min(times)
-    return seconds[torch.bfloat16] < seconds[torch.float32]
+            least[dtype] = min(least[dtype], time.perf_counter() - started)
+    return least[torch.bfloat16] < least[torch.float32]
 
 
 def _load(source: str, of_both: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:

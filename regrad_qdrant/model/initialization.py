@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -224,10 +225,16 @@ class MetaInitialization:
             **({"prompt": differences} if (differences := self.prompt.differences()) else {}),
             "card": self.card,
         }
-        (folder / "adapter_config.json").write_text(json.dumps(self.peft_config(), indent=1) + "\n", encoding="utf-8")
-        save_file(adapter, folder / "adapter_model.safetensors")
-        save_file(own, folder / "regrad.safetensors")
-        (folder / "regrad.json").write_text(json.dumps(regrad, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with tempfile.TemporaryDirectory(dir=folder) as beside:  # written whole before any takes the place of another
+            made = Path(beside)
+            config = json.dumps(self.peft_config(), indent=1) + "\n"
+            (made / "adapter_config.json").write_text(config, encoding="utf-8")
+            save_file(adapter, made / "adapter_model.safetensors")
+            save_file(own, made / "regrad.safetensors")
+            text = json.dumps(regrad, indent=1, ensure_ascii=False) + "\n"
+            (made / "regrad.json").write_text(text, encoding="utf-8")
+            for file in made.iterdir():
+                file.replace(folder / file.name)
 
     def peft_config(self) -> dict[str, Any]:
         """`adapter_config.json` of a LoRA adapter on this initialization's modules."""

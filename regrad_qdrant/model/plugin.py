@@ -29,11 +29,50 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
     one that the initialization was trained for: call `initialization.check_model(model)` before.
 
     Raises:
+        AdapterError, UnsupportedModelError: as `check_pluggable`; whatever is raised, the model is as it was.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    check_pluggable(model, initialization)
+    config = LoraConfig(
+        r=initialization.rank,
+        lora_alpha=initialization.lora_alpha,
+        use_rslora=initialization.rank_stabilized,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(initialization.modules),
+    )
+    plain = {name: model.get_submodule(name) for name in initialization.modules}
+    model.__dict__.pop("peft_config", None)  # of another plug-in, whose layers are out of the model now
+    try:
+        peft_model = get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type] # any causal LM
+        with torch.no_grad():
+            for name, layer in lora_layers(peft_model).items():
+                module = initialization.modules[name]
+                for part, tensor in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
+                    parameter = lora_weight(layer, part)
+                    parameter.data = tensor.to(
+                        device=parameter.device, dtype=torch.promote_types(tensor.dtype, torch.float32), copy=True
+                    )
+                layer.forward = lean_forward(layer)
+    except BaseException:  # memory that is short, layers that peft can't adapt
+        for name, layer in plain.items():
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+        raise
+    peft_model.eval().requires_grad_(False)
+    return peft_model
+
+
+def check_pluggable(model: nn.Module, initialization: MetaInitialization) -> None:
+    """Refuse a model that `plug_in` can't give LoRA layers.
+
+    Raises:
         AdapterError: if the model already carries adapters, or lacks a layer that the initialization adapts.
         UnsupportedModelError: if its losses can't be computed here, or a layer meets other tokens than a document's.
     """
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
@@ -44,27 +83,6 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
         raise AdapterError(f"the model lacks {len(missing)} adapted layers, {missing[0]} among them")
     _keep_differentiable(model)
     check_layers(cast("PreTrainedModel", model), list(initialization.modules))
-    config = LoraConfig(
-        r=initialization.rank,
-        lora_alpha=initialization.lora_alpha,
-        use_rslora=initialization.rank_stabilized,
-        lora_dropout=0.0,
-        bias="none",
-        target_modules=list(initialization.modules),
-    )
-    model.__dict__.pop("peft_config", None)  # of another plug-in, whose layers are out of the model now
-    peft_model = get_peft_model(model, config, adapter_name=ADAPTER)  # type: ignore[arg-type] # any causal LM
-    with torch.no_grad():
-        for name, layer in lora_layers(peft_model).items():
-            module = initialization.modules[name]
-            for part, tensor in (("lora_A", module.lora_a), ("lora_B", module.lora_b)):
-                parameter = lora_weight(layer, part)
-                parameter.data = tensor.to(
-                    device=parameter.device, dtype=torch.promote_types(tensor.dtype, torch.float32), copy=True
-                )
-            layer.forward = lean_forward(layer)
-    peft_model.eval().requires_grad_(False)
-    return peft_model
 
 
 def _keep_differentiable(model: nn.Module) -> None:
@@ -228,15 +246,15 @@ def row_updates(
     """
     layers = lora_layers(peft_model)
     count = len(next(iter(rows.values())))
-    for name, layer in layers.items():
-        own = {
-            part: rows[part].to(lora_weight(layer, "lora_A").device)
-            for part in space.tensors(name, space.modules[name])
-        }
-        layer.forward = lean_forward(layer, _change_of(space, name, own, count))
-        if bare is not None and any(bare):
-            layer.forward = _mixed(cast("nn.Module", layer.base_layer), layer.forward, bare)
     try:
+        for name, layer in layers.items():
+            own = {
+                part: rows[part].to(lora_weight(layer, "lora_A").device)
+                for part in space.tensors(name, space.modules[name])
+            }
+            layer.forward = lean_forward(layer, _change_of(space, name, own, count))
+            if bare is not None and any(bare):
+                layer.forward = _mixed(cast("nn.Module", layer.base_layer), layer.forward, bare)
         yield
     finally:
         for layer in layers.values():

@@ -79,17 +79,17 @@ class Prompt:
 
     def __post_init__(self) -> None:
         if not self.question.strip():
-            raise ValueError("the question is empty")
+            raise DataError("the question is empty")
         if self.type not in QUESTION_TYPES:
-            raise ValueError(f"question type {self.type!r} is not one of {', '.join(QUESTION_TYPES)}")
+            raise DataError(f"question type {self.type!r} is not one of {', '.join(QUESTION_TYPES)}")
         if self.style not in STYLES:
-            raise ValueError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
+            raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if (self.type == "choice") != bool(self.choices):
-            raise ValueError(f"type {self.type!r} with {len(self.choices)} choices: choices go with type 'choice'")
+            raise DataError(f"type {self.type!r} with {len(self.choices)} choices: choices go with type 'choice'")
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+            raise DataError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
         if strange := [role for role, _ in self.turns if role not in ("user", "assistant")]:
-            raise ValueError(f"a turn is the user's or the assistant's, found {strange[0]!r}")
+            raise DataError(f"a turn is the user's or the assistant's, found {strange[0]!r}")
 
     @property
     def instruction(self) -> str:

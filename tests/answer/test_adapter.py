@@ -1,6 +1,7 @@
 import copy
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from regrad_qdrant import Adapter
 from regrad_qdrant.answer.atom_cache import AtomCache
 from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.errors import AdapterError, AdapterInUseError, CorruptRecordError, WrongShapeError, WrongSpaceError
+from regrad_qdrant.model import plugin
 from regrad_qdrant.model.plugin import lora_layers
 
 IDS = torch.arange(3, 30).unsqueeze(0)
@@ -260,3 +262,47 @@ def test_a_new_adapter_takes_the_model_over_from_all_that_had_it(model, initiali
     for before in (one, other):
         with pytest.raises(AdapterError, match="taken over"), before.initial():
             pass
+
+
+def test_an_update_of_rows_that_fails_leaves_every_layer_as_it_was(adapter):
+    flat, _ = records(adapter)
+    with adapter.initial():
+        before = adapter.model(input_ids=IDS).logits
+    change = adapter.row_change([flat[0]], [False])
+    lacking = dict(list(change.change.items())[:-1])
+    with pytest.raises(KeyError), adapter.changed(replace(change, change=lacking)):
+        pass
+    with adapter.initial():
+        assert torch.equal(adapter.model(input_ids=IDS).logits, before)
+
+
+def test_a_model_is_shared_with_its_own_adapters_alone(adapter, initialization):
+    other = tiny_model()
+    with pytest.raises(AdapterError, match="beside: the adapter is of another model"):
+        Adapter(other, initialization, beside=adapter)
+    mine = Adapter(other, initialization)
+    mine.release()
+    with pytest.raises(AdapterError, match="or was released"):
+        Adapter(other, initialization, beside=mine)
+
+
+def test_an_adapter_that_can_not_be_made_takes_nothing_over(adapter, model, initialization, monkeypatch):
+    with adapter.initial():
+        before = adapter.model(input_ids=IDS).logits
+    larger = tiny_initialization(tiny_model(num_hidden_layers=5), layers=[3, 4])
+    with pytest.raises(AdapterError, match="lacks 6 adapted layers"):
+        Adapter(model, larger, check_model=False)
+    with adapter.initial():
+        assert torch.equal(adapter.model(input_ids=IDS).logits, before)
+
+    def short_of_memory(layer):
+        raise MemoryError
+
+    bare = model(input_ids=IDS).logits
+    with monkeypatch.context() as patched:
+        patched.setattr(plugin, "lean_forward", short_of_memory)
+        with pytest.raises(MemoryError):
+            Adapter(model, initialization)
+    assert torch.equal(model(input_ids=IDS).logits, bare)
+    with Adapter(model, initialization).initial():
+        assert torch.equal(model(input_ids=IDS).logits, before)

@@ -72,6 +72,20 @@ def test_every_method_does_what_the_banks_own_does(sidecar):
     assert asyncio.run(over_async_client()) == asyncio.run(over_client())
 
 
+@pytest.mark.parametrize("stream", ["points", "missing", "stale"])
+@pytest.mark.parametrize("sidecar", [None, "atoms"])
+def test_a_stream_may_be_the_first_thing_that_is_asked_of_a_bank(stream, sidecar):
+    async def over_async_client():
+        client = AsyncQdrantClient(":memory:")
+        async with AsyncGradientBank(client, "docs", SPACE, sidecar=sidecar) as bank:
+            await bank.create()
+            await bank.add(DOCUMENTS)
+        async with AsyncGradientBank(client, "docs", SPACE, sidecar=sidecar) as bank:
+            return await awaited(getattr(bank, stream)())
+
+    assert len(asyncio.run(over_async_client())) == (0 if stream == "stale" else len(TEXTS))
+
+
 def test_the_async_bank_has_every_public_method_of_the_bank():
     def methods(kind):
         return {name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")}
@@ -84,6 +98,7 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "has_other_spaces",
         "check_fields",
         "count_with_atoms",
+        "count_current",
         "open",
         "in_space",
         "scroll",

@@ -13,6 +13,7 @@ from qdrant_client import models
 from regrad_qdrant import Bm25, Document, GradientBank
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import Record, make_records
+from regrad_qdrant.bank.bank import Asked
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.stores.base import PayloadWrite, Point, SparseVector, VectorNames
@@ -463,6 +464,15 @@ def test_hybrid_search_ranks_by_both_vectors_and_reads_k_atoms(hybrid, monkeypat
     assert [hit.id for hit in hybrid.search(vectors, 2)] == [hit.id for hit in hits]
 
 
+def test_hybrid_search_of_several_questions_fetches_once(hybrid, monkeypatch):
+    asked = [Asked(text) for text in ("Noor Selowan the diver", "Ida Corvand the baker", "Orla Thornaby")]
+    alone = [hybrid.search(one.query, 2, using=["bm25", "letters"]) for one in asked]
+    calls = []
+    retrieve = hybrid.store.retrieve
+    monkeypatch.setattr(hybrid.store, "retrieve", lambda *arguments: calls.append(arguments) or retrieve(*arguments))
+    assert hybrid.search_many(asked, 2, using=["bm25", "letters"]) == alone and len(calls) == 1
+
+
 def test_hybrid_search_carries_the_filter_into_every_search(hybrid):
     odd = models.Filter(must=[models.FieldCondition(key="state", match=models.MatchValue(value="odd"))])
     hits = hybrid.search("Ida Corvand the baker", 4, using=["bm25", "letters"], query_filter=odd)
@@ -645,6 +655,22 @@ def test_what_a_client_takes_is_written(bank):
     assert hit.payload["since"].startswith("2026-01-02")
     with pytest.raises(BankError, match="document 'd8': its payload can't be written as JSON.*object"):
         bank.add([Document("d8", {"text": "Ada", "of": object()})])
+    for number in (float("nan"), float("inf")):
+        with pytest.raises(BankError, match="document 'd7': its payload can't be written as JSON"):
+            bank.add([Document("d7", {"text": "Ada", "scores": [1.0, number]})])
+
+
+def test_a_sidecars_name_is_no_path(bank):
+    for name in ("../../x", "a/b", "", ".."):
+        with pytest.raises(BankError, match="must not contain a path"):
+            bank.keep_atoms_in(name)
+
+
+def test_a_layout_that_a_newer_version_noted_is_said(bank):
+    bank.add(documents())
+    bank.atoms.write_metadata({bank.metadata_key: {"layout": {"name": "corpus", "text": "text", "weights": 3}}})
+    with pytest.raises(BankError, match="a newer regrad-qdrant may know it.*--text-path"):
+        assert GradientBank(bank.store, "docs", SPACE).layout
 
 
 def test_a_sidecar_that_was_made_after_a_bank_was_opened_is_found(store, monkeypatch):

@@ -4,6 +4,7 @@ A store that several processes share is one in-process engine behind an actor; a
 """
 
 import functools
+import json
 import os
 import sys
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from qdrant_client import QdrantClient
 
 from regrad_loaders.data.facts import generate
 from regrad_qdrant import Adapter, Document, GradientBank
-from regrad_qdrant.bank.cluster import Cluster, Ledger, _connected, _lacking, attach_on_cluster
+from regrad_qdrant.bank.cluster import Cluster, Ledger, _connected, _lacking, _rows, attach_on_cluster
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import attach_atoms
 from regrad_qdrant.bank.shard import Shard
@@ -222,6 +223,13 @@ def test_atoms_of_another_space_are_not_written_over(embedded, initialization, t
     theirs = GradientBank(embedded.store, "docs", other.fingerprint, sidecar=False)
     with pytest.raises(BankError, match="atoms of another space"):
         attach(theirs, other)
+
+
+def test_points_whose_atom_only_the_index_still_has_get_one(embedded, initialization, tokenizer, monkeypatch):
+    attach_atoms(embedded, Adapter(tiny_model(), initialization).gradients(tokenizer), "int8")
+    state, hit = next(iter(embedded.examined()))
+    monkeypatch.setattr(embedded, "examined", lambda shard=None: iter([("gone", hit)]))
+    assert state == "current" and [json.loads(row["id"]) for row in _rows(embedded, None)] == [hit.id]
 
 
 def test_the_ledger_knows_whose_fault_it_was():

@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from regrad_qdrant import Bm25, DenseEmbedder
@@ -35,3 +38,26 @@ def test_bm25_knows_other_languages_and_refuses_what_is_none():
     with pytest.raises(BankError, match="klingon"):
         Bm25("klingon").query("nuqneH")
     assert embedder_of(noted(Bm25("german"))).language == "german"
+
+
+def test_a_model_is_loaded_once_though_threads_come_for_it_together(monkeypatch):
+    import qdrant_edge
+
+    made = []
+
+    def slow(config, make=qdrant_edge.Bm25):
+        made.append(config)
+        time.sleep(0.05)
+        return make(config)
+
+    monkeypatch.setattr(qdrant_edge, "Bm25", slow)
+    bm25 = Bm25()
+    with ThreadPoolExecutor(8) as threads:
+        assert len({len(vector.indices) for vector in threads.map(bm25.query, ["two words"] * 8)}) == 1
+    assert len(made) == 1
+
+
+def test_an_embedder_that_a_newer_version_noted_is_refused():
+    for newer in ({"kind": "rings"}, {"kind": "bm25", "language": "german", "weights": 3}, {}):
+        with pytest.raises(BankError, match="a newer regrad-qdrant may know it"):
+            embedder_of(newer)

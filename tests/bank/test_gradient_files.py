@@ -78,3 +78,21 @@ def test_they_belong_to_the_whole_space(model, bank, tmp_path):
         put_gradients(bank[0], tiny_initialization(model, "core"), [], "fp32")
     with pytest.raises(DataError, match=r"no \.pt file"):
         gradient_files(tmp_path)
+
+
+def test_two_files_of_one_document_are_refused(tmp_path):
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.pt").write_bytes(b"")
+    with pytest.raises(DataError, match="are of one document, 'a'"):
+        gradient_files(tmp_path)
+
+
+def test_a_record_that_no_request_can_hold_is_named_and_the_others_go_on(bank, tmp_path):
+    bank, initialization = bank
+    for key in TEXTS:
+        saved(tmp_path / "files", f"{key}.pt", {n: torch.randn(s) for n, s in initialization.space.shapes.items()})
+    bank.max_request_bytes = 64
+    report = put_gradients(bank, initialization, gradient_files(tmp_path / "files"), "fp32")
+    assert report.atoms_written == 0 and set(report.skipped) == set(TEXTS)
+    assert all("may hold (64)" in why for why in report.skipped.values())

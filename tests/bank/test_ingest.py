@@ -82,6 +82,28 @@ def test_a_changed_text_is_computed_again_and_only_that(bank, gradients):
     assert [key for key in before if before[key] != after[key]] == [PASSAGES[3].id]
 
 
+def test_what_is_stale_is_renewed_without_reading_an_atom(bank, gradients, monkeypatch):
+    add_corpus(bank, PASSAGES, gradients)
+    attach_atoms(bank, gradients, "int4")
+    texts = {passage.id: f"{passage.text} So it is." for passage in PASSAGES}
+    add_corpus(bank, [Passage(p.id, texts[p.id], p.payload | {"text": texts[p.id]}) for p in PASSAGES], gradients)
+    read = []
+
+    def watched(method, points_of):
+        def call(*arguments):
+            found = method(*arguments)
+            read.extend(point.payload["regrad"] for point in points_of(found) if "regrad" in point.payload)
+            return found
+
+        return call
+
+    monkeypatch.setattr(bank.store, "retrieve", watched(bank.store.retrieve, lambda found: found))
+    monkeypatch.setattr(bank.store, "scroll", watched(bank.store.scroll, lambda found: found[0]))
+    report = attach_atoms(bank, gradients, "int4")
+    assert (report.atoms_written, report.passed_over, report.present) == (20, 0, 0)
+    assert read and not any("atom" in record or "atoms" in record for record in read)
+
+
 def test_a_corpus_that_changed_replaces_the_document(bank, gradients):
     add_corpus(bank, PASSAGES, gradients)
     attach_atoms(bank, gradients, "int4")

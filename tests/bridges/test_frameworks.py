@@ -208,6 +208,8 @@ def test_langchain_gives_options_for_one_call_in_all_of_its_ways():
     assert regrad.asked == [("q", whole)] * 8
     chain.invoke("q", config={"configurable": {"top_k": 5}}, top_k=7)
     assert regrad.asked[-1] == ("q", {"mode": "rag", "top_k": 7})
+    chain.invoke({"question": "q", "query": "in other words"}, top_k=7)
+    assert regrad.asked[-1] == ("q", {"mode": "rag", "top_k": 7, "query": "in other words"})
     with pytest.raises(ValueError, match="no question under.*the input has text"):
         chain.invoke({"text": "q"})
     for wrong in (lambda: chain.invoke("q", filter=TENANT), lambda: regrad_runnable(regrad, filter=TENANT)):

@@ -80,7 +80,7 @@ class KeyValueReader(Reader):
         """As `ReGrad.answer_many`, each question by itself."""
         started = time.perf_counter()
         found = self.found(questions, top_k, using)
-        search = (time.perf_counter() - started) / len(found)
+        search = (time.perf_counter() - started) / max(1, len(found))
         return [self._answered(one, search) for one in found]
 
     def speak(self, prompt: Prompt, tokens: int) -> list[int]:

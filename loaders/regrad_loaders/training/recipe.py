@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,12 @@ class Recipe:
             raise DataError(f"passage_batch must be at least 1, found {self.passage_batch}")
         if self.step_size == 0:
             raise DataError("a step_size of 0 moves nothing")
-        for name in ("accumulate", "shards", "checkpoint_every", "evaluate_every"):
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise DataError(f"temperature is τ of the merge rule, above 0, found {self.temperature}")
+        if not self.top_k or min(self.top_k) < 1:
+            raise DataError(f"top_k names the k that questions draw, each at least 1, found {list(self.top_k)}")
+        at_least_one = ("rank", "max_length", "passages", "questions_per_passage", "passage_tokens", "accumulate")
+        for name in (*at_least_one, "shards", "checkpoint_every", "evaluate_every"):
             if getattr(self, name) < 1:
                 raise DataError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.patience and not self.dev_questions:

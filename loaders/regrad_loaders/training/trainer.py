@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from regrad_loaders.data.episodes import Episode, EpisodeSource
@@ -296,7 +296,8 @@ class Trainer:
             results[source.name] = {"loss": loss, "exact": right, "random_exact": wrong}
             if scores:
                 results[source.name]["f1"] = sum(scores) / len(scores)
-        return results
+        [of_main] = broadcast_object_list([results])  # rounding differs between devices, and all have to decide alike
+        return of_main
 
     def _evaluated(self, source: EpisodeSource, count: int) -> Iterator[Episode]:
         """The episodes that a source is evaluated on: of retrieved passages one for every dev question."""

@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from regrad_qdrant.bank.layouts import value_at
@@ -228,6 +229,16 @@ class Store(Protocol):
         """Let the engine put its segments in order after a bulk load, where it does not do so by itself."""
 
     def close(self) -> None: ...
+
+
+def check_name(collection: str) -> None:
+    """Refuse a collection's name that is no name of a folder, whichever engine it is for.
+
+    Raises:
+        BankError: for one with a path in it.
+    """
+    if not collection or Path(collection).name != collection or collection == "..":
+        raise BankError(f"{collection!r} is no collection name: it must not contain a path")
 
 
 def is_empty(path: str) -> IsEmptyCondition:

@@ -126,21 +126,21 @@ class EdgeStore:
     def upsert(self, points: Sequence[Point], *, only_new: bool = False) -> None:  # nobody else writes a shard
         import qdrant_edge as edge
 
-        rows = [
-            edge.Point(point.id, {name: _edge_vector(vector) for name, vector in point.vectors.items()}, point.payload)
-            for point in points
-        ]
         with self._errors():
+            rows = [
+                edge.Point(point.id, {n: _edge_vector(vector) for n, vector in point.vectors.items()}, point.payload)
+                for point in points
+            ]
             self.shard.update(edge.UpdateOperation.upsert_points(rows))
 
     def update_vectors(self, points: Sequence[Point]) -> None:
         import qdrant_edge as edge
 
-        rows = [
-            edge.PointVectors(point.id, {name: _edge_vector(vector) for name, vector in point.vectors.items()})
-            for point in points
-        ]
         with self._errors():
+            rows = [
+                edge.PointVectors(point.id, {name: _edge_vector(vector) for name, vector in point.vectors.items()})
+                for point in points
+            ]
             self.shard.update(edge.UpdateOperation.update_vectors(rows))
 
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from regrad_qdrant.bank.stores.base import Store
+from regrad_qdrant.bank.stores.base import Store, check_name
 from regrad_qdrant.bank.stores.client import ClientStore, client_errors, server_version
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.errors import BankError, StoreUnavailableError
@@ -32,8 +32,7 @@ def open_store(
             _warn_of(client)
         return ClientStore(client, collection, owns_client=True)
     folder = Path(path or "regrad_bank")
-    if not collection or Path(collection).name != collection or collection == "..":
-        raise BankError(f"{collection!r} is no collection name for a folder: it must not contain a path")
+    check_name(collection)
     if (folder / "meta.json").is_file():
         from qdrant_client import QdrantClient
 
