@@ -1,38 +1,41 @@
 """SIGKILL at random moments of writing, over the engines that live in this process's folders."""
 
 import json
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
-import textwrap
+from itertools import islice
 
 import pytest
 import torch
 from qdrant_client import QdrantClient
 
-from regrad_qdrant import Document, GradientBank
+from regrad_qdrant import Document, GradientBank, Record
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.errors import StoreUnavailableError
 
-SPACE, COUNT, KILLS = "a" * 16, 400, 20
-WRITER = textwrap.dedent(
-    """
-    import json, sys
-    from regrad_qdrant import GradientBank, Record
-    from regrad_qdrant.bank.stores.opening import open_store
+SPACE, COUNT, KILLS = "a" * 16, 160, 20
+PROCESSES = multiprocessing.get_context("forkserver")  # whose processes begin with everything imported
+PROCESSES.set_forkserver_preload([__name__])
 
-    folder, name, records = sys.argv[1:]
-    records = json.loads(open(records).read())
-    bank = GradientBank(open_store(name, path=folder), name, "a" * 16)
-    for hit in bank.missing():
-        bank.put([(hit, Record.from_payload(records[str(hit.id)]))])
-        print(hit.id, flush=True)
-    bank.close()
-    """
-)
+
+def write(folder, connection):
+    """What a process that may be killed does: it writes one record after the other, and says which it has written."""
+    records = json.loads((folder / "records.json").read_text())
+    with GradientBank(open_store("docs", path=folder / "bank"), "docs", SPACE) as bank:
+        for hit in bank.missing():
+            bank.put([(hit, Record.from_payload(records[str(hit.id)]))])
+            connection.send(hit.id)
+
+
+def said(connection):
+    """The ids that a process sends until it ends."""
+    while True:
+        try:
+            yield connection.recv()
+        except (EOFError, OSError):  # the latter where it was killed in the middle of one
+            return
 
 
 @pytest.fixture(params=["edge", "client"])
@@ -59,19 +62,22 @@ def written(folder):
 
 def test_what_was_written_survives_twenty_kills_and_nothing_is_doubled(folder):
     rng, acknowledged, records = random.Random(0), set(), json.loads((folder / "records.json").read_text())
-    command = [sys.executable, "-c", WRITER, str(folder / "bank"), "docs", str(folder / "records.json")]
+    killed = []
     for kill in range(KILLS + 1):
-        writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        for _ in range(rng.randrange(1, 30) if kill < KILLS else 2 * COUNT):
-            line = writer.stdout.readline()
-            if not line:
-                break
-            assert int(line) not in acknowledged  # nothing is written twice
-            acknowledged.add(int(line))
+        ours, theirs = PROCESSES.Pipe(duplex=False)
+        writer = PROCESSES.Process(target=write, args=(folder, theirs))
+        writer.start()
+        theirs.close()
+        heard = said(ours)
+        written_now = list(islice(heard, rng.randrange(1, 12) if kill < KILLS else None))
         if kill < KILLS:
-            writer.send_signal(signal.SIGKILL)
-        rest = writer.communicate()[0].split()
-        acknowledged.update(map(int, rest))
+            writer.kill()
+        written_now += heard
+        writer.join()
+        killed.append(writer.exitcode == -9)
+        assert not acknowledged & set(written_now)  # nothing is written twice
+        acknowledged.update(written_now)
+    assert killed == [True] * KILLS + [False] and writer.exitcode == 0
     found = written(folder)
     assert sorted(found) == list(range(COUNT))
     assert {i for i, payload in found.items() if "regrad" in payload} == set(range(COUNT)) >= acknowledged
