@@ -278,7 +278,8 @@ class Adapter:
         with turns.lock:
             if self._released:
                 raise AdapterError(
-                    "the model was taken over by another ReGrad, or given back by close(): make a new one"
+                    "the model was taken over by another ReGrad, or given back by close(): make a new one (with "
+                    "beside=OTHER, where both are to be used)"
                 )
             try:
                 turns.owner = me

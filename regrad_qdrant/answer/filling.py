@@ -173,8 +173,10 @@ class Filling:
         return list(zip(kept, records, strict=True)), refused
 
 
-MISSING = "has no atom of this initialization: run regrad-qdrant ingest"
-STALE = "has changed since its atom was computed: skipped; run regrad-qdrant ingest"
+INGEST = "run regrad-qdrant ingest --from-collection NAME"
+MISSING = f"has no atom of this initialization: {INGEST}"
+STALE = f"has changed since its atom was computed: skipped; {INGEST}"
+NONE_USABLE = "none of the retrieved documents has a usable atom: answering without, with φ₀ alone"
 
 
 def as_stored(hits: Sequence[Hit]) -> Usable:
@@ -196,9 +198,7 @@ def _sorted_out(judged: Sequence[tuple[Hit, str | None]]) -> Usable:
 def _lack(hit: Hit) -> str | None:
     """What a hit lacks to be applied; None where it lacks nothing."""
     if hit.damaged is not None:
-        return (
-            f"has a damaged atom ({hit.damaged}): skipped; remove its key from the payload and run regrad-qdrant ingest"
-        )
+        return f"has a damaged atom ({hit.damaged}): skipped; remove its key from the payload and {INGEST}"
     if hit.record is None:
         return MISSING
     return STALE if hit.stale else None
@@ -206,6 +206,6 @@ def _lack(hit: Hit) -> str | None:
 
 def _note(lack: str, hits: Sequence[Hit]) -> str:
     """One sentence for all hits that lack the same."""
-    named = ", ".join(repr(hit.id) for hit in hits[:3])
+    named = ", ".join(repr(hit.document_id) for hit in hits[:3])
     others = f" and {len(hits) - 3} more" if len(hits) > 3 else ""
-    return f"point {named}{others} {lack}"
+    return f"{'document' if len(hits) == 1 else 'each of the documents'} {named}{others} {lack}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.batching import Batcher
 from regrad_qdrant.answer.decoding import Decoder, parts
-from regrad_qdrant.answer.filling import Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
+from regrad_qdrant.answer.filling import NONE_USABLE, Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
 from regrad_qdrant.answer.generation import Asking, Generated
 from regrad_qdrant.answer.grounding import BEAMS
 from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Characters, Grounded, Mode, Query, Source, Timings
@@ -349,7 +349,7 @@ class ReGrad:
             documents = next(usable)
             total = self._sum(replace(documents, notes=[*one.notes, *documents.notes]), one.asked.question)
             if one.hits and not total.weights:
-                total.notes.append("none of the retrieved documents has a usable atom: answering with φ₀ alone")
+                total.notes.append(NONE_USABLE)
             merged.append(total)
         return merged
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.stores.base import PointId
 
 SEARCHERS = 8  # threads that search for asyncio, over a bank that has no asyncio of its own
+NONE_GIVEN = "no document was handed over: the answer comes from the model alone"
 NO_TEXT = "there is no text to take the answer from: it is the model's own"
 
 
@@ -92,7 +93,7 @@ class Retrieval:
             sources = hits if one.sources is None else list(one.sources[:top_k])
             if one.mode == "random":
                 hits = self._random_hits(one, hits, top_k, f"{seed}-{one.question}")
-            notes = [] if hits or one.hits is not None else [self._nothing_found(one)]
+            notes = [] if hits else [NONE_GIVEN if one.hits is not None else self._nothing_found(one)]
             if one.grounded and not any(hit.text.strip() for hit in sources):
                 notes.append(NO_TEXT)
             if hits and not any(hit.text for hit in hits):

@@ -122,6 +122,9 @@ class AsyncGradientBank:
     async def sync(self, documents: Iterable[Document]) -> tuple[int, int]:
         return await self.run(self.blocking.sync, documents)
 
+    async def remove(self, ids: Iterable[str | int]) -> int:
+        return await self.run(self.blocking.remove, ids)
+
     async def put(self, records: Iterable[tuple[PointId | Hit, Record]], *, replace: bool = True) -> int:
         return await self.run(self.blocking.put, records, replace=replace)
 

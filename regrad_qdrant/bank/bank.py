@@ -203,6 +203,17 @@ class GradientBank(AtomCollection):
             updated += len(differing)
         return added, updated
 
+    def remove(self, ids: Iterable[str | int]) -> int:
+        """Take documents out of the collection, vectors, atoms and all, by the ids that `add` was given; returns how
+        many were there."""
+        removed = 0
+        for page in pages(map(point_id, ids), PAGE):
+            for store in (self.store, self.atoms) if self.in_sidecar and self.atoms.exists() else (self.store,):
+                if there := [point.id for point in store.retrieve(page, False)]:
+                    store.delete_points(there)
+                removed += len(there) if store is self.store else 0
+        return removed
+
     def put(self, records: Iterable[tuple[PointId | Hit, Record]], *, replace: bool = True) -> int:
         """Attach atoms to existing points; returns how many were sent. Nothing but the bank's own key is written.
 
@@ -361,7 +372,12 @@ class GradientBank(AtomCollection):
         if name.startswith(TEXT_INDEX):
             return Words(query)
         if name not in self.embedders:
-            raise BankError(f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it")
+            if name not in (present := self.store.vectors()):
+                raise self._no_vector(name, present)
+            raise BankError(
+                f"nothing embeds text for the vector {name!r}: give a vector, or an embedder for it "
+                f"(embedders={{{name!r}: DenseEmbedder(MODEL)}})"
+            )
         return self.embedders[name].query(query)
 
     def fetch(
@@ -438,7 +454,10 @@ class GradientBank(AtomCollection):
 
     def _no_vector(self, name: str, present: VectorNames) -> BankError:
         names = present.names or "none"
-        return BankError(f"collection {self.store.name!r} has no vector {name!r}; it has {names}: name one of these")
+        return BankError(
+            f"collection {self.store.name!r} has no vector {name!r}; it has {names}: name one of these (using=NAME), "
+            "with an embedder for one that is dense (embedders={NAME: DenseEmbedder(MODEL)})"
+        )
 
     def _text(self, document: Document) -> str:
         text = self.layout.text_of(document.payload)

@@ -48,7 +48,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         DataError: for a file that is not there, or a line that is no JSON object in UTF-8.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: a folder, where a file was expected" if path.is_dir() else f"{path}: no such file")
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -72,7 +72,6 @@ def string_field(row: dict[str, Any], name: str, place: str) -> str:
         DataError: if there is none.
     """
     if not isinstance(row.get(name), str):
-        raise DataError(
-            f"{place}: the field {name!r} is missing or no string; fields found: {', '.join(row) or 'none'}"
-        )
+        found = f"{row[name]!r}, which is no string" if name in row else f"the fields {', '.join(row) or '(none)'}"
+        raise DataError(f"{place}: the field {name!r} must be a string; found {found}")
     return str(row[name])

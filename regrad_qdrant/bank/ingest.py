@@ -123,11 +123,6 @@ def attach_atoms(
             ingestion.attach(bank.fetch(ids, with_records=False))
         renewed = ingestion.sent()
     report.seconds = time.perf_counter() - started
-    if report.without_text and not report.present and not report.atoms_written:
-        raise BankError(
-            f"none of the {report.without_text} points has a text for the layout {bank.layout}; their fields are "
-            f"{_fields(bank)}: name the one with the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
-        )
     arrived = sum(map(bank.count_with_atoms, pages(sent_new, PAGE))) + sum(
         map(bank.count_current, pages(renewed, PAGE))
     )
@@ -170,9 +165,10 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
     """Make a collection ready for atoms of a space: its index, and what is noted of the space beside it.
 
     Raises:
-        BankError: if it has atoms of another space under the same key, and they are not to be replaced; or as
-            `AtomCollection.check_place`.
+        BankError: if none of its points has a text, if it has atoms of another space under the same key, and they are
+            not to be replaced; or as `AtomCollection.check_place`.
     """
+    check_texts(bank)
     bank.index()  # first: a server in strict mode filters by nothing else
     if not replace and bank.has_other_spaces():
         raise BankError(
@@ -182,10 +178,19 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
     bank.describe(space)
 
 
-def _fields(bank: GradientBank) -> list[str]:
-    """The fields of the first points' payloads, but for the bank's own."""
+def check_texts(bank: GradientBank) -> None:
+    """Refuse a layout that finds no text in any point, before it is noted for later readers.
+
+    Raises:
+        BankError: if there are points and none has a text; the error names their fields.
+    """
     points, _ = bank.store.scroll(None, SAMPLE, None, Without((bank.payload_key,)))
-    return sorted({key for point in points for key in point.payload})
+    if points and not any(hit.text for hit in bank.points()):
+        fields = sorted({key for point in points for key in point.payload})
+        raise BankError(
+            f"none of the points has a text for the layout {bank.layout}; their fields are {fields}: name the one with "
+            "the text (--text-path PATH, in Python layout=Layout('mine', 'PATH'))"
+        )
 
 
 @dataclass

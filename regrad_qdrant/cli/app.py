@@ -6,11 +6,12 @@ The commands that need no more than this package stand in `bank` and `ask`; the 
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import Annotated, Any
 
 import typer
 
@@ -55,6 +56,21 @@ def _refusing(error: MissingExtraError) -> Callable[[], Any]:
     return command
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("regrad-qdrant"))
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    pass
+
+
 for _command in (ingest, status, ask, serve, recode, migrate, drop, models):
     app.command()(_command)
 for _point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
@@ -67,6 +83,7 @@ def main() -> None:
         f"warning: {message}", style="yellow", markup=False
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, for their own callers
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here needs
     try:
         app(standalone_mode=True)
     except RegradError as error:

@@ -31,6 +31,8 @@ from regrad_qdrant.cli.options import (
     Url,
     Using,
     bank_of,
+    check_merge,
+    check_outputs,
     check_vector,
     existing_store,
     load,
@@ -80,6 +82,9 @@ def ask(
     grounded: Annotated[
         bool, typer.Option("--grounded", help="Answer an open question with a span of the retrieved texts.")
     ] = False,
+    auto: Annotated[
+        bool, typer.Option("--auto", help="Likewise, unless the question wants a count, a list or the like.")
+    ] = False,
     prompt_file: PromptFile = None,
     json_out: JsonOut = None,
 ) -> None:
@@ -94,16 +99,15 @@ def ask(
     if type not in QUESTION_TYPES:
         raise DataError(f"type {type!r} is not one of {', '.join(QUESTION_TYPES)}")
     answer_style = style_of(style)
-    try:
-        prompt = Prompt(question, type, tuple(choice or ()))  # type: ignore[arg-type] # checked above
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    check_outputs(json_out)
+    prompt = Prompt(question, type, tuple(choice or ()))  # type: ignore[arg-type] # checked above
+    check_merge(merge)
+    own = None if prompt_file is None else PromptFormat.load(prompt_file)
     store = existing_store(collection, url, path)
     if chosen not in ("direct", "init"):
         check_vector(store, using)
     initialization, base, tokenizer = load(init, model, device, dtype)
     with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
-        own = None if prompt_file is None else PromptFormat.load(prompt_file)
         regrad = regrad_of(base, tokenizer, bank, initialization, merge, prompt=own)
         answer = regrad.answer(
             prompt.question,
@@ -114,7 +118,7 @@ def ask(
             using=using,
             query_filter=_filter_of(only or []),
             max_new_tokens=max_new_tokens,
-            grounded=grounded,
+            grounded="auto" if auto else grounded,
             style=answer_style,
         )
     console.print(answer.text, style="bold", markup=False)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +47,7 @@ def status(
     json_out: JsonOut = None,
 ) -> None:
     """Points, atoms, missing and stale ones, and what an atom takes."""
+    check_outputs(json_out)
     from regrad_qdrant.model.initialization import MetaInitialization
 
     initialization = MetaInitialization.load(init)
@@ -52,6 +55,7 @@ def status(
         existing_store(collection, url, path), initialization, payload_key, None, text_path, sidecar=sidecar
     ) as bank:
         found = bank.status()
+        others = bank.count_of_other_spaces() if found.missing else 0
     table = Table("points", "atoms", "missing", "stale", "space", "codec", "bytes per atom, median", "max")
     shown = (found.points, found.atoms, found.missing, found.stale, found.space, found.codec)
     table.add_row(*("–" if value is None else str(value) for value in (*shown, found.bytes_median, found.bytes_max)))
@@ -66,8 +70,17 @@ def status(
             "with the others",
             highlight=False,
         )
+    if others:
+        console.print(
+            f"{others} points carry atoms of another initialization under {payload_key!r}: name it with --init",
+            highlight=False,
+        )
     if found.missing or found.stale:
-        console.print("Attach what is missing or stale with: regrad-qdrant ingest")
+        given = {"--url": url, "--path": path, "--init": init, "--payload-key": payload_key, "--sidecar": sidecar}
+        usual = {"--init": DEFAULT_INIT, "--payload-key": DEFAULT_KEY}
+        named = [(name, str(value)) for name, value in given.items() if value is not None and value != usual.get(name)]
+        command = ["regrad-qdrant", "ingest", "--from-collection", collection, *itertools.chain(*named)]
+        console.print(f"Attach what is missing or stale with: {shlex.join(command)}", highlight=False, soft_wrap=True)
     write_json(json_out, found.as_dict())
 
 
@@ -194,4 +207,7 @@ def drop(
                 raise DataError(f"drop removes {count} atoms: give --yes where there is no terminal to ask on")
             typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
         removed = bank.drop()
+        others = bank.count_of_other_spaces()
     console.print(f"{removed} atoms removed from {collection!r}; texts, vectors and other fields are as they were")
+    if others:
+        console.print(f"{others} points carry atoms of another initialization, which stay", highlight=False)

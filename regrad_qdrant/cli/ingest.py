@@ -35,6 +35,7 @@ from regrad_qdrant.cli.options import (
     bank_of,
     check_outputs,
     collection_summary,
+    existing_store,
     ingest_corpus,
     load,
     regrad_of,
@@ -154,7 +155,6 @@ def ingest(
     from regrad_qdrant.bank.cluster import Cluster
     from regrad_qdrant.bank.corpus import read_corpus
     from regrad_qdrant.bank.shard import Shard
-    from regrad_qdrant.errors import BankError
     from regrad_qdrant.model.initialization import MetaInitialization
 
     get_codec(codec)
@@ -172,9 +172,8 @@ def ingest(
         "batch_tokens": batch_tokens, "long_texts": long_texts, "replace": replace, "shard": of_shard,
     }  # fmt: skip
     passages = read_corpus(corpus) if corpus is not None else None
-    store = store_of(str(collection or from_collection), url, path)
-    if passages is None and not store.exists():
-        raise BankError(f"there is no collection {from_collection!r} to attach atoms to")
+    opened = store_of if passages is not None else existing_store
+    store = opened(str(collection or from_collection), url, path)
     place: str | Literal[False] | None = False if in_place else sidecar
     if gradients is not None:
         if passages is not None or ray is not None or of_shard is not None or dry_run:
@@ -214,6 +213,12 @@ def ingest(
             report = attach(regrad, codec, **options)
         status = bank.status()
     _tell(report, status, json_out)
+    if passages is not None and (others := status.points - len(passages)) > 0:
+        console.print(
+            f"{others} other points of the collection stay, and are found as before (GradientBank.remove takes "
+            "documents out)",
+            highlight=False,
+        )
 
 
 def _from_files(
@@ -311,12 +316,14 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
     """What an ingestion would do, from counts and a measured sample; nothing is written."""
     from regrad_qdrant.atoms.record import make_records
     from regrad_qdrant.bank.documents import point_id
+    from regrad_qdrant.bank.ingest import check_texts
     from regrad_qdrant.bank.stores.base import json_bytes
     from regrad_qdrant.model.gradients import BATCH_TOKENS
 
     bank, there = regrad.bank, regrad.bank.store.exists()
     if there:
         bank.check_place()
+        check_texts(bank)
     found = bank.status() if there else None
     lacking = (hit.text for hit in bank.missing() if hit.text) if there else iter(())
     texts = list(itertools.islice(lacking, SAMPLE))

@@ -202,10 +202,7 @@ def regrad_of(
     """With the merge rule of that name instead of the trained one; options as those of `ReGrad`."""
     from regrad_qdrant.answer.pipeline import ReGrad
 
-    try:
-        rule = replace(initialization.merge, rule=merge) if merge else None
-    except ValueError as error:
-        raise DataError(str(error)) from error
+    rule = replace(initialization.merge, rule=merge) if merge else None
     return ReGrad(model, tokenizer, bank, initialization, merge=rule, check_model=False, **options)
 
 
@@ -258,6 +255,12 @@ def warn_of_codec(codec: str, initialization: MetaInitialization) -> None:
             style="yellow",
             highlight=False,
         )
+
+
+def check_merge(rule: str | None) -> None:
+    """Refuse a merge rule that is none, before the model is loaded."""
+    if rule is not None and rule not in RULES:
+        raise DataError(f"merge rule {rule!r} is not one of {', '.join(RULES)}")
 
 
 def check_outputs(*paths: Path | None) -> None:

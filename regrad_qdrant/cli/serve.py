@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +29,7 @@ from regrad_qdrant.cli.options import (
     Url,
     Using,
     bank_of,
+    check_merge,
     check_vector,
     existing_store,
     load,
@@ -43,6 +45,14 @@ WORKERS = (
     "one process serves all clients: each further one would hold the model again, and split the batches that make it "
     "fast. For more than one GPU, start one server on each (CUDA_VISIBLE_DEVICES, --port) behind a load balancer"
 )
+
+
+def _check_free(host: str, port: int) -> None:
+    """Refuse an address where nothing can listen, before the model is loaded."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise DataError(f"can't listen at {host}:{port} ({error.strerror}): choose another --port or --host") from error
 
 
 def serve(
@@ -112,6 +122,8 @@ def serve(
         raise DataError(
             "--icl-init needs --icl-payload-key: its atoms stand beside those of --init, under their own key"
         )
+    check_merge(merge)
+    _check_free(host, port)
     checked = existing_store(collection, url, path)
     check_vector(checked, using)
     checked.close()

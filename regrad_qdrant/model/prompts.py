@@ -85,7 +85,10 @@ class Prompt:
         if self.style not in STYLES:
             raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if (self.type == "choice") != bool(self.choices):
-            raise DataError(f"type {self.type!r} with {len(self.choices)} choices: choices go with type 'choice'")
+            raise DataError(
+                f"type {self.type!r} with {len(self.choices)} choices: type 'choice' wants them (--choice TEXT, "
+                "choices=[…]), and no other does"
+            )
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise DataError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
         if strange := [role for role, _ in self.turns if role not in ("user", "assistant")]:

@@ -163,7 +163,7 @@ def test_atoms_computed_at_query_time_are_those_of_ingestion(regrad):
     assert all(hit.record is None for hit in online.hits)
 
 
-@pytest.mark.filterwarnings("ignore:point:UserWarning", "ignore:none of:UserWarning")
+@pytest.mark.filterwarnings("ignore:document:UserWarning", "ignore:none of:UserWarning")
 def test_a_bank_without_atoms_fills_by_use(regrad):
     expected = regrad.answer(QUESTIONS[0], top_k=2).text
     regrad.bank.drop()
@@ -280,7 +280,7 @@ def test_a_batch_ends_each_answer_at_its_own_end_though_padding_is_an_ordinary_t
     assert found[0].text == bare.decode([ordinary[5]]).strip() and found[1].text != found[0].text
 
 
-@pytest.mark.filterwarnings("ignore:point:UserWarning", "ignore:none of:UserWarning")
+@pytest.mark.filterwarnings("ignore:document:UserWarning", "ignore:none of:UserWarning")
 def test_a_retrieved_text_that_can_have_no_atom_is_passed_over(regrad, tokenizer):
     short = next(token for token in ("a", "I", "x") if len(tokenizer(token).input_ids) == 1)
     regrad.bank.store.set_payload([PayloadWrite(point_id("d0"), {"text": short})])
@@ -350,6 +350,8 @@ def test_where_nothing_is_found_the_answer_and_a_warning_say_so(tenants):
     assert answer.hits == [] and "nothing was retrieved" in answer.notes[0]
     with pytest.warns(UserWarning, match="no document passes the filter"):
         tenants.answer(BROAD, query_filter=only("c"))
+    with pytest.warns(UserWarning, match="no document was handed over: the answer comes from the model alone"):
+        assert tenants.answer(BROAD, hits=[]).hits == []
 
 
 def test_retrieved_points_without_text_are_an_error_that_names_their_fields(regrad, model):
@@ -378,7 +380,7 @@ DAMAGES = {
 def test_one_damaged_atom_is_skipped_recomputed_or_refused(regrad, damage):
     [first, second] = regrad.bank.search(BROAD, 2)
     regrad.bank.store.set_payload([PayloadWrite(first.id, {"regrad": damage(first.record.to_payload())})])
-    with pytest.warns(UserWarning, match=f"point '{first.id}' has a damaged atom"):
+    with pytest.warns(UserWarning, match=f"document {first.document_id!r} has a damaged atom"):
         skipped = regrad.answer(BROAD, top_k=2)
     assert set(skipped.weights) == {second.id} and [hit.id for hit in skipped.hits] == [first.id, second.id]
     with pytest.warns(UserWarning, match="damaged"):

@@ -193,6 +193,17 @@ def test_a_changed_text_makes_its_atom_stale_and_a_new_document_has_none(bank):
     assert bank.sync(documents()) == (0, 1)  # the text that the application changed, and nothing else
 
 
+@pytest.mark.parametrize("sidecar", [None, "regrad_test_atoms"])
+def test_documents_go_with_all_that_is_theirs(bank, sidecar):
+    bank.keep_atoms_in(sidecar)
+    bank.index()
+    fill(bank)
+    assert bank.remove(["d1", "d3", "gone"]) == 2 and bank.remove(["d1"]) == 0
+    status = bank.status()
+    assert (status.points, status.atoms, status.orphans) == (2, 2, 0)
+    assert {hit.document_id for hit in bank.search("Ida Noor Galen Orla", 4)} == {"d0", "d2"}
+
+
 def test_sync_updates_a_point_and_keeps_what_the_application_added(bank):
     fill(bank)
     bank.store.set_payload([PayloadWrite(point_id("d1"), {"note": "theirs"})])
@@ -310,7 +321,7 @@ def test_points_deleted_in_the_meantime_are_passed_over(bank):
 def test_a_missing_vector_is_named_with_those_there_are(bank):
     with pytest.raises(BankError, match="no vector 'dense'.*bm25"):
         bank.search([0.1, 0.2], 1, using="dense")
-    with pytest.raises(BankError, match="nothing embeds"):
+    with pytest.raises(BankError, match="no vector 'dense'.*bm25"):
         bank.search("text", 1, using="dense")
     again = GradientBank(bank.store, bank.store.name, SPACE, embedders={"words": Bm25()})
     with pytest.raises(BankError, match="no vector 'words'"):
@@ -462,6 +473,12 @@ def test_hybrid_search_ranks_by_both_vectors_and_reads_k_atoms(hybrid, monkeypat
     assert all(hit.record is not None for hit in hits) and hits[0].score > hits[1].score > 0
     vectors = {name: embedder.query("Noor Selowan the diver") for name, embedder in hybrid.embedders.items()}
     assert [hit.id for hit in hybrid.search(vectors, 2)] == [hit.id for hit in hits]
+
+
+def test_a_text_needs_an_embedder(hybrid):
+    bank = GradientBank(hybrid.store, hybrid.store.name, SPACE, embedders={"bm25": Bm25()})
+    with pytest.raises(BankError, match=r"nothing embeds text for the vector 'letters'.*embedders=\{'letters': "):
+        bank.search("text", 1, using="letters")
 
 
 def test_hybrid_search_of_several_questions_fetches_once(hybrid, monkeypatch):

@@ -2,9 +2,13 @@
 
 import hashlib
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from conftest import tiny_initialization, tiny_model
@@ -54,11 +58,11 @@ def run(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("QDRANT_URL", raising=False)
 
-    def run(*arguments, model="model"):
+    def run(*arguments, model="model", init=True):
         command = [str(argument) for argument in arguments]
         if command[0] in ("ingest", "ask", "eval"):
             command += ["--model", str(folder / model)]
-        if command[0] in ("ingest", "ask", "eval", "status", "recode", "drop"):
+        if init and command[0] in ("ingest", "ask", "eval", "status", "recode", "drop"):
             command += ["--init", str(folder / "init")]
         monkeypatch.setattr(sys, "argv", ["regrad-qdrant", *command])
         code = 0
@@ -72,10 +76,19 @@ def run(folder, tmp_path, monkeypatch, capsys):
     return run
 
 
-def ingest(run, folder):
+def ingested(run, folder):
     return run(
         "ingest", "--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank", "--json", "in.json"
     )
+
+
+def ingest(run, folder):
+    """A bank in the present folder: a copy of the first one."""
+    if not (folder / "bank").exists():
+        assert ingested(run, folder)[0] == 0
+        shutil.copytree("bank", folder / "bank")
+    elif not Path("bank").exists():
+        shutil.copytree(folder / "bank", "bank")
 
 
 def asked_of(folder):
@@ -84,12 +97,12 @@ def asked_of(folder):
 
 
 def test_from_corpus_to_answers_and_back(run, folder, tmp_path):
-    code, out, err = ingest(run, folder)
+    code, out, err = ingested(run, folder)
     assert code == 0 and "12 points added, 0 updated, 12 atoms written" in out, err
     report = json.loads((tmp_path / "in.json").read_text())
     assert report["atoms_written"] == 12 and report["documents_per_second"] > 0
 
-    code, out, _ = ingest(run, folder)
+    code, out, _ = ingested(run, folder)
     assert code == 0 and "0 points added, 0 updated, 0 atoms written, 12 present" in out
 
     code, out, _ = run("status", "--collection", "docs", "--path", "bank", "--json", "status.json")
@@ -386,7 +399,9 @@ def test_help_teaches_every_command(run):
     assert code == 0
     for command in ("demo", "ingest", "status", "ask", "eval", "train", "drop"):
         assert command in out
-        assert run(command, "--help")[0] == 0 if command in ("demo", "train") else True
+        assert run(command, "--help")[0] == 0
+    code, out, _ = run("--version")
+    assert (code, out.strip()) == (0, version("regrad-qdrant"))
 
 
 def test_a_bank_is_copied_to_another_folder(run, folder, tmp_path):
@@ -471,7 +486,8 @@ def test_a_repeated_using_searches_by_several_vectors(run, folder):
 
 
 CORPUS_ERRORS = [
-    ('{"id": "a"}', "field 'text' is missing"),
+    ('{"id": 7, "text": "x"}', "field 'id' must be a string; found 7"),
+    ('{"id": "a"}', "field 'text' must be a string; found the fields id"),
     ('{"id": "a", "text": " "}', "is empty"),
     ('{"id": "a", "text": "a"}', "1 token"),
     ("{", "not valid JSON"),
@@ -550,6 +566,17 @@ def test_a_long_text_gets_its_windows_or_is_truncated_and_counted(run, tmp_path)
         (["ask", "x", "--collection", "docs", "--path", "bank", "--payload-key", "text"], "payload key 'text'"),
         (["status", "--collection", "..", "--path", "bank"], "must not contain a path"),
         (["ingest", "--from-collection", "docs", "--path", "bank", "--json", "no/such/out.json"], "can't write"),
+        (["status", "--collection", "docs", "--path", "bank", "--json", "no/such/out.json"], "can't write"),
+        (["ask", "x", "--collection", "docs", "--path", "bank", "--json", "."], "can't write"),
+        (
+            ["ingest", "--from-collection", "docs", "--path", "bank", "--text-path", "nope"],
+            "none of the points has a text",
+        ),
+        (
+            ["ingest", "--from-collection", "docs", "--path", "bank", "--text-path", "nope", "--dry-run"],
+            "none of the points has a text",
+        ),
+        (["ingest", "--corpus", ".", "--collection", "docs"], "a folder, where a file was expected"),
     ],
 )
 def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, message):
@@ -598,6 +625,31 @@ def test_a_filter_on_a_field_that_is_not_there_is_refused_and_a_nested_one_works
     state_of = {row["id"]: row["state"] for row in rows}
     wanted = {row["id"]: row["state"] for row in asked}
     assert said and all(state_of[key] == wanted[row["id"]] for row in said for key in row["hits"])
+
+
+def test_what_status_advises_is_a_command_that_runs(run, folder):
+    ingest(run, folder)
+    run("drop", "--collection", "docs", "--path", "bank", "--yes")
+    _, out, _ = run("status", "--collection", "docs", "--path", "bank")
+    [advice] = [line for line in out.splitlines() if "Attach what is missing" in line]
+    program, *command = shlex.split(advice.partition(": ")[2])
+    assert program == "regrad-qdrant" and "12 atoms written" in run(*command)[1]
+
+
+def test_atoms_of_another_initialization_are_told_of(run, folder):
+    ingest(run, folder)
+    _, out, _ = run("status", "--collection", "docs", "--path", "bank", "--init", folder / "lora", init=False)
+    assert "12 points carry atoms of another initialization" in out
+    _, out, _ = run("drop", "--collection", "docs", "--path", "bank", "--init", folder / "lora", "--yes", init=False)
+    assert "0 atoms removed" in out and "12 points carry atoms of another initialization, which stay" in out
+
+
+def test_points_that_are_not_in_the_corpus_stay_and_are_told_of(run, folder, tmp_path):
+    ingest(run, folder)
+    fewer = (folder / "corpus.jsonl").read_text().splitlines()[:10]
+    (tmp_path / "fewer.jsonl").write_text("\n".join(fewer))
+    _, out, _ = run("ingest", "--corpus", "fewer.jsonl", "--collection", "docs", "--path", "bank")
+    assert "0 points added, 0 updated, 0 atoms written" in out and "2 other points of the collection stay" in out
 
 
 def test_drop_asks_and_where_it_can_not_ask_it_refuses(run, folder):

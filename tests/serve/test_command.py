@@ -14,6 +14,7 @@ from conftest import tiny_initialization, tiny_model
 from qdrant_client import models
 from servers import filled
 
+from regrad_qdrant.cli import app as cli
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.serve.service import Keys, read_tenants
 
@@ -76,12 +77,18 @@ def test_it_answers_until_it_is_ended(folder):
         (["--icl-init", "init"], "--icl-payload-key"),
         (["--api-key", ""], "the API key is empty"),
         (["--tenants", "nowhere.json"], "can't read the tenants"),
+        (["--merge", "mean"], "merge rule 'mean'"),
+        (["--port", "TAKEN"], "can't listen at 127.0.0.1"),
     ],
 )
-def test_what_it_does_not_do_it_says(folder, options, said):
-    process = command(folder, *options)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2 and said in errors
+def test_what_it_does_not_do_it_says_before_anything_is_loaded(tmp_path, monkeypatch, capsys, options, said):
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        given = [str(taken.getsockname()[1]) if option == "TAKEN" else option for option in options]
+        monkeypatch.setattr(sys, "argv", ["regrad-qdrant", "serve", "--collection", "docs", *given])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,10 @@ if TYPE_CHECKING:
 RRF_K = 2  # the constant of reciprocal rank fusion, as a server has it
 UNUSED = "regrad-unused"  # a vector for the shards that need none
 METADATA_FILE = "regrad_metadata.json"
+BUSY = (
+    "is open already, here or in another process: end that ingest or serve, or close() that bank; several processes at "
+    "once need a server (--url)"
+)
 
 
 class EdgeStore:
@@ -260,9 +264,7 @@ class EdgeStore:
         except Exception as error:  # noqa: BLE001 (qdrant_edge has no exception type of its own)
             message = str(error)
             if "WouldBlock" in message or re.search(r"\block(ed)?\b", message, re.IGNORECASE):
-                raise StoreUnavailableError(
-                    f"the folder {self.folder} is open already, here or in another process: close() that bank"
-                ) from error
+                raise StoreUnavailableError(f"the folder {self.folder} {BUSY}") from error
             raise BankError(f"collection {self.name!r} in {self.folder.parent}: {message}") from error
 
 

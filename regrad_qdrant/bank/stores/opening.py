@@ -8,7 +8,7 @@ from typing import Any
 
 from regrad_qdrant.bank.stores.base import Store, check_name
 from regrad_qdrant.bank.stores.client import ClientStore, client_errors, server_version
-from regrad_qdrant.bank.stores.edge import EdgeStore
+from regrad_qdrant.bank.stores.edge import BUSY, EdgeStore
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 
 CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
@@ -39,9 +39,7 @@ def open_store(
         try:
             return ClientStore(QdrantClient(path=str(folder)), collection, owns_client=True)
         except RuntimeError as error:
-            raise StoreUnavailableError(
-                f"the folder {folder} is open already, here or in another process: close() that bank: {error}"
-            ) from error
+            raise StoreUnavailableError(f"the folder {folder} {BUSY}: {error}") from error
     if folder.exists() and not folder.is_dir():
         raise BankError(f"{folder} is a file; --path wants a folder")
     return EdgeStore(folder / collection)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from regrad_qdrant.answer.filling import as_stored
+from regrad_qdrant.answer.filling import NONE_USABLE, as_stored
 from regrad_qdrant.answer.generation import Asking
 from regrad_qdrant.answer.pipeline import Merged
 from regrad_qdrant.answer.query import BARE
@@ -47,7 +47,7 @@ class Updates:
         weighed = self._weighing.weighed(usable.hits, found.asked.question)
         notes = [*found.notes, *usable.notes]
         if found.hits and not usable.hits:
-            notes.append("none of the retrieved documents has a usable atom: answering with φ₀ alone")
+            notes.append(NONE_USABLE)
         update = PackedUpdate(self.initialization.fingerprint, weighed.records, weighed.shares)
         return update, Merged(None, weighed.weights, notes, usable.skipped, weighed.windows)
 
