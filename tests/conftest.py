@@ -26,6 +26,14 @@ from regrad_qdrant.cli import app as cli
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.spaces.registry import SPACES
 
+# Files of a minute and more, which begin first, so that no worker is left alone with one at the end.
+LONG = ("test_examples", "test_cluster", "test_wheel", "test_smollm2", "test_cli", "test_sharded", "test_meta_train")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

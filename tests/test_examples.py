@@ -12,14 +12,23 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "examples").glob("*.ipynb"))
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the kernel's own start
 
 
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """Those of each notebook, run one notebook after the other in one kernel, which forgets all names in between."""
+    whole, cells_of = nbformat.v4.new_notebook(), {}
+    for path in NOTEBOOKS:
+        cells_of[path] = nbformat.read(path, as_version=4).cells
+        for cell in cells_of[path]:
+            cell.source = re.sub(r'generate\("demo", \d+,', 'generate("demo", 6,', cell.source)
+        whole.cells += [nbformat.v4.new_code_cell(f"%reset -f\n# {path.name}"), *cells_of[path]]
+    here = {"metadata": {"path": str(tmp_path_factory.mktemp("notebooks"))}}
+    NotebookClient(whole, timeout=600, kernel_name="python3", resources=here).execute()
+    return cells_of
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
-    notebook = nbformat.read(path, as_version=4)
-    for cell in notebook.cells:
-        cell.source = re.sub(r'generate\("demo", \d+,', 'generate("demo", 6,', cell.source)
-    here = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=here).execute()
-    printed = [output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", [])]
+def test_a_notebook_runs_from_top_to_bottom(path, cells):
+    printed = [output.get("text", "") for cell in cells[path] for output in cell.get("outputs", [])]
     assert any("atoms" in text or "bytes" in text for text in printed)
 
 

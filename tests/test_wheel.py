@@ -10,8 +10,20 @@ import pytest
 from conftest import tiny_initialization, tiny_model
 
 REPOSITORY = Path(__file__).parents[1]
+CONSTRAINTS = REPOSITORY / "constraints.txt"
 LIMIT = 30 * 2**20  # bytes of the wheel
 PEOPLE = {"Ida": "diver", "Otto": "judge", "Mina": "baker", "Ivo": "pilot", "Ada": "poet"}
+EACH = """
+import json, sys
+from regrad_qdrant.cli import app
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["regrad-qdrant", *command]
+    try:
+        app.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""  # commands, one after the other: starting takes longer than they do
 CORPUS = [
     {"id": f"d{i}", "text": f"{name} Corvand works as a {job} in Lisbon."}
     for i, (name, job) in enumerate(PEOPLE.items())
@@ -37,12 +49,18 @@ def wheel(tmp_path_factory):
 def installed(wheel, tmp_path_factory):
     """The `bin` folder of a fresh environment with the wheel and what it needs."""
     folder = tmp_path_factory.mktemp("fresh")
-    run(sys.executable, "-m", "venv", "env", cwd=folder, check=True)
-    pip = (folder / "env" / "bin" / "python", "-m", "pip", "install", "--quiet", "--only-binary", ":all:")
+    run(sys.executable, "-m", "venv", "--without-pip", "env", cwd=folder, check=True)
     for package in ("torch", wheel):
-        done = run(*pip, "--constraint", REPOSITORY / "constraints.txt", package, cwd=folder)
+        done = pip(
+            folder, "install", "--quiet", "--only-binary", ":all:", "--no-compile", "--constraint", CONSTRAINTS, package
+        )
         assert done.returncode == 0, done.stderr
     return folder / "env" / "bin"
+
+
+def pip(folder, *arguments):
+    """This environment's pip for the other one."""
+    return run(sys.executable, "-m", "pip", "--python", folder / "env", *arguments, cwd=folder)
 
 
 @pytest.fixture
@@ -69,19 +87,21 @@ def test_the_wheel_is_small_and_holds_both_packages_and_the_initializations(whee
 
 
 def test_a_bank_is_filled_asked_and_emptied_without_any_extra(installed, place):
-    def regrad_qdrant(*arguments, init=("--init", "init")):
-        done = run(installed / "regrad-qdrant", *arguments, *init, "--json", "out.json", cwd=place)
-        assert done.returncode == 0, done.stderr
-        return json.loads((place / "out.json").read_text())
-
-    assert regrad_qdrant("ingest", "--corpus", "corpus.jsonl", "-c", "docs")["atoms_written"] == 5
-    answer = regrad_qdrant("ask", "What is the work of Ida Corvand?", "-c", "docs")
-    assert answer["hits"][0]["id"] == "d0"
-    assert regrad_qdrant("recode", "-c", "docs", "--codec", "sparse")["recoded"] == 5
-    assert regrad_qdrant("status", "-c", "docs")["atoms"] == 5
-    assert regrad_qdrant("migrate", "-c", "docs", "--to-path", "copy", init=())["written"] == 5
-    dropped = run(installed / "regrad-qdrant", "drop", "-c", "docs", "--init", "init", "--yes", cwd=place)
-    assert dropped.returncode == 0 and "5 atoms removed" in dropped.stdout
+    common = ("-c", "docs", "--init", "init", "--json")
+    filled = run(installed / "regrad-qdrant", "ingest", "--corpus", "corpus.jsonl", *common, "filled.json", cwd=place)
+    assert filled.returncode == 0, filled.stderr
+    others = [
+        ["ask", "What is the work of Ida Corvand?", *common, "asked.json"],
+        ["recode", "--codec", "sparse", *common, "recoded.json"],
+        ["status", *common, "status.json"],
+        ["migrate", "-c", "docs", "--to-path", "copy", "--json", "copied.json"],
+        ["drop", "-c", "docs", "--init", "init", "--yes"],
+    ]
+    done = run(installed / "python", "-c", EACH, json.dumps(others), cwd=place)
+    assert done.returncode == 0 and "5 atoms removed" in done.stdout, done.stderr
+    said = {file.stem: json.loads(file.read_text()) for file in place.glob("*.json")}
+    assert said["filled"]["atoms_written"] == 5 and said["asked"]["hits"][0]["id"] == "d0"
+    assert said["recoded"]["recoded"] == said["status"]["atoms"] == said["copied"]["written"] == 5
 
 
 def test_the_commands_of_the_loaders_say_what_to_install(installed, tmp_path):
@@ -92,7 +112,7 @@ def test_the_commands_of_the_loaders_say_what_to_install(installed, tmp_path):
         assert refused.returncode == 2 and "pip install 'regrad-qdrant[loaders]'" in refused.stderr
 
 
-def test_no_package_of_an_extra_comes_along(installed, tmp_path):
-    listed = run(installed / "python", "-m", "pip", "list", "--format", "json", cwd=tmp_path, check=True).stdout
+def test_no_package_of_an_extra_comes_along(installed):
+    listed = pip(installed.parents[1], "list", "--format", "json").stdout
     names = {package["name"].lower() for package in json.loads(listed)}
     assert not names & {"matplotlib", "datasets", "sentence-transformers", "bitsandbytes", "gguf", "langchain-qdrant"}

@@ -273,7 +273,7 @@ class Worker:
         if isinstance(self._bank, _Outbox):
             _add(report, part)
             return self._bank.taken()
-        part.passed_over = len(sent) - self._bank.count_with_atoms(sent)
+        part.passed_over = len(sent) - self._bank.count_current(sent)
         part.atoms_written -= part.passed_over
         _add(report, part)
         return []
@@ -346,7 +346,7 @@ def _put(
     records too large, which the report names."""
     pairs = [(Hit(json.loads(key), 0.0, "", payload), Record.from_payload(record)) for key, payload, record in computed]
     sent = put_what_fits(bank, pairs, report)
-    return len(pairs) - bank.count_with_atoms([hit.id for hit, _ in sent])
+    return len(pairs) - bank.count_current([hit.id for hit, _ in sent])
 
 
 def _key(point_id: PointId) -> str:

@@ -15,6 +15,7 @@ import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'regrad-qdrant[ray]'")
 import ray
+import torch
 from conftest import tiny_initialization, tiny_model, tiny_tokenizer
 from qdrant_client import QdrantClient
 
@@ -27,7 +28,7 @@ from regrad_qdrant.bank.shard import Shard
 from regrad_qdrant.bank.stores.base import PayloadWrite
 from regrad_qdrant.bank.stores.client import ClientStore
 from regrad_qdrant.errors import BankError, RegradError, StoreUnavailableError
-from regrad_qdrant.model.gradients import GradientComputer
+from regrad_qdrant.model.gradients import EncodedDocument, GradientComputer
 from regrad_qdrant.model.plugin import live_space, plug_in
 
 PASSAGES = generate("train", 40, 1).passages
@@ -37,14 +38,16 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own, of resources tha
 
 @pytest.fixture(scope="module", autouse=True)
 def local_ray():
-    """One Ray for all these tests; its workers find the test's own modules beside it."""
+    """One Ray for all these tests; its workers, which begin with this environment, find the test's own modules."""
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"env_vars": {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}}
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error", runtime_env=environment)
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+            patched.setenv(name, value)
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="error")
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        yield
+        ray.shutdown()
 
 
 class Shared:
@@ -82,21 +85,33 @@ class SharedStore:
         pass
 
 
-def make_gradients(before=None):
-    """What `load_gradients` does, with the tiny model; `before` sees each batch of texts."""
+def make_gradients():
+    """What `load_gradients` does, with the tiny model."""
     model = tiny_model()
     initialization = tiny_initialization(model)
     plugged = plug_in(model, initialization)
-    made = GradientComputer(plugged, tiny_tokenizer(), live_space(plugged, initialization), initialization.max_length)
-    if before is not None:
-        atoms = made.atoms
-        made.atoms = lambda documents: before(documents, made.tokenizer) or atoms(documents)
-    return made
+    return GradientComputer(plugged, tiny_tokenizer(), live_space(plugged, initialization), initialization.max_length)
 
 
-def dies_once_then_of_lethal(marker, documents, tokenizer):
+class Quick:
+    """Stands for gradients where a test is of workers: a process begins with it in a third of the time."""
+
+    max_length = 1000
+
+    def __init__(self, layout, before=lambda texts: None):
+        self.space, self._before = SimpleNamespace(layout=layout), before
+
+    def windows(self, text):
+        return [EncodedDocument(list(text.encode()), False, (0, len(text)))]
+
+    def atoms(self, documents):
+        self._before([bytes(document.ids).decode() for document in documents])
+        return torch.tensor([[float(len(document.ids))] * self.space.layout.numel for document in documents])
+
+
+def dies_once_then_of_lethal(marker, texts):
     """Ends the first worker that comes here, as a machine that is lost does; then every one that reads this text."""
-    if any("Lethal" in tokenizer.decode(document.ids) for document in documents):
+    if any("Lethal" in text for text in texts):
         os._exit(9)
     try:
         Path(marker).touch(exist_ok=False)
@@ -105,10 +120,10 @@ def dies_once_then_of_lethal(marker, documents, tokenizer):
     os._exit(9)
 
 
-def short_of_memory(documents, tokenizer):
-    if len(documents) > 12:
+def short_of_memory(texts):
+    if len(texts) > 12:
         raise MemoryError("too many at once")
-    if any("Lethal" in tokenizer.decode(document.ids) for document in documents):
+    if any("Lethal" in text for text in texts):
         raise MemoryError("too long")
 
 
@@ -145,10 +160,8 @@ def shared(initialization):
         yield bank, opening
 
 
-def attach(bank, initialization, opening=None, before=None, workers=1, **options):
-    make = functools.partial(make_gradients, before)
-    cluster = Cluster("local", workers)
-    return attach_on_cluster(bank, initialization, make, opening, "int8", cluster, **options)
+def attach(bank, initialization, opening=None, make=make_gradients, workers=1, **options):
+    return attach_on_cluster(bank, initialization, make, opening, "int8", Cluster("local", workers), **options)
 
 
 def states(bank):
@@ -174,7 +187,9 @@ def test_two_workers_compute_what_one_process_does_and_this_one_writes_it(embedd
 def test_a_worker_that_dies_loses_nothing_and_a_document_that_ends_workers_is_named(shared, initialization, tmp_path):
     bank, opening = shared
     bank.add([Document("bad", {"id": "bad", "text": LETHAL})])
-    report = attach(bank, initialization, opening, functools.partial(dies_once_then_of_lethal, str(tmp_path / "died")))
+    before = functools.partial(dies_once_then_of_lethal, str(tmp_path / "died"))
+    make = functools.partial(Quick, initialization.space.layout, before)
+    report = attach(bank, initialization, opening, make)
     assert (tmp_path / "died").exists() and report.restarts >= 3
     assert list(report.skipped) == ["bad"] and "ended 2 workers" in report.skipped["bad"]
     assert states(bank) == ["current"] * 40 + ["missing"]
@@ -183,7 +198,9 @@ def test_a_worker_that_dies_loses_nothing_and_a_document_that_ends_workers_is_na
 def test_where_memory_is_short_for_a_batch_each_is_computed_by_itself(shared, initialization):
     bank, opening = shared
     bank.add([Document("bad", {"id": "bad", "text": LETHAL})])
-    report = attach(bank, initialization, opening, short_of_memory)
+    report = attach(
+        bank, initialization, opening, functools.partial(Quick, initialization.space.layout, short_of_memory)
+    )
     assert list(report.skipped) == ["bad"] and "MemoryError" in report.skipped["bad"]
     assert report.atoms_written == 40 and states(bank) == ["current"] * 40 + ["missing"]
 
@@ -191,13 +208,14 @@ def test_where_memory_is_short_for_a_batch_each_is_computed_by_itself(shared, in
 def test_a_server_that_is_gone_is_said_and_the_next_run_does_the_rest(shared, initialization, tokenizer):
     bank, opening = shared
     gradients = Adapter(tiny_model(), initialization).gradients(tokenizer)
+    make = functools.partial(Quick, initialization.space.layout)
     attach_atoms(bank, gradients, "int8", shard=Shard(0, 2))
     there = bank.count_atoms()
     changed = [hit.id for state, hit in bank.examined()][:3]
     bank.store.set_payload([PayloadWrite(key, {"text": "Another text altogether."}) for key in changed])
     with pytest.raises(StoreUnavailableError, match="the server is gone"):
-        attach(bank, initialization, functools.partial(opening, lost=("set_payload",)))
-    report = attach(bank, initialization, opening)
+        attach(bank, initialization, functools.partial(opening, lost=("set_payload",)), make)
+    report = attach(bank, initialization, opening, make)
     assert (report.atoms_written, report.present) == (40 - there + 3, there - 3)
     assert states(bank) == ["current"] * 40
 

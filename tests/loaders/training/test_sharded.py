@@ -55,19 +55,44 @@ def uneven_model() -> LlamaForCausalLM:
     return model
 
 
-@pytest.mark.parametrize(("kind", "autocast"), [("core", False), ("lora", False), ("core", True)])
-def test_processes_that_hold_one_model_together_learn_as_one_that_has_it_whole(tokenizer, tmp_path, kind, autocast):
-    """Two processes with half of every weight: first and second order through products of rows in both."""
-    uneven_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    recipe = replace(RECIPE, base_model=str(tmp_path / "model"), space=kind, autocast=autocast)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(replace(recipe, shards=2))))))
+CASES = {"core": ("core", False), "lora": ("lora", False), "core-bf16": ("core", True)}  # space, autocast
+EACH = """
+import sys
+from regrad_qdrant.cli import app
+for name in sys.argv[1:]:
+    sys.argv = ["regrad-qdrant", "train", "--recipe", f"{name}.yaml", "--out", name]
+    try:
+        app.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""
+
+
+@pytest.fixture(scope="module")
+def together(tokenizer, tmp_path_factory):
+    """The folder of what two processes learned that hold one model together, each case in a folder of its name."""
+    folder = tmp_path_factory.mktemp("together")
+    uneven_model().save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    for name, (kind, autocast) in CASES.items():
+        settings = asdict(replace(RECIPE, base_model=str(folder / "model"), space=kind, autocast=autocast, shards=2))
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
+    (folder / "each.py").write_text(EACH)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launch, "-m", "regrad_qdrant", "train", "--recipe", "recipe.yaml", "--out", "shared"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    command = [*launch, "each.py", *CASES]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
-    shared = MetaInitialization.load(tmp_path / "shared" / "initialization")
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_that_hold_one_model_together_learn_as_one_that_has_it_whole(together, tokenizer, tmp_path, case):
+    """Two processes with half of every weight: first and second order through products of rows in both."""
+    kind, autocast = CASES[case]
+    recipe = replace(RECIPE, base_model=str(together / "model"), space=kind, autocast=autocast)
+    shared = MetaInitialization.load(together / case / "initialization")
     assert shared.card["steps"] == 3
     model = uneven_model()
     whole = Trainer(recipe, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path)
