@@ -56,6 +56,41 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
             assert heading in {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
 
 
+def test_the_readmes_numbers_are_those_of_the_runs():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    [table] = re.findall(r"(?:^\|.*invented facts.*\n)(?:^\|.*\n)+", readme, re.MULTILINE)
+    head, _, *rows = [[cell.strip(" *") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    shown = {row[0].split(":")[0]: dict(zip(head, row, strict=True)) for row in rows}
+    names = {
+        "phantomwiki": "phantomwiki",
+        "Natural Questions": "nq_open",
+        "HotpotQA": "hotpotqa",
+        "SQuAD 2.0": "squad2_dev",
+    }
+    scores = {}
+    for name, file in names.items():
+        run = json.loads((REPOSITORY / "benchmarks" / "results" / "fresh" / f"{file}.json").read_text())
+        scores[name] = {row["mode"]: 100 * row["f1"] for row in run["results"] if row["type"] == "all"}
+    for mode in ("ft-direct", "init", "random", "regrad", "regrad/auto", "ft-rag", "ft-rag/grounded"):
+        assert {name: shown[mode][name] for name in names} == {n: f"{scores[n][mode]:.1f}" for n in names}, mode
+    real = list(names)[1:]
+    for ours, theirs in (("regrad", "ft-rag"), ("regrad/grounded", "ft-rag/grounded")):
+        first, second = (f"{sum(scores[name][mode] for name in real) / len(real):.1f}" for mode in (ours, theirs))
+        assert re.search(rf"{first}(?: F1)? against {second}", readme), (ours, first, second)
+    demo = MetaInitialization.load("smollm2-135m-instruct").card["scores"]["demo"]["f1"]
+    for mode in ("direct", "random", "regrad", "rag"):
+        assert shown[mode]["invented facts"] == f"{100 * demo[mode]:.1f}"
+
+
+def test_nothing_is_unpickled():
+    """README's promise, over the whole of the code."""
+    files = [*(REPOSITORY / "regrad_qdrant").rglob("*.py"), *(REPOSITORY / "loaders").rglob("*.py")]
+    code = {file.name: file.read_text(encoding="utf-8") for file in files}
+    assert not [name for name, text in code.items() if re.search(r"pickle\.loads?\(|Unpickler", text)]
+    loads = [call for text in code.values() for call in re.findall(r"torch\.load\(.*", text)]
+    assert loads and all("weights_only=True" in call for call in loads)
+
+
 def test_the_readme_is_read_in_five_minutes():
     assert len((REPOSITORY / "README.md").read_text(encoding="utf-8").split()) <= 1200
 

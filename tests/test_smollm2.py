@@ -39,6 +39,17 @@ def test_the_initialization_says_what_made_it(initialization):
     assert all(source["split"] == "train" for source in initialization.card["recipe"]["data"])
 
 
+def test_an_atom_takes_what_the_readme_says(regrad):
+    assert 7_500 < regrad.bank.status().bytes_median < 7_900
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m-instruct-icl", "smollm2-135m-instruct-small"])
+def test_the_other_shipped_ones_are_of_the_same_model(regrad, name):
+    other = MetaInitialization.load(name)
+    other.check_model(regrad.adapter.model.get_base_model())
+    assert {"recipe", "steps", "questions_seen", "scores"} <= set(other.card)
+
+
 def one_at_a_time(gradients, document):
     """The cores of one document by plain autograd on B, in the order of the space's modules.
 

@@ -81,7 +81,8 @@ def test_the_wheel_is_small_and_holds_both_packages_and_the_initializations(whee
 
     names = zipfile.ZipFile(wheel).namelist()
     assert {"regrad_qdrant/answer/pipeline.py", "regrad_loaders/training/trainer.py"} <= set(names)
-    assert any(name.endswith("smollm2-135m-instruct/regrad.safetensors") for name in names)
+    for shipped in ("smollm2-135m-instruct", "smollm2-135m-instruct-icl", "smollm2-135m-instruct-small"):
+        assert f"regrad_qdrant/initializations/{shipped}/regrad.safetensors" in names
     assert not any(name.startswith(("tests/", "benchmarks/", "docs/")) for name in names)
     assert wheel.stat().st_size < LIMIT
 

@@ -171,9 +171,10 @@ def test_outside_of_its_blocks_the_callers_model_is_the_bare_one(model, initiali
     plain = model(input_ids=IDS).logits
     adapter = Adapter(model, tiny_initialization(model, kind))
     _, stored = records(adapter)
-    for block in (adapter.applied(stored), adapter.initial(), adapter.rows([None], [False]), adapter.disabled()):
+    blocks = [adapter.applied(stored), adapter.initial(), adapter.rows([None], [False]), adapter.disabled()]
+    for block, is_bare in zip(blocks, (False, False, False, True), strict=True):
         with block:
-            assert torch.equal(model(input_ids=IDS).logits, plain) == (block is not None and adapter._seats.are_out)
+            assert torch.equal(model(input_ids=IDS).logits, plain) == is_bare
         assert torch.equal(model(input_ids=IDS).logits, plain)
         assert [type(m) for m in model.modules()] == modules
         assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items()) and len(state) == len(

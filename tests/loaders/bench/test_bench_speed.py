@@ -76,7 +76,7 @@ def parties(tokenizer, tmp_path):
         yield Bench(regrad, tiny_model(), world.questions)
 
 
-def test_every_mode_gives_as_many_tokens(parties):
+def test_a_model_is_timed_over_as_many_tokens_as_asked(parties):
     prompts = [parties.prompt(question) for question in parties.questions[:3]]
     assert parties.speak(parties.bare, prompts, 7).shape == (3, 7)
 
