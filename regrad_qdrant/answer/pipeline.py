@@ -144,7 +144,7 @@ class ReGrad:
 
     def answer(
         self,
-        question: str,
+        question: str | Query,
         *,
         mode: Mode = "regrad",
         top_k: int = 3,
@@ -162,6 +162,8 @@ class ReGrad:
         """Answer one question, greedily.
 
         Args:
+            question: a text; or a `Query`, which says by itself what it says, so that only `top_k`, `using` and `seed`
+                are read beside it.
             mode: one of `MODES`.
             top_k: how many documents to retrieve.
             type: `open`, `yesno` or `choice` (with `choices`). The last two are answered with the likeliest option, by
@@ -182,9 +184,10 @@ class ReGrad:
             RegradError: for an unknown mode, or what the search and the atoms raise. The weights are φ₀ again.
             ValueError: for a prompt that makes no sense, such as an empty question.
         """
-        asked = Query(
-            question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded, style=style
-        )
+        asked = _query(
+            question, mode=mode, type=type, choices=tuple(choices), query_filter=query_filter, query=query, hits=hits,
+            max_new_tokens=max_new_tokens, grounded=grounded, style=style,
+        )  # fmt: skip
         started = time.perf_counter()
         [found] = self.retrieval.retrieve([asked], top_k, using, seed)
         return _warned([self._one(found, started)])[0]
@@ -229,7 +232,7 @@ class ReGrad:
         Raises:
             RegradError, ValueError: as `answer`: of the search at once, of the model while iterating.
         """
-        asked = question if isinstance(question, Query) else Query(question)
+        asked = _query(question)
         started = time.perf_counter()
         [found] = self.retrieval.retrieve([asked], top_k, using, seed)
 
@@ -269,7 +272,7 @@ class ReGrad:
 
     async def aanswer(
         self,
-        question: str,
+        question: str | Query,
         *,
         mode: Mode = "regrad",
         top_k: int = 3,
@@ -289,9 +292,10 @@ class ReGrad:
         The search never blocks the event loop (`Retrieval.aretrieve`). Questions that wait at the same time share
         forward passes, on one thread of their own (`batch_size`, `batch_wait`). The answers are those of `answer`.
         """
-        asked = Query(
-            question, mode, type, tuple(choices), query_filter, query, hits, max_new_tokens, grounded, style=style
-        )
+        asked = _query(
+            question, mode=mode, type=type, choices=tuple(choices), query_filter=query_filter, query=query, hits=hits,
+            max_new_tokens=max_new_tokens, grounded=grounded, style=style,
+        )  # fmt: skip
         [found] = await self.retrieval.aretrieve([asked], top_k, using, seed)
         return await self._batcher.ask(found)
 
@@ -380,10 +384,12 @@ class ReGrad:
 
 
 def _queries(questions: Sequence[str | Query], mode: Mode, grounded: Grounded, style: Style) -> list[Query]:
-    return [
-        question if isinstance(question, Query) else Query(question, mode, grounded=grounded, style=style)
-        for question in questions
-    ]
+    return [_query(question, mode=mode, grounded=grounded, style=style) for question in questions]
+
+
+def _query(question: str | Query, **said: Any) -> Query:
+    """What is asked: a query as it is, a text with what is said of it."""
+    return question if isinstance(question, Query) else Query(question, **said)
 
 
 def _warned(answers: list[Answer]) -> list[Answer]:

@@ -6,6 +6,7 @@ Nothing here embeds text or writes an atom; `bank` does, and `upkeep` counts, re
 from __future__ import annotations
 
 import contextlib
+import inspect
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -61,6 +62,8 @@ class AtomCollection:
         max_request_bytes: int = MAX_REQUEST_BYTES,
         sidecar: str | Literal[False] | None = None,
     ) -> None:
+        if inspect.iscoroutinefunction(getattr(client, "query_points", None)):
+            raise BankError("an AsyncQdrantClient goes into an AsyncGradientBank, whose methods are awaited")
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
         self._atoms: Store | None = None
         self._looked: float | None = None  # when no sidecar was noted, of a bank that was told of none

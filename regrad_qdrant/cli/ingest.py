@@ -165,6 +165,8 @@ def ingest(
         raise DataError("--corpus needs --collection NAME to fill")
     if in_place and sidecar is not None:
         raise DataError("give either --sidecar NAME or --in-place")
+    if ray is None and (workers != 1 or gpus_per_worker):
+        raise DataError("--workers and --gpus-per-worker go with --ray")
     of_shard = None if shard is None else Shard.parse(shard)
     if of_shard is not None and corpus is not None:
         raise DataError("--shard goes with --from-collection: the points must be there for their ids to be shared out")

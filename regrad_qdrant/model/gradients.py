@@ -177,12 +177,11 @@ class GradientComputer:
         start = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
         rest = ids[len(start) :]
         count = math.ceil(len(rest) / (most - len(start)))
-        size = math.ceil(len(rest) / count)
-        firsts = range(0, len(rest), size)
-        bounds = [0, *self._begins(text, [len(start) + first for first in firsts][1:]), len(text)]
+        edges = [len(rest) * i // count for i in range(count + 1)]
+        bounds = [0, *self._begins(text, [len(start) + edge for edge in edges[1:-1]]), len(text)]
         return [
-            EncodedDocument(start + rest[first : first + size], False, (begin, end))
-            for first, begin, end in zip(firsts, bounds, bounds[1:], strict=False)
+            EncodedDocument(start + rest[first:last], False, (begin, end))
+            for first, last, begin, end in zip(edges, edges[1:], bounds, bounds[1:], strict=False)
         ]
 
     def _begins(self, text: str, tokens: Sequence[int]) -> list[int]:

@@ -343,6 +343,13 @@ def test_atoms_that_are_computed_are_those_of_the_filtered_documents(tenants, on
     assert stored == (set(answer.weights) if on_missing == "store" else set())
 
 
+def test_a_query_is_answered_as_its_parts_are(regrad):
+    asked = Query(QUESTIONS[0], "rag", max_new_tokens=5)
+    expected = regrad.answer(QUESTIONS[0], mode="rag", max_new_tokens=5, top_k=2)
+    for found in (regrad.answer(asked, top_k=2), asyncio.run(regrad.aanswer(asked, top_k=2))):
+        assert (found.text, found.mode, found.hits) == (expected.text, "rag", expected.hits)
+
+
 def test_where_nothing_is_found_the_answer_and_a_warning_say_so(tenants):
     of_nobody = models.Filter(must=[models.FieldCondition(key="metadata.tenant", match=models.MatchValue(value="b"))])
     with pytest.warns(UserWarning, match=r"nothing was retrieved.*no point has the filter's field metadata\.tenant"):

@@ -72,6 +72,11 @@ def test_every_method_does_what_the_banks_own_does(sidecar):
     assert asyncio.run(over_async_client()) == asyncio.run(over_client())
 
 
+def test_each_client_has_a_bank_of_its_own_kind():
+    with pytest.raises(BankError, match="goes into an AsyncGradientBank"):
+        GradientBank(AsyncQdrantClient(":memory:"), "docs", SPACE)
+
+
 @pytest.mark.parametrize("stream", ["points", "missing", "stale"])
 @pytest.mark.parametrize("sidecar", [None, "atoms"])
 def test_a_stream_may_be_the_first_thing_that_is_asked_of_a_bank(stream, sidecar):

@@ -559,6 +559,7 @@ def test_a_long_text_gets_its_windows_or_is_truncated_and_counted(run, tmp_path)
             "goes with --from-collection",
         ),
         (["ingest", "--from-collection", "docs", "--path", "bank", "--ray", "local", "--dry-run"], "without --ray"),
+        (["ingest", "--from-collection", "docs", "--path", "bank", "--workers", "2"], "go with --ray"),
         (["models", "nonesuch"], "no model 'nonesuch' is known"),
         (["eval", "--qa", "none.jsonl", "--collection", "docs"], "no such file"),
         (["eval", "--qa", "qa.jsonl", "--modes", "regrad", "--against", "rag"], "not among the modes"),
