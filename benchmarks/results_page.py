@@ -152,7 +152,7 @@ random ones, where BM25 finds few):
 
     {command}
 
-{scores}
+{types}{scores}
 {differences}
 {kinds}
 """
@@ -160,7 +160,7 @@ YESNO = """Questions of yes or no, answered with the likelier option (pubmedqa: 
 
     {command}
 
-{scores}
+{types}{scores}
 {differences}
 """
 SENTENCES = """Answers in sentences (`style="sentence"`), which fine-tuned models were not trained for; beside F1 the
@@ -168,7 +168,7 @@ share of the answer's words that a sentence has:
 
     {command}
 
-{scores}
+{types}{scores}
 {differences}
 """
 
@@ -184,7 +184,7 @@ def command(runs: dict[str, dict[str, Any]]) -> str:
     """The command line that made these runs, but for the set and the number of questions."""
     settings = next(iter(runs.values()))["settings"]
     given = " ".join(f"--{name} {_as_typed(settings[name])}" for name in ("split", "modes", "against"))
-    if settings.get("dtype", "auto") != "auto":
+    if settings.get("dtype", "auto") != "auto" and not types_of_numbers(runs):
         given = f"--dtype {settings['dtype']} {given}"
     if settings["init"] != DEFAULT_INIT:
         given = f"--init {settings['init']} {given}"
@@ -193,6 +193,16 @@ def command(runs: dict[str, dict[str, Any]]) -> str:
     for count in settings.get("skip_sample") or ():
         given = f"--skip-sample {count} {given}"
     return f"regrad-qdrant eval --corpus SET/corpus.jsonl --qa SET/qa.jsonl --sample N {given}"
+
+
+def types_of_numbers(runs: dict[str, dict[str, Any]]) -> str:
+    """Which runs were made in which type, where these are several: the model's answers differ by rounding alone."""
+    of_type: dict[str, list[str]] = {}
+    for name, run in runs.items():
+        of_type.setdefault(run["settings"].get("dtype", "auto"), []).append(name)
+    if len(of_type) < 2:
+        return ""
+    return "; ".join(f"`--dtype {dtype}`: {', '.join(names)}" for dtype, names in of_type.items()) + ".\n\n"
 
 
 def averages(runs: dict[str, dict[str, Any]]) -> dict[str, list[str]]:
@@ -243,7 +253,11 @@ def section(
     if not runs:
         return ""
     return text.format(
-        command=command(runs), scores=shown(runs), differences=differences(runs, pairs), kinds=kinds(runs)
+        command=command(runs),
+        types=types_of_numbers(runs),
+        scores=shown(runs),
+        differences=differences(runs, pairs),
+        kinds=kinds(runs),
     )
 
 
@@ -302,7 +316,7 @@ def main() -> None:
     other, yesno = read(arguments.runs / "other"), read(arguments.runs / "yesno")
     sentences = read(arguments.runs / "sentences")
     for family in (ships, fresh, other, yesno, sentences, unseen):
-        names = ("init", "space", "merge", "codec", "top_k", "split", *(() if family is fresh else ("dtype",)))
+        names = ("init", "space", "merge", "codec", "top_k", "split")
         alike([run["settings"] for run in family.values()], names)
     merged = json.loads(arguments.merge.read_text(encoding="utf-8"))
     of_merge = merged["settings"]
