@@ -114,6 +114,9 @@ def make_app(service: Service[Any], metrics: Metrics, *, log_questions: bool = F
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            reason = first.get("ctx", {}).get("error", first["msg"])
+            return Refusal(400, f"the body is no JSON: {reason} at character {first['loc'][-1]}").response()
         where = ".".join(str(part) for part in first["loc"][1:])
         return Refusal(400, ": ".join(filter(None, (where, str(first["msg"])))), param=where or None).response()
 

@@ -261,7 +261,9 @@ def test_what_makes_no_sense_is_refused_in_openais_shape(server, name):
 def test_json_that_is_none_and_a_body_too_large(server):
     url = f"{server.url}/v1/chat/completions"
     broken = httpx.post(url, content=b'{"messages": [', headers={"content-type": "application/json"})
-    assert broken.status_code == 400 and "error" in broken.json()
+    error = broken.json()["error"]
+    assert broken.status_code == 400 and error["param"] is None
+    assert "the body is no JSON" in error["message"] and "at character 14" in error["message"]
     large = httpx.post(url, json={"messages": [{"role": "user", "content": "x" * 10_000_000}]})
     assert large.status_code == 413 and large.json()["error"]["code"] == "request_too_large"
 
