@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.answer.atom_cache import AtomCache
-from regrad_qdrant.atoms.record import decode_sum
+from regrad_qdrant.atoms.record import decode_sum, weighted
 from regrad_qdrant.errors import AdapterError, AdapterInUseError, WrongShapeError
 from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.plugin import (
@@ -139,10 +139,6 @@ class Adapter:
         Raises:
             RecordError: one of its kinds, if a record can't be used.
         """
-        if weights is None:
-            weights = [1.0] * len(records)
-        if len(weights) != len(records):
-            raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
         fingerprint, layout, device = self.initialization.fingerprint, self.space.layout, self.model.device
         if not self.cache.limit:
             return decode_sum(records, weights, fingerprint, layout, device)
@@ -150,9 +146,8 @@ class Adapter:
         def decoded(record: Record) -> Tensor:
             return record.decode(fingerprint, layout).to(device)
 
-        total = decode_sum([], [], fingerprint, layout, device)
-        atoms = [self.cache.get(record, decoded) for record in records]
-        for atom, weight in zip(atoms, weights, strict=True):
+        total = decode_sum([], None, fingerprint, layout, device)
+        for atom, weight in [(self.cache.get(one, decoded), weight) for one, weight in weighted(records, weights)]:
             total.add_(atom, alpha=weight)
         return total
 

@@ -49,12 +49,9 @@ class FillPolicy:
     on_damaged: OnDamaged = "skip"
 
     def __post_init__(self) -> None:
-        if self.on_stale not in get_args(OnStale):
-            raise RegradError(f"on_stale {self.on_stale!r} is not one of {', '.join(get_args(OnStale))}")
-        if self.on_missing not in get_args(OnMissing):
-            raise RegradError(f"on_missing {self.on_missing!r} is not one of {', '.join(get_args(OnMissing))}")
-        if self.on_damaged not in get_args(OnDamaged):
-            raise RegradError(f"on_damaged {self.on_damaged!r} is not one of {', '.join(get_args(OnDamaged))}")
+        for name, kind in {"on_stale": OnStale, "on_missing": OnMissing, "on_damaged": OnDamaged}.items():
+            if (chosen := getattr(self, name)) not in get_args(kind):
+                raise RegradError(f"{name} {chosen!r} is not one of {', '.join(get_args(kind))}")
         if self.store_after < 1:
             raise RegradError(f"store_after must be at least 1, not {self.store_after}")
         get_codec(self.codec)

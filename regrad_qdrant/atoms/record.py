@@ -139,8 +139,25 @@ class Record:
         return replace(self, codec=codec, atom=atom, rest=tuple(rest))
 
 
+def weighted(records: Sequence[Record], weights: Sequence[float] | None) -> list[tuple[Record, float]]:
+    """Each record with its weight wᵢ, 1 by default.
+
+    Raises:
+        WrongShapeError: if there are not as many of both.
+    """
+    if weights is None:
+        weights = [1.0] * len(records)
+    if len(weights) != len(records):
+        raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
+    return list(zip(records, weights, strict=True))
+
+
 def decode_sum(
-    records: Sequence[Record], weights: Sequence[float], fingerprint: str, layout: AtomLayout, device: Any = None
+    records: Sequence[Record],
+    weights: Sequence[float] | None,
+    fingerprint: str,
+    layout: AtomLayout,
+    device: Any = None,
 ) -> Tensor:
     """Σ wᵢ·g(dᵢ) of the records, (numel,) float32 on `device`; zeros for no records. A record of several windows
     counts with their mean: `windows` has them apart.
@@ -148,12 +165,12 @@ def decode_sum(
     Every record is unpacked and checked before the first is decoded. They may be of several codecs.
 
     Raises:
-        RecordError: as `Record.decode`.
+        RecordError: as `Record.decode` and `weighted`.
     """
     import torch
 
     by_codec: dict[str, list[tuple[dict[str, bytes], float]]] = {}
-    for record, weight in zip(records, weights, strict=True):
+    for record, weight in weighted(records, weights):
         windows = record.windows()
         of_codec = by_codec.setdefault(record.codec, [])
         of_codec += [(window.parts(fingerprint, layout), weight / len(windows)) for window in windows]

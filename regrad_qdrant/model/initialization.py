@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.atoms.merge import MergeRule
 from regrad_qdrant.atoms.record import decode_sum
-from regrad_qdrant.errors import DataError, InitializationError, WrongModelError, WrongShapeError
+from regrad_qdrant.errors import DataError, InitializationError, WrongModelError
 from regrad_qdrant.model.identity import PEFT_PREFIX, BaseModel, is_coarse
 from regrad_qdrant.model.prompts import PromptFormat
 from regrad_qdrant.model.space import AtomSpace, LoraModule
@@ -158,9 +158,6 @@ class MetaInitialization:
         Raises:
             RecordError: if a record can't be used.
         """
-        weights = [1.0] * len(records) if weights is None else weights
-        if len(weights) != len(records):
-            raise WrongShapeError(f"{len(weights)} weights for {len(records)} records")
         total = decode_sum(records, weights, self.fingerprint, self.space.layout)
         updates = self.space.to_update(self.space.unflatten(-self.flat_step_sizes() * total))
         found = {}
