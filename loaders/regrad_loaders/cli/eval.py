@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,8 +56,6 @@ from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
     from regrad_loaders.data.folders import Question
-    from regrad_loaders.evaluation.plan import Party
-    from regrad_loaders.evaluation.results import Prediction
     from regrad_qdrant.bank.bank import GradientBank
     from regrad_qdrant.bank.stores.base import Store
 
@@ -206,12 +203,12 @@ def evaluation(
         field_filter,
         parse_modes,
         parties,
-        retrieves,
         select,
     )
     from regrad_loaders.evaluation.plots import plot
     from regrad_loaders.evaluation.protocol import protocol_of
-    from regrad_loaders.evaluation.results import Evaluation, write_predictions
+    from regrad_loaders.evaluation.results import write_predictions
+    from regrad_loaders.evaluation.rounds import Rounds
     from regrad_qdrant.bank.corpus import read_corpus
     from regrad_qdrant.model.initialization import folder_of
     from regrad_qdrant.model.prompts import PromptFormat
@@ -252,7 +249,6 @@ def evaluation(
         "icl_init": icl_init, "ft_direct": fine_tuned["ft-direct"], "ft_rag": fine_tuned["ft-rag"], "sweep": further,
         "dtype": dtype, "style": style, "protocol": protocol, "prompt": str(prompt_file) if prompt_file else None,
     }  # fmt: skip
-    retrieving = [mode for mode in chosen if retrieves(mode)]
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
 
@@ -276,23 +272,10 @@ def evaluation(
                 "contents": [digest(file) for file in read],
             }  # fmt: skip
             journal = stack.enter_context(Journal(resume, settings | further_settings))
-        found: list[Evaluation] = []
         report = None
-        swept: dict[int, list[Evaluation]] = {k: [] for k in further}
-        asked = len(questions) * (len(chosen) + len(further) * len(retrieving))
+        rounds = Rounds(questions, top_k, further, journal)
         asked_by = protocol_of(protocol == "paper", questions, asking or initialization.prompt)
-        ids = {question.id for question in questions}
-
-        def is_done(party: Party) -> bool:
-            """Whether an earlier run has all of its answers: then nothing is made for it."""
-            for k in (top_k, *further):
-                names = {mode: name for mode, name in party.modes.items() if k == top_k or name in retrieving}
-                known = {} if journal is None else journal.known(names, k)
-                if any((mode, key) not in known for mode in names for key in ids):
-                    return False
-            return True
-
-        done = [party.made is not None and is_done(party) for party in answering]
+        done = [party.made is not None and rounds.is_done(party) for party in answering]
         owners = [
             initialization
             if is_made or (party.init == init and party.made is None)
@@ -302,7 +285,7 @@ def evaluation(
         stored: dict[str, Any] = {}
         if journal is not None:
             stored = {mode: kept for mode, kept in journal.stored.items() if mode in chosen}
-        with progress("Answering", asked) as advance:
+        with progress("Answering", rounds.count(chosen)) as advance:
             for party, ours, is_made in zip(answering, owners, done, strict=True):
                 key = payload_key if party.fills else f"{payload_key}_{ours.fingerprint}_{party.made or 'own'}"
                 on_missing = "store" if collection is None else "skip" if party.fills else "compute"
@@ -325,21 +308,7 @@ def evaluation(
                         retrieved=retrieved, distractors=distractors, batch=batch, style=answer_style,
                         protocol=asked_by,
                     )  # fmt: skip
-                    for k, into in ((top_k, found), *swept.items()):
-                        names = party.modes
-                        if into is not found:
-                            names = {mode: name for mode, name in names.items() if name in retrieving}
-                        if not names:
-                            continue
-                        known = {} if journal is None else journal.known(names, k)
-
-                        def answered(one: Prediction, names: Mapping[str, str] = names, k: int = k) -> None:
-                            if journal is not None:
-                                journal.add(one, names[one.mode], k)
-                            advance(1)
-
-                        advance(sum(key in ids for _, key in known))
-                        into.append(ask(list(names), top_k=k, known=known, on_progress=answered).named(names))
+                    rounds.ask(party, ask, advance)
                     settings |= {"layout": str(bank.layout)}
                     if party.fills:
                         settings |= {"codec": bank.status().codec or codec, "merge": asdict(regrad.weighing.merge)}
@@ -348,21 +317,14 @@ def evaluation(
                         for mode in party.modes.values() if journal is not None else ():
                             journal.keep(mode, kept)
                     regrad.close()
-    others = tuple((k, Evaluation.joined(settings, parts, chosen)) for k, parts in swept.items() if parts)
-    result = replace(
-        Evaluation.joined(settings, found, chosen),
-        recall_at_k=found[0].recall_at_k,
-        against=tuple(references),
-        sweep=others,
-        stored=stored,
-    )
+    result = rounds.result(settings, chosen, references, stored)
     console.print(scores_table(result))
     for mode, kept in stored.items():
         console.print(
             f"{mode}: {kept.documents} documents, {decimal(kept.bytes)} and {kept.seconds:.2f} s each to make",
             markup=False,
         )
-    if others:
+    if result.sweep:
         console.print(sweep_table(result))
     if references:
         console.print(differences_table(result))
