@@ -177,38 +177,26 @@ class SpanReader:
         ids = np.array(encoded.input_ids, dtype=np.int64)
         stops = np.array([stop for _, stop in encoded.offset_mapping], dtype=np.int64)
         starts, ends = _boundaries(flat)
-        # Where one character is several tokens, they all stop with it: only the last ends there.
-        last = np.append(stops[1:] != stops[:-1], True) if len(stops) else np.zeros(0, dtype=bool)
-        following = np.arange(1, len(ids) + 1)
-        following[np.isin(stops, breaks) & last] = NOWHERE
-        following[-1:] = NOWHERE
-
-        # A span's first word, up to the first end after its beginning, by itself; then on in the text. Where no token
-        # stops there, as with O'Brien in one token, also up to where one does.
-        stopped = ends[np.isin(ends, stops)]
-        near = ends[np.searchsorted(ends, starts, side="right")]
-        far = np.append(stopped, 0)[np.searchsorted(stopped, starts, side="right")]
-        further = far > near
-        starts, word_ends = np.append(starts, starts[further]), np.append(near, far[further])
-        words = [flat[start:end] for start, end in zip(starts.tolist(), word_ends.tolist(), strict=True)]
-        chains = self._tokens_of(words)
+        last, following = _in_order(stops, breaks)
+        # A span's first word is tokenized by itself, as an answer begins; from where it stops the span goes on in the
+        # text. So the nodes are the text's own tokens, and after them those of each first word.
+        starts, word_ends = _first_words(starts, ends, stops)
+        words = self._tokens_of([flat[a:b] for a, b in zip(starts.tolist(), word_ends.tolist(), strict=True)])
+        lengths = np.array([len(word) for word in words], dtype=np.int64)
         at = np.searchsorted(stops, word_ends, side="right") - 1  # the last token that stops there, if one does
         onward = np.where((at >= 0) & (stops[at] == word_ends), following[at], NOWHERE) if len(ids) else at
-        lengths = np.array([len(chain) for chain in chains], dtype=np.int64)
-        lasts = len(ids) + np.cumsum(lengths) - 1
-        chained = np.arange(len(ids) + 1, len(ids) + 1 + lengths.sum())
-        chained[lasts - len(ids)] = onward
-        chain_ends = np.zeros(len(chained), dtype=bool)
-        chain_ends[lasts - len(ids)] = True
-        tokens = np.concatenate([ids, np.fromiter(itertools.chain.from_iterable(chains), dtype=np.int64)])
+        ends_word = np.zeros(lengths.sum(), dtype=bool)
+        ends_word[np.cumsum(lengths) - 1] = True
+        in_words = np.arange(len(ids) + 1, len(ids) + 1 + len(ends_word))
+        in_words[ends_word] = onward
         sentences, sentence_of = _sentences(text, places[starts])
         return TextNodes(
             text=text,
-            tokens=tokens,
-            following=np.concatenate([following, chained]),
+            tokens=np.concatenate([ids, np.fromiter(itertools.chain.from_iterable(words), dtype=np.int64)]),
+            following=np.concatenate([following, in_words]),
             stops=places[np.concatenate([stops, np.repeat(word_ends, lengths)]) - 1] + 1,
-            ends=np.concatenate([np.isin(stops, ends) & last, chain_ends]),
-            firsts=lasts - lengths + 1,
+            ends=np.concatenate([np.isin(stops, ends) & last, ends_word]),
+            firsts=len(ids) + np.cumsum(lengths) - lengths,
             starts=places[starts],
             sentences=sentences,
             sentence_of=sentence_of,
@@ -223,6 +211,26 @@ class SpanReader:
             ids = self.tokenizer(unknown, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
             self._words |= zip(unknown, ids, strict=True)
         return [self._words[word] for word in words]
+
+
+def _in_order(stops: Ints, breaks: Ints) -> tuple[Ints, Ints]:
+    """Of each token of a text whether it is the last of its character (where one is several tokens, they all stop with
+    it), and which follows it: none where a paragraph ends."""
+    last = np.append(stops[1:] != stops[:-1], True) if len(stops) else np.zeros(0, dtype=bool)
+    following = np.arange(1, len(stops) + 1)
+    following[np.isin(stops, breaks) & last] = NOWHERE
+    following[-1:] = NOWHERE
+    return last, following
+
+
+def _first_words(starts: Ints, ends: Ints, stops: Ints) -> tuple[Ints, Ints]:
+    """The characters of the first words that spans may begin with, from each start to the first end after it. Where no
+    token of the text stops there, as after the O of O'Brien that is one token, another goes on to where one does."""
+    stopped = ends[np.isin(ends, stops)]
+    near = ends[np.searchsorted(ends, starts, side="right")]
+    far = np.append(stopped, 0)[np.searchsorted(stopped, starts, side="right")]
+    further = far > near
+    return np.append(starts, starts[further]), np.append(near, far[further])
 
 
 def _joined(arrays: Sequence[Any]) -> Ints:

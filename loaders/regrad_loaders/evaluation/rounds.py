@@ -1,4 +1,4 @@
-"""An evaluation's questions, as each party is asked them with each k; what a run before has answered is not asked again."""
+"""An evaluation's questions as each party is asked them with each k, but for what a run before has answered."""
 
 from __future__ import annotations
 
