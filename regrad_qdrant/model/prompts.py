@@ -86,8 +86,8 @@ class Prompt:
             raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if (self.type == "choice") != bool(self.choices):
             raise DataError(
-                f"type {self.type!r} with {len(self.choices)} choices: type 'choice' wants them (--choice TEXT, "
-                "choices=[…]), and no other does"
+                f"type {self.type!r} with {len(self.choices)} choices: choices go with type 'choice', and it with them "
+                "(--choice TEXT, choices=[…])"
             )
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise DataError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
