@@ -103,14 +103,15 @@ def check_layers(model: PreTrainedModel, names: Sequence[str]) -> None:
     """
     import torch
 
-    head_of(model)
-    if (device := input_device(model)).type == "meta":
-        return
-    for name in names:
+    device = input_device(model)
+    for name in names if device.type != "meta" else ():
         if cast("Tensor", model.get_submodule(name).weight).device.type == "meta":  # φ₀ has to be where it computes
             raise UnsupportedModelError(
                 f"layer {name} is offloaded: load the model with a device_map that keeps the adapted layers on a device"
             )
+    head_of(model)
+    if device.type == "meta":
+        return
     seen: dict[str, list[tuple[int, ...]]] = {name: [] for name in names}
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -27,8 +27,8 @@ def test_reads_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([PASSAGE, {"id": "p2"}], "line 2: the field 'text' is missing.*id"),
-        ([{"text": "x"}], "the field 'id' is missing"),
+        ([PASSAGE, {"id": "p2"}], "line 2: the field 'text' must be a string; found the fields id"),
+        ([{"text": "x"}], "the field 'id' must be a string; found the fields text"),
         ([{**PASSAGE, "text": "  "}], "the text of 'p1' is empty"),
         ([PASSAGE, PASSAGE], "'p1' is there twice"),
         (["{"], "not valid JSON"),
@@ -50,7 +50,7 @@ def test_bad_corpora_are_refused_with_their_line(tmp_path, rows, message):
         ([{**QUESTION, "gold_ids": "p1"}], "'gold_ids' must be a list of texts"),
         ([{**QUESTION, "choices": {"A": "Ida"}}], "'choices' must be a list of texts"),
         ([QUESTION, QUESTION], "line 2: the id 'q1' is there twice"),
-        ([{"id": "q", "answers": ["a"]}], "'question' is missing"),
+        ([{"id": "q", "answers": ["a"]}], "'question' must be a string; found the fields id, answers"),
         ([], "no questions"),
     ],
 )
