@@ -316,8 +316,9 @@ def main() -> None:
     other, yesno = read(arguments.runs / "other"), read(arguments.runs / "yesno")
     sentences = read(arguments.runs / "sentences")
     for family in (ships, fresh, other, yesno, sentences, unseen):
-        names = ("init", "space", "merge", "codec", "top_k", "split")
-        alike([run["settings"] for run in family.values()], names)
+        alike([run["settings"] for run in family.values()], ("init", "space", "merge", "codec", "top_k", "split"))
+    for family in (ships, unseen):  # of which the page names one type of numbers; of the others it says which is which
+        alike([run["settings"] for run in family.values()], ("dtype",))
     merged = json.loads(arguments.merge.read_text(encoding="utf-8"))
     of_merge = merged["settings"]
     merge_options = (("top-k", "top_k"), ("noise", "noise"), ("rules", "rules"), ("codec", "codec"), ("limit", "limit"))

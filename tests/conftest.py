@@ -34,6 +34,18 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
+COMMANDS = """
+import json, sys
+from regrad_qdrant.cli import app
+for command in json.loads(sys.argv[1]):
+    sys.argv = ["regrad-qdrant", *command]
+    try:
+        app.main()
+    except SystemExit as ended:
+        if ended.code:
+            raise
+"""  # a program of several commands, for starting takes longer than they do
+
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -7,23 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_initialization, tiny_model
+from conftest import COMMANDS, tiny_initialization, tiny_model
 
 REPOSITORY = Path(__file__).parents[1]
 CONSTRAINTS = REPOSITORY / "constraints.txt"
 LIMIT = 30 * 2**20  # bytes of the wheel
 PEOPLE = {"Ida": "diver", "Otto": "judge", "Mina": "baker", "Ivo": "pilot", "Ada": "poet"}
-EACH = """
-import json, sys
-from regrad_qdrant.cli import app
-for command in json.loads(sys.argv[1]):
-    sys.argv = ["regrad-qdrant", *command]
-    try:
-        app.main()
-    except SystemExit as ended:
-        if ended.code:
-            raise
-"""  # commands, one after the other: starting takes longer than they do
 CORPUS = [
     {"id": f"d{i}", "text": f"{name} Corvand works as a {job} in Lisbon."}
     for i, (name, job) in enumerate(PEOPLE.items())
@@ -98,7 +87,7 @@ def test_a_bank_is_filled_asked_and_emptied_without_any_extra(installed, place):
         ["migrate", "-c", "docs", "--to-path", "copy", "--json", "copied.json"],
         ["drop", "-c", "docs", "--init", "init", "--yes"],
     ]
-    done = run(installed / "python", "-c", EACH, json.dumps(others), cwd=place)
+    done = run(installed / "python", "-c", COMMANDS, json.dumps(others), cwd=place)
     assert done.returncode == 0 and "5 atoms removed" in done.stdout, done.stderr
     said = {file.stem: json.loads(file.read_text()) for file in place.glob("*.json")}
     assert said["filled"]["atoms_written"] == 5 and said["asked"]["hits"][0]["id"] == "d0"

@@ -22,7 +22,6 @@ from regrad_qdrant.errors import AdapterError, AdapterInUseError, WrongShapeErro
 from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.plugin import (
     Seats,
-    check_pluggable,
     live_space,
     lora_layers,
     lora_weight,
@@ -97,18 +96,11 @@ class Adapter:
         if beside is not None and (beside not in holders or beside._released):
             raise AdapterError("beside: the adapter is of another model, or was released: give one of this model's")
         self._turns: _Turns = _Turns() if beside is None else beside._turns
-        if beside is None:
-            before = [holder for holder in holders if not holder._released]
-            if before:  # which goes on where this one can't take its place; all of a model's have one turn
-                with before[0].disabled():
-                    check_pluggable(model, initialization)
-            for holder in before:
-                holder.release()  # a notebook's cell that is run again, or another bank
-            holders.clear()
+        # A notebook's cell that is run again, or another bank. They go when this one is there; all have one turn.
+        before = [holder for holder in holders if not holder._released] if beside is None else []
         self.initialization = initialization
-        with self._turns.lock:
+        with before[0].disabled() if before else contextlib.nullcontext(), self._turns.lock:
             self.model = plug_in(model, initialization)
-            holders.add(self)
             self.space = live_space(self.model, initialization)
             self._parameters = {
                 f"{name}.{part}": lora_weight(layer, part)
@@ -117,6 +109,10 @@ class Adapter:
             }
             self._seats = Seats(self.model)
             self._seats.take_out()
+        for holder in before:
+            holder.release()
+            holders.discard(holder)
+        holders.add(self)
         self._buffers: dict[str, Tensor] = {}
         self.cache = AtomCache(cache_bytes)
         self.step_sizes = initialization.flat_step_sizes()

@@ -327,15 +327,14 @@ class AtomCollection:
         if self.in_sidecar:
             points = filter(self.belongs, self.joined(self._fields, *EXAMINED, shard=shard))
         else:
-            of_record = [f"{self.payload_key}.{name}" for name in EXAMINED]
-            points = self._with_atom(True, [*self._fields, *of_record], shard)
+            points = self._with_atom(True, [*self._fields, *self._of_record(*EXAMINED)], shard)
         for point in points:
             hit = self.hit(point)
             yield self._state_of(point, hit.text), hit
 
     def count_current(self, ids: Sequence[PointId]) -> int:
         """How many of these points carry an atom of this space and of their present text; none is read."""
-        of_record = [f"{self.payload_key}.{name}" for name in EXAMINED]
+        of_record = self._of_record(*EXAMINED)
         points = self.store.retrieve(ids, [*self.layout.fields(), *([] if self.in_sidecar else of_record)])
         joined = self._joined(points, of_record) if self.in_sidecar else points
         return sum(self._state_of(point, self.layout.text_of(point.payload) or "") == "current" for point in joined)
@@ -384,6 +383,10 @@ class AtomCollection:
     def _fields(self) -> list[str]:
         """What is read of a payload where its text is wanted and its atom is not."""
         return [*self.layout.fields(), json_path(keys_of(self.layout.id)[:1])]
+
+    def _of_record(self, *names: str) -> list[str]:
+        """The payload's paths of a record's fields."""
+        return [f"{self.payload_key}.{name}" for name in names]
 
     def count_atoms(self) -> int:
         """Points that carry an atom of this space, stale ones among them; of a server, as its index has it."""
@@ -476,7 +479,7 @@ class AtomCollection:
             yield from points
             return
         for page in pages(points, PAGE):
-            yield from self._joined(page, [f"{self.payload_key}.{name}" for name in of_record])
+            yield from self._joined(page, self._of_record(*of_record))
 
     def _joined(self, points: Sequence[StoredPoint], fields: list[str]) -> list[StoredPoint]:
         """The points with these fields of the sidecar's."""

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-_LOADING = threading.RLock()  # a model is loaded once, though threads come for it together
+_LOADING = threading.RLock()
 
 WITHOUT_SPACES = ("chinese", "japanese", "korean", "thai")  # languages whose words are found by a model
 
@@ -54,7 +54,22 @@ def embedder_of(noted: Mapping[str, Any]) -> Embedder:
         ) from error
 
 
-class Bm25:
+class _LoadedOnce:
+    """Its model is loaded at the first use, and once though threads come for it together."""
+
+    @property
+    def _model(self) -> Any:
+        if "_loaded" in vars(self):
+            return self._loaded
+        with _LOADING:
+            return self._loaded
+
+    @cached_property
+    def _loaded(self) -> Any:
+        raise NotImplementedError
+
+
+class Bm25(_LoadedOnce):
     """The sparse vectors of the server's BM25 inference (`qdrant/bm25`), computed here, with no model.
 
     The collection's sparse vector needs the IDF modifier.
@@ -70,11 +85,6 @@ class Bm25:
 
     def noted(self) -> dict[str, Any]:
         return {"kind": "bm25", "language": self.language}
-
-    @property
-    def _model(self) -> Any:
-        with _LOADING:
-            return self._loaded
 
     @cached_property
     def _loaded(self) -> Any:
@@ -108,7 +118,7 @@ class Bm25:
         return SparseVector(list(vector.indices), list(vector.values))
 
 
-class DenseEmbedder:
+class DenseEmbedder(_LoadedOnce):
     """Dense vectors by a sentence-transformers model (extra `dense`): its name, its folder, or
     `package:<import name>/<folder>` for one that an installed package carries.
     """
@@ -118,11 +128,6 @@ class DenseEmbedder:
 
     def noted(self) -> dict[str, Any]:
         return {"kind": "sentence-transformers", "model": self.name}
-
-    @property
-    def _model(self) -> SentenceTransformer:
-        with _LOADING:
-            return self._loaded
 
     @cached_property
     def _loaded(self) -> SentenceTransformer:
@@ -137,7 +142,8 @@ class DenseEmbedder:
 
     @property
     def size(self) -> int | None:
-        return self._model.get_embedding_dimension()
+        size: int | None = self._model.get_embedding_dimension()
+        return size
 
     def documents(self, texts: Sequence[str]) -> list[Vector]:
         return [vector.tolist() for vector in self._model.encode_document(list(texts), show_progress_bar=False)]

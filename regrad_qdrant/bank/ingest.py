@@ -184,8 +184,10 @@ def check_texts(bank: GradientBank) -> None:
     Raises:
         BankError: if there are points and none has a text; the error names their fields.
     """
+    if any(hit.text for hit in bank.points()):
+        return
     points, _ = bank.store.scroll(None, SAMPLE, None, Without((bank.payload_key,)))
-    if points and not any(hit.text for hit in bank.points()):
+    if points:
         fields = sorted({key for point in points for key in point.payload})
         raise BankError(
             f"none of the points has a text for the layout {bank.layout}; their fields are {fields}: name the one with "

@@ -10,11 +10,12 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points, version
+from importlib.metadata import EntryPoint, entry_points
 from typing import Annotated, Any
 
 import typer
 
+from regrad_qdrant import __version__
 from regrad_qdrant.cli.ask import ask
 from regrad_qdrant.cli.bank import drop, migrate, recode, status
 from regrad_qdrant.cli.console import errors
@@ -58,7 +59,7 @@ def _refusing(error: MissingExtraError) -> Callable[[], Any]:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(version("regrad-qdrant"))
+        typer.echo(__version__)
         raise typer.Exit
 
 

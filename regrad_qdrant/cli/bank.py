@@ -47,9 +47,9 @@ def status(
     json_out: JsonOut = None,
 ) -> None:
     """Points, atoms, missing and stale ones, and what an atom takes."""
-    check_outputs(json_out)
     from regrad_qdrant.model.initialization import MetaInitialization
 
+    check_outputs(json_out)
     initialization = MetaInitialization.load(init)
     with bank_of(
         existing_store(collection, url, path), initialization, payload_key, None, text_path, sidecar=sidecar

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from regrad_qdrant.atoms.codecs.registry import CODECS
-from regrad_qdrant.atoms.merge import RULES
+from regrad_qdrant.atoms.merge import RULES, MergeRule
 from regrad_qdrant.cli.console import console, progress
 from regrad_qdrant.errors import DataError
 
@@ -259,8 +259,8 @@ def warn_of_codec(codec: str, initialization: MetaInitialization) -> None:
 
 def check_merge(rule: str | None) -> None:
     """Refuse a merge rule that is none, before the model is loaded."""
-    if rule is not None and rule not in RULES:
-        raise DataError(f"merge rule {rule!r} is not one of {', '.join(RULES)}")
+    if rule is not None:
+        MergeRule(rule)
 
 
 def check_outputs(*paths: Path | None) -> None:

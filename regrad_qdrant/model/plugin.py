@@ -28,13 +28,22 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
     The base weights stay as they are; `PeftModel.unload()` takes the layers out again. The model must be the
     one that the initialization was trained for: call `initialization.check_model(model)` before.
 
-    Raises:
-        AdapterError, UnsupportedModelError: as `check_pluggable`; whatever is raised, the model is as it was.
+    Raises, and the model is as it was:
+        AdapterError: if the model already carries adapters, or lacks a layer that the initialization adapts.
+        UnsupportedModelError: if its losses can't be computed here, or a layer meets other tokens than a document's.
     """
     import torch
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
 
-    check_pluggable(model, initialization)
+    if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise AdapterError("the model already carries adapters: merge_and_unload() them, or give the plain base model")
+    present = {name for name, _ in model.named_modules()}
+    missing = [name for name in initialization.modules if name not in present]
+    if missing:
+        raise AdapterError(f"the model lacks {len(missing)} adapted layers, {missing[0]} among them")
+    _keep_differentiable(model)
+    check_layers(cast("PreTrainedModel", model), list(initialization.modules))
     config = LoraConfig(
         r=initialization.rank,
         lora_alpha=initialization.lora_alpha,
@@ -63,26 +72,6 @@ def plug_in(model: nn.Module, initialization: MetaInitialization) -> PeftModel:
         raise
     peft_model.eval().requires_grad_(False)
     return peft_model
-
-
-def check_pluggable(model: nn.Module, initialization: MetaInitialization) -> None:
-    """Refuse a model that `plug_in` can't give LoRA layers.
-
-    Raises:
-        AdapterError: if the model already carries adapters, or lacks a layer that the initialization adapts.
-        UnsupportedModelError: if its losses can't be computed here, or a layer meets other tokens than a document's.
-    """
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
-    if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise AdapterError("the model already carries adapters: merge_and_unload() them, or give the plain base model")
-    present = {name for name, _ in model.named_modules()}
-    missing = [name for name in initialization.modules if name not in present]
-    if missing:
-        raise AdapterError(f"the model lacks {len(missing)} adapted layers, {missing[0]} among them")
-    _keep_differentiable(model)
-    check_layers(cast("PreTrainedModel", model), list(initialization.modules))
 
 
 def _keep_differentiable(model: nn.Module) -> None:

@@ -305,5 +305,7 @@ def test_an_adapter_that_can_not_be_made_takes_nothing_over(adapter, model, init
         with pytest.raises(MemoryError):
             Adapter(model, initialization)
     assert torch.equal(model(input_ids=IDS).logits, bare)
+    with adapter.initial():  # which no other has taken the place of
+        assert torch.equal(adapter.model(input_ids=IDS).logits, before)
     with Adapter(model, initialization).initial():
         assert torch.equal(model(input_ids=IDS).logits, before)

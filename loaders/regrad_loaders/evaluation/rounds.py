@@ -39,12 +39,11 @@ class Rounds:
 
     def is_done(self, party: Party) -> bool:
         """Whether an earlier run has all of its answers: then nothing is made for it."""
-        return all(
-            (mode, key) in self._known(names, k)
-            for k, names, _ in self._of(party)
-            for mode in names
-            for key in self._ids
-        )
+        for k, names, _ in self._of(party):
+            known = self._known(names, k)
+            if any((mode, key) not in known for mode in names for key in self._ids):
+                return False
+        return True
 
     def ask(self, party: Party, answered: Callable[..., Evaluation], advance: Callable[[int], None]) -> None:
         """Ask a party in every round.

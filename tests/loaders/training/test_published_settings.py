@@ -100,6 +100,16 @@ def test_the_best_is_what_writes_the_best_answers(tokenizer, tmp_path, recipe):
     assert made.card["recipe"]["optimizer"]["beta2"] == 0.999
 
 
+def test_an_update_of_nothing_changes_no_written_answer(tokenizer, tmp_path):
+    run_of = trainer(tokenizer, tmp_path)
+    episode = run_of._draw(random.Random(0))
+    with torch.no_grad():
+        rows = run_of.learner.updates(episode.examples, run_of.learner.no_change(len(episode.passages)))
+    source = run_of.sources[0]
+    alone = mean_f1(run_of.learner, episode.examples, None, tokenizer, source.format)
+    assert mean_f1(run_of.learner, episode.examples, rows, tokenizer, source.format) == alone
+
+
 def test_what_is_written_in_several_batches_is_what_is_written_in_one(tokenizer, tmp_path, monkeypatch):
     run_of = trainer(tokenizer, tmp_path, replace(RECIPE, retrieved=False, passage_label=False))
     episode = run_of._draw(random.Random(0))

@@ -116,6 +116,7 @@ def test_a_llamas_recipe_runs_from_calibration_through_evaluation_and_a_resumed_
     assert '"calibration"' in lines and lines.count('"evaluation"') == 2 and "NaN" not in lines
     steps = [line["step"] for line in map(json.loads, lines.splitlines()) if line["kind"] == "step"]
     assert steps == [1, 2, 3]
+    assert trained(resume=True).fingerprint == made.fingerprint
 
 
 @pytest.mark.parametrize("path", LLAMAS, ids=lambda path: path.stem)

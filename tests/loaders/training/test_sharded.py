@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import yaml
-from conftest import TINY, tiny_model
+from conftest import COMMANDS, TINY, tiny_model
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,17 +56,6 @@ def uneven_model() -> LlamaForCausalLM:
 
 
 CASES = {"core": ("core", False), "lora": ("lora", False), "core-bf16": ("core", True)}  # space, autocast
-EACH = """
-import sys
-from regrad_qdrant.cli import app
-for name in sys.argv[1:]:
-    sys.argv = ["regrad-qdrant", "train", "--recipe", f"{name}.yaml", "--out", name]
-    try:
-        app.main()
-    except SystemExit as ended:
-        if ended.code:
-            raise
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +67,11 @@ def together(tokenizer, tmp_path_factory):
     for name, (kind, autocast) in CASES.items():
         settings = asdict(replace(RECIPE, base_model=str(folder / "model"), space=kind, autocast=autocast, shards=2))
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(settings))))
-    (folder / "each.py").write_text(EACH)
+    (folder / "commands.py").write_text(COMMANDS)
+    trainings = [["train", "--recipe", f"{name}.yaml", "--out", name] for name in CASES]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, "each.py", *CASES]
+    command = [*launch, "commands.py", json.dumps(trainings)]
     ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 0, ended.stderr[-2000:]
     return folder
