@@ -67,6 +67,7 @@ WHATS = {
         "at query time; what making the atoms takes. In the middle plot the ends of each line were measured.",
     ),
 }
+WIDTH = 8  # sets that a table has room for
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
@@ -80,22 +81,32 @@ def f1(run: Mapping[str, Any]) -> dict[str, float]:
 
 
 def scores(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A line a mode, a column a set, what a document takes, and an answer."""
+    """A line a mode, a column a set; the last table also has the average, and what an answer and a document take."""
     modes = [row["mode"] for row in next(iter(runs.values()))["intervals"]]
-    rows = []
-    for mode in modes:
-        values = [f1(run)[mode] for run in runs.values()]
-        kept = [run["stored"][mode] for run in runs.values() if mode in run.get("stored", {})]
-        stored = (
-            f"{mean(k['bytes'] for k in kept) / 1e6:.2f} MB, {mean(k['seconds'] for k in kept):.2f} s" if kept else ""
-        )
-        all_of = [row for run in runs.values() for row in run["results"] if (row["mode"], row["type"]) == (mode, "all")]
-        tokens = mean(row["prompt_tokens"] for row in all_of)
-        seconds = mean(row["seconds"] / row["n"] for row in all_of)
-        cells = [f"{value:.1f}" for value in values]
-        rows.append([mode, *cells, f"{mean(values):.1f}", f"{tokens:.0f}", f"{seconds:.2f}", stored])
-    heads = ["mode", *runs, "average", "prompt tokens", "s an answer", "a document: stored, made in"]
-    return table(heads, rows) + "\n" + took(runs) + "\n" + differences(runs)
+    names, found = list(runs), {name: f1(run) for name, run in runs.items()}
+    tables = []
+    for first in range(0, len(names), WIDTH):
+        part = names[first : first + WIDTH]
+        heads = ["mode", *part]
+        rows = [[mode, *(f"{found[name][mode]:.1f}" for name in part)] for mode in modes]
+        if part[-1] == names[-1]:
+            heads += ["average", "prompt tokens", "s an answer", "a document: stored, made in"]
+            rows = [row + totals(runs, mode) for row, mode in zip(rows, modes, strict=True)]
+        tables.append(table(heads, rows))
+    return "\n".join([*tables, took(runs), differences(runs)])
+
+
+def totals(runs: Mapping[str, Mapping[str, Any]], mode: str) -> list[str]:
+    """Of all sets: the average F1, the tokens of a prompt, the seconds of an answer, and what a document takes."""
+    kept = [run["stored"][mode] for run in runs.values() if mode in run.get("stored", {})]
+    stored = f"{mean(k['bytes'] for k in kept) / 1e6:.2f} MB, {mean(k['seconds'] for k in kept):.2f} s" if kept else ""
+    all_of = [row for run in runs.values() for row in run["results"] if (row["mode"], row["type"]) == (mode, "all")]
+    return [
+        f"{mean(f1(run)[mode] for run in runs.values()):.1f}",
+        f"{mean(row['prompt_tokens'] for row in all_of):.0f}",
+        f"{mean(row['seconds'] / row['n'] for row in all_of):.2f}",
+        stored,
+    ]
 
 
 def took(runs: Mapping[str, Mapping[str, Any]]) -> str:
