@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Query
 from regrad_qdrant.bank.bank import Asked, GradientBank
-from regrad_qdrant.bank.collection import SAMPLE
+from regrad_qdrant.bank.place import SAMPLE
 from regrad_qdrant.errors import AdapterError, BankError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.bank import GradientBank
-from regrad_qdrant.bank.collection import SAMPLE
 from regrad_qdrant.bank.corpus import Passage
 from regrad_qdrant.bank.documents import Document, Hit
+from regrad_qdrant.bank.place import SAMPLE
 from regrad_qdrant.bank.stores.base import PointId, Without, json_bytes, pages
 from regrad_qdrant.errors import BankError, DataError, RecordTooLargeError
 from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument, GradientComputer, batches

@@ -691,7 +691,7 @@ def test_a_layout_that_a_newer_version_noted_is_said(bank):
 
 
 def test_a_sidecar_that_was_made_after_a_bank_was_opened_is_found(store, monkeypatch):
-    monkeypatch.setattr("regrad_qdrant.bank.collection.LOOK_AGAIN", 0.0)
+    monkeypatch.setattr("regrad_qdrant.bank.place.LOOK_AGAIN", 0.0)
     early = GradientBank(store, store.name, SPACE)
     early.create()
     early.add(documents())
@@ -739,7 +739,7 @@ def test_once_ingestion_has_noted_the_key_what_is_no_atom_under_it_is_damage(ban
 
 
 def test_of_a_large_collection_the_first_points_are_looked_at(bank, monkeypatch):
-    monkeypatch.setattr("regrad_qdrant.bank.collection.LOOKED_THROUGH", 0)
+    monkeypatch.setattr("regrad_qdrant.bank.place.LOOKED_THROUGH", 0)
     fill(bank, 3)
     bank.check_place()
     bank.store.set_payload([PayloadWrite(point_id("d3"), {"regrad": "mine"})])

@@ -13,7 +13,7 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 from regrad_loaders.data.facts import generate
 from regrad_qdrant import Adapter, GradientBank
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms
-from regrad_qdrant.bank.stores import client as client_store
+from regrad_qdrant.bank.stores import failures
 from regrad_qdrant.bank.stores.base import PayloadWrite, Point, VectorNames
 from regrad_qdrant.bank.stores.client import ClientStore
 from regrad_qdrant.errors import BankError, StoreUnavailableError
@@ -75,8 +75,8 @@ TRANSIENT = [
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(client_store, "FIRST_WAIT", 1e-4)
-    monkeypatch.setattr(client_store, "LONGEST_WAIT", 1e-3)
+    monkeypatch.setattr(failures, "FIRST_WAIT", 1e-4)
+    monkeypatch.setattr(failures, "LONGEST_WAIT", 1e-3)
 
 
 def ingested(client, tokenizer):
@@ -109,7 +109,7 @@ def test_a_server_that_says_when_to_come_back_is_obeyed(monkeypatch):
     client.client.create_collection("docs", {})
     with pytest.raises(BankError, match="rate limit"):
         ClientStore(client, "docs").count()
-    assert waited == [7.0] * (client_store.ATTEMPTS - 1)
+    assert waited == [7.0] * (failures.ATTEMPTS - 1)
 
 
 REFUSALS = [
@@ -138,7 +138,7 @@ def test_what_does_not_pass_is_given_up_after_a_bounded_number_of_attempts(fault
     client.client.create_collection("docs", {})
     with pytest.raises(StoreUnavailableError):
         ClientStore(client, "docs").count()
-    assert client.requests == client_store.ATTEMPTS
+    assert client.requests == failures.ATTEMPTS
 
 
 def test_in_strict_mode_texts_are_compared_before_writing(monkeypatch):

@@ -1,4 +1,5 @@
 """The few operations that a bank needs of a collection, over each engine.
 
-base says what they are; client has them over a QdrantClient, edge over an embedded Edge shard; opening chooses.
+base says what they are; client has them over a QdrantClient (queries: its models; failures: when it fails), edge over
+an embedded Edge shard; opening chooses.
 """

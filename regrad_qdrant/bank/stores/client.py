@@ -2,45 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.bank.stores.base import (
-    TEXT_INDEX,
     Configuration,
     PayloadWrite,
     Point,
     PointId,
     Search,
-    SparseVector,
     StoredPoint,
-    Vector,
     VectorNames,
-    Without,
     WithPayload,
-    Words,
     plain_id,
     whole_point,
 )
-from regrad_qdrant.errors import BankError, StoreUnavailableError, UnindexedFilterError
+from regrad_qdrant.bank.stores.failures import ATTEMPTS, BATCH, TOO_LARGE, allowed, client_errors, retrying
+from regrad_qdrant.bank.stores.queries import client_vectors, query_of, selector
+from regrad_qdrant.errors import BankError, UnindexedFilterError
 
 if TYPE_CHECKING:
     from qdrant_client import QdrantClient
     from qdrant_client.models import Filter
-
-
-STRICT = "Help:"  # what stands in every refusal of strict mode, which of older servers is a 403
-UNINDEXED = "ndex required"  # how a server in strict mode begins when it refuses a filter
-BATCH = "search batch size"  # … how it names what is too much, where it is the number of searches
-TOO_LARGE = "larger than rate limiter capacity"  # … a read that it would never let pass, however long one waits
-ATTEMPTS = 8
-FIRST_WAIT, LONGEST_WAIT = 0.25, 20.0  # seconds; doubled after each attempt: half a minute in all
-LONGEST_RETRY_AFTER = 120.0  # seconds that a server's Retry-After is followed for
 
 
 class ClientStore:
@@ -189,7 +175,7 @@ class ClientStore:
         structs = [
             models.PointStruct(
                 id=point.id,
-                vector=_client_vectors(point.vectors),
+                vector=client_vectors(point.vectors),
                 payload=point.payload,
             )
             for point in points
@@ -212,15 +198,14 @@ class ClientStore:
 
     def _learn(self, kind: str, size: int, refusal: BankError) -> None:
         """Ask for fewer at a time from now on; raises the refusal where it is of something else."""
-        allowed = _allowed(str(refusal), size)
-        if allowed is None:
+        if (fewer := allowed(str(refusal), size)) is None:
             raise refusal
-        self._most[kind] = allowed
+        self._most[kind] = fewer
 
     def update_vectors(self, points: Sequence[Point]) -> None:
         from qdrant_client import models
 
-        rows = [models.PointVectors(id=point.id, vector=_client_vectors(point.vectors)) for point in points]
+        rows = [models.PointVectors(id=point.id, vector=client_vectors(point.vectors)) for point in points]
         self._in_parts("write", rows, lambda part: self._request("update_vectors", part, wait=True))
 
     def set_payload(self, writes: Sequence[PayloadWrite]) -> None:
@@ -291,23 +276,23 @@ class ClientStore:
             except BankError as error:
                 said = str(error)
                 deepest = max(max(search.limit, search.depth) for search in asked)
-                fewer, allowed = _allowed(said, len(asked)), _allowed(said, deepest)
+                fewer, shallower = allowed(said, len(asked)), allowed(said, deepest)
                 if fewer and (TOO_LARGE in said or BATCH in said):
                     self._most["searches"] = fewer
-                elif allowed and asked != [search.within(allowed) for search in part]:
-                    self._most["candidates"] = allowed
+                elif shallower and asked != [search.within(shallower) for search in part]:
+                    self._most["candidates"] = shallower
                 else:
                     raise
         return found
 
     def _search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
         if len(searches) == 1:
-            request = _query(searches[0])
+            request = query_of(searches[0])
             found = [self._request("query_points", query_filter=request.pop("filter"), **request)]
         else:
             from qdrant_client import models
 
-            requests = [models.QueryRequest(**_query(search)) for search in searches]
+            requests = [models.QueryRequest(**query_of(search)) for search in searches]
             found = self._request("query_batch_points", requests)
         return [
             [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in answer.points]
@@ -315,7 +300,7 @@ class ClientStore:
         ]
 
     def retrieve(self, ids: Sequence[PointId], with_payload: WithPayload) -> list[StoredPoint]:
-        found = self._retrieved(ids, with_payload=_selector(with_payload))
+        found = self._retrieved(ids, with_payload=selector(with_payload))
         return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
 
     def _retrieved(self, ids: Sequence[PointId], **options: Any) -> list[Any]:
@@ -327,7 +312,7 @@ class ClientStore:
         self, query_filter: Filter | None, limit: int, offset: PointId | None, with_payload: WithPayload
     ) -> tuple[list[StoredPoint], PointId | None]:
         found, following = self._scrolled(
-            limit, scroll_filter=query_filter, offset=offset, with_payload=_selector(with_payload)
+            limit, scroll_filter=query_filter, offset=offset, with_payload=selector(with_payload)
         )
         return [StoredPoint(plain_id(point.id), point.payload or {}) for point in found], following
 
@@ -395,157 +380,9 @@ def server_version(info: Callable[[], Any]) -> str | None:
         return None
 
 
-def _allowed(refusal: str, size: int) -> int | None:
-    """How many points one read may ask for after this refusal of `size`; None where that is not what was refused."""
-    if size > 1 and (named := re.search(r"[Ll]imit exceeded \d+ > (\d+)", refusal)):
-        return min(int(named[1]), size - 1)
-    return size // 2 if size > 1 and TOO_LARGE in refusal else None
-
-
 def _strict_mode(config: Any) -> Any:
     """A collection's limits as they are set, from what it says of them; None where it says nothing."""
     from qdrant_client import models
 
     told = getattr(config, "strict_mode_config", None)
     return None if told is None else models.StrictModeConfig(**told.model_dump(exclude_none=True))
-
-
-def _selector(with_payload: WithPayload) -> Any:
-    from qdrant_client import models
-
-    if isinstance(with_payload, Without):
-        return models.PayloadSelectorExclude(exclude=list(with_payload.keys))
-    return with_payload
-
-
-def _query(search: Search) -> dict[str, Any]:
-    """The fields of a query request."""
-    from qdrant_client import models
-
-    rest = {"limit": search.limit, "with_payload": _selector(search.with_payload)}
-    if len(search.vectors) == 1:
-        [(name, vector)] = search.vectors.items()
-        return {**_asked(name, vector), "filter": search.query_filter, **rest}
-    prefetch = [
-        models.Prefetch(**_asked(name, vector), limit=search.depth, filter=search.query_filter)
-        for name, vector in search.vectors.items()
-    ]
-    return {"prefetch": prefetch, "query": models.FusionQuery(fusion=models.Fusion.RRF), "filter": None, **rest}
-
-
-def _asked(name: str, vector: Vector | Words) -> dict[str, Any]:
-    from qdrant_client import models
-
-    if not isinstance(vector, Words):
-        return {"query": _client_vector(vector), "using": name or None}
-    if not hasattr(models, "TextQuery"):
-        raise BankError(f"{name!r} needs qdrant-client 1.20 or newer, and a server as new")
-    return {"query": models.TextQuery(text=vector.text), "using": name.removeprefix(TEXT_INDEX)}
-
-
-def _client_vectors(vectors: Mapping[str, Vector]) -> Any:
-    named = {name: _client_vector(vector) for name, vector in vectors.items()}
-    return named[""] if set(named) == {""} else named
-
-
-def _client_vector(vector: Vector) -> Any:
-    from qdrant_client import models
-
-    if isinstance(vector, SparseVector):
-        return models.SparseVector(indices=vector.indices, values=vector.values)
-    return vector
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed a little later: lost connections, time-outs (408), 429 and 5xx; no other
-    4xx."""
-    import grpc
-    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
-
-    if TOO_LARGE in str(error):
-        return False
-    if isinstance(error, UnexpectedResponse):
-        return error.status_code in (408, 429) or (error.status_code or 0) >= 500
-    if isinstance(error, grpc.RpcError):
-        codes = grpc.StatusCode
-        passing = (codes.UNAVAILABLE, codes.DEADLINE_EXCEEDED, codes.RESOURCE_EXHAUSTED, codes.ABORTED, codes.INTERNAL)
-        return getattr(error, "code", lambda: None)() in passing
-    return isinstance(error, ResponseHandlingException | ResourceExhaustedResponse | ConnectionError)
-
-
-def retrying(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Call with exponential back-off and jitter between attempts, or after as long as the server asks for; the last
-    error is raised as it is."""
-    from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
-
-    back_off = wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + wait_random(0, FIRST_WAIT)
-
-    def wait(state: RetryCallState) -> float:
-        error = state.outcome.exception() if state.outcome else None
-        return max(back_off(state), min(float(getattr(error, "retry_after_s", 0.0)), LONGEST_RETRY_AFTER))
-
-    attempts = Retrying(
-        retry=retry_if_exception(is_transient),
-        wait=wait,
-        stop=stop_after_attempt(ATTEMPTS),
-        reraise=True,
-    )
-    return attempts(function, *arguments, **options)
-
-
-def _refused(collection: str, code: Any, said: str) -> BankError:
-    """The error of a request that the server refused; strict mode's want of an index has one of its own."""
-    kind = UnindexedFilterError if UNINDEXED in said else BankError
-    return kind(f"collection {collection!r}: the server answered {code}: {said}")
-
-
-@contextlib.contextmanager
-def client_errors(collection: str) -> Iterator[None]:
-    """Sort what the client raises into ours; the message keeps what the server said."""
-    import grpc
-    from qdrant_client.common.client_exceptions import ResourceExhaustedResponse
-    from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedResponse
-
-    unknown = StoreUnavailableError("the Qdrant server refused the API key: set QDRANT_API_KEY")
-
-    def forbidden(said: Any) -> BankError:
-        return BankError(
-            f"collection {collection!r}: this API key may not do that: use one with write access to it ({said})"
-        )
-
-    try:
-        yield
-    except ResourceExhaustedResponse as error:
-        if TOO_LARGE in str(error):
-            raise BankError(f"collection {collection!r}: {error}") from error
-        raise StoreUnavailableError(
-            f"the Qdrant server is over its rate limit, still after retries: {error}"
-        ) from error
-    except grpc.RpcError as error:
-        code = getattr(error, "code", lambda: None)()
-        if code == grpc.StatusCode.UNAUTHENTICATED:
-            raise unknown from error
-        said = getattr(error, "details", lambda: None)() or error
-        if code == grpc.StatusCode.PERMISSION_DENIED and STRICT not in str(said):
-            raise forbidden(said) from error
-        if is_transient(error):
-            raise StoreUnavailableError(f"can't reach the Qdrant server, still after retries: {error}") from error
-        raise _refused(collection, code, str(said)) from error
-    except (ResponseHandlingException, ConnectionError) as error:
-        raise StoreUnavailableError(
-            f"can't reach the Qdrant server: {error}. Is it running, and is the URL right?"
-        ) from error
-    except UnexpectedResponse as error:
-        if error.status_code == 401:
-            raise unknown from error
-        said = error.content.decode(errors="replace")[:300]
-        if error.status_code == 403 and STRICT not in said:
-            raise forbidden(said) from error
-        if is_transient(error):
-            raise StoreUnavailableError(
-                f"the Qdrant server answered {error.status_code}, still after retries: {said}"
-            ) from error
-        raise _refused(collection, error.status_code, said) from error
-    except (ValueError, KeyError) as error:  # what the in-process engine raises
-        raise BankError(f"collection {collection!r}: {error}") from error

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from regrad_qdrant.bank.stores.base import Store, check_name
-from regrad_qdrant.bank.stores.client import ClientStore, client_errors, server_version
+from regrad_qdrant.bank.stores.client import ClientStore, server_version
 from regrad_qdrant.bank.stores.edge import BUSY, EdgeStore
+from regrad_qdrant.bank.stores.failures import client_errors
 from regrad_qdrant.errors import BankError, StoreUnavailableError
 
 CLIENT_TIMEOUT = 120  # seconds; the client's own default of 5 s is too short for atoms
