@@ -214,13 +214,7 @@ def ingest(
         else:
             report = attach(regrad, codec, **options)
         status = bank.status()
-    _tell(report, status, json_out)
-    if passages is not None and (others := status.points - len(passages)) > 0:
-        console.print(
-            f"{others} other points of the collection stay, and are found as before (GradientBank.remove takes "
-            "documents out)",
-            highlight=False,
-        )
+    _tell(report, status, json_out, passages)
 
 
 def _from_files(
@@ -233,8 +227,16 @@ def _from_files(
         return put_gradients(bank, initialization, files, codec, advance, replace=replace)
 
 
-def _tell(report: IngestReport, status: BankStatus, json_out: Path | None) -> None:
+def _tell(
+    report: IngestReport, status: BankStatus, json_out: Path | None, passages: list[Passage] | None = None
+) -> None:
     print_report(report)
+    if passages is not None and (others := status.points - len(passages)) > 0:
+        console.print(
+            f"{others} other points of the collection stay, and are found as before (GradientBank.remove takes "
+            "documents out)",
+            highlight=False,
+        )
     write_json(json_out, report.as_dict() | {"status": status.as_dict()})
     if report.skipped:
         raise typer.Exit(1)
@@ -272,7 +274,7 @@ def _on_cluster(
         "batches begun anew",
         highlight=False,
     )
-    _tell(report, bank.status(), json_out)
+    _tell(report, bank.status(), json_out, passages)
 
 
 def _opening(bank: GradientBank, url: str | None) -> Callable[[], GradientBank] | None:

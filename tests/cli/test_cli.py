@@ -462,16 +462,19 @@ def test_atoms_of_another_initialization_are_replaced_where_they_are(run, folder
     assert not (tmp_path / "bank" / "docs-regrad").exists()
 
 
-def test_a_cluster_warns_and_reports_as_one_process_does(run, folder, monkeypatch):
+def test_a_cluster_warns_and_reports_as_one_process_does(run, folder, tmp_path, monkeypatch):
     from regrad_qdrant.bank.cluster import ClusterReport
 
     def done(bank, initialization, load, opening, codec, cluster, advance, **options):
         return ClusterReport(atoms_written=11, skipped={"p3": "can't be computed"}, workers=2, waiting=0.25, restarts=1)
 
     monkeypatch.setattr("regrad_qdrant.bank.cluster.attach_on_cluster", done)
-    filled = ("--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
+    (tmp_path / "fewer.jsonl").write_text("\n".join((folder / "corpus.jsonl").read_text().splitlines()[:10]))
+    ingest(run, folder)
+    filled = ("--corpus", "fewer.jsonl", "--collection", "docs", "--path", "bank")
     code, out, err = run("ingest", *filled, "--ray", "local", "--workers", "2", "--codec", "ternary")
     assert code == 1, err
+    assert "2 other points of the collection stay" in out
     assert "not through ternary" in out and "11 atoms written" in out
     assert "2 workers, which had nothing to do 25% of the time; 1 batches begun anew" in out
 
