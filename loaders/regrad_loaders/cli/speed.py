@@ -182,7 +182,7 @@ def speed(
     json_out: JsonOut = None,
     plot_out: PlotOut = None,
 ) -> None:
-    """All of these in one run, one after another, into one JSON."""
+    """All of these but crossover and serving in one run, one after another, into one JSON."""
     check_outputs(json_out, plot_out)
     counts, subject = whole_numbers(sizes, "--sizes"), Subject(init, device, dtype)
     result: dict[str, Any] = {"settings": _settings(subject, data), "figures": {}, "details": {}}
