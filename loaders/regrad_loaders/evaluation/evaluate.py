@@ -50,7 +50,8 @@ def evaluate(
         modes: the pipeline's, each also as `MODE/grounded` and `MODE/auto`; of a grounded `random` the texts are those
             of the search, the atoms alone are others'.
         filter_field: restricts each question's search to passages with the question's own value of this field.
-        oracle: answer from the gold passages instead of what is retrieved, with equal scores.
+        oracle: answer from the gold passages instead of what is retrieved, with equal scores; with `distractors` all of
+            them under the scores of a search among them alone.
         retrieved: answer from the first `top_k` passages that the question names as retrieved for it.
         distractors: random documents added to those of every question, under the lowest of their scores (the paper's
             noise test).
@@ -75,7 +76,7 @@ def evaluate(
     given: list[_Given | None] = [None] * len(questions)
     if oracle or retrieved or distractors:
         kind = "gold_ids" if oracle else "retrieved" if retrieved else None
-        given = list(_given(regrad.bank, questions, searched, filters, kind, top_k, distractors))
+        given = list(_given(regrad.bank, questions, searched, filters, kind, top_k, distractors, using))
     used = [
         points or {hit.id: (hit.score, hit.relevance) for hit in hits}
         for points, hits in zip(given, searched, strict=True)
@@ -117,7 +118,9 @@ def evaluate(
                 answered[i] = _scored(questions[i], answer, mode, seconds, protocol)
                 on_progress(answered[i])
         predictions += [answered[i] for i in range(len(questions))]
-    return Evaluation(settings or {}, predictions, recall(regrad.bank, questions, searched))
+    return Evaluation(
+        settings or {}, predictions, None if oracle or retrieved else recall(regrad.bank, questions, searched)
+    )
 
 
 def recall(bank: GradientBank, questions: Sequence[Question], searched: Sequence[Sequence[Hit]]) -> float | None:
@@ -145,6 +148,7 @@ def _given(
     kind: Literal["gold_ids", "retrieved"] | None,
     top_k: int,
     distractors: int,
+    using: str | Sequence[str] | None,
 ) -> Iterator[_Given]:
     """What each question is answered from: the passages that it names, or what its search found, and others.
 
@@ -169,7 +173,24 @@ def _given(
         lowest = list(points.values())[-1] if points else (1.0, 1.0)
         left = [key for key in passing.ids(only) if key not in points] if distractors else []
         drawn = random.Random(question.id).sample(left, min(distractors, len(left)))
-        yield points | dict.fromkeys(drawn, lowest)
+        if kind == "gold_ids" and drawn:
+            yield _ranked(bank, question, [*points, *drawn], using)
+        else:
+            yield points | dict.fromkeys(drawn, lowest)
+
+
+def _ranked(
+    bank: GradientBank, question: Question, ids: Sequence[PointId], using: str | Sequence[str] | None
+) -> _Given:
+    """These documents as a search among them alone ranks them, and below them those that it does not find."""
+    from qdrant_client import models
+
+    only = models.Filter(must=[models.HasIdCondition(has_id=list(ids))])
+    hits = bank.search(question.question, len(ids), using=using, query_filter=only, with_records=False)
+    if not hits:
+        return dict.fromkeys(ids, (1.0, 1.0))
+    found: _Given = {hit.id: (hit.score, hit.relevance) for hit in hits}
+    return found | dict.fromkeys([key for key in ids if key not in found], (0.0, 0.0))
 
 
 def _named(question: Question, kind: str | None, top_k: int) -> Sequence[str]:

@@ -72,6 +72,22 @@ def test_random_documents_are_never_the_gold_ones_whatever_their_ids_are(model, 
         assert not any(documents[golds[one.id]] in one.hits for one in found.predictions)
 
 
+def test_gold_passages_among_random_ones_are_weighed_as_a_search_among_them_ranks_them(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    world = generate("train", 8, 1)
+    with regrad_over([passage.text for passage in world.passages], model, tokenizer, tmp_path) as regrad:
+        [gold] = regrad.bank.search(world.questions[0].question, 1)
+        asked, answer_many = [], regrad.answer_many
+        monkeypatch.setattr(regrad, "answer_many", lambda all, **given: asked.extend(all) or answer_many(all, **given))
+        question = replace(world.questions[0], gold_ids=(str(gold.id),))
+        found = evaluate(regrad, [question], ["regrad"], oracle=True, distractors=2)
+        [best, *others] = asked[0].hits
+        assert best.id == gold.id and best.relevance == 1.0 and len(others) == 2
+        assert all(hit.relevance < 0.9 for hit in others)
+        assert found.recall_at_k is None
+
+
 def test_a_sample_can_be_left_out():
     asked = [Question(f"q{i}", "Who?", ("Ida",), split="dev") for i in range(20)]
     first, others = select(asked, "dev", sample=8), select(asked, "dev", skip_samples=[8])
