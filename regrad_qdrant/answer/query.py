@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
+from regrad_qdrant.bank.documents import check_unicode
 from regrad_qdrant.errors import RegradError
 from regrad_qdrant.model.prompts import Prompt, QuestionType, Style
 
@@ -59,6 +60,7 @@ class Query:
             raise RegradError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
         if self.grounded not in (False, True, "auto"):
             raise RegradError(f"grounded is True, False or 'auto', not {self.grounded!r}")
+        check_unicode(self.question, *self.choices, self.system or "", *(text for _, text in self.turns))
 
     def prompt(self, hits: Sequence[Hit]) -> Prompt:
         """What the model is asked, with the passages in the modes that show them."""

@@ -73,6 +73,8 @@ class Retrieval:
 
     def retrieve(self, asked: Sequence[Query], top_k: int, using: str | Sequence[str] | None, seed: int) -> list[Found]:
         """The documents that each question is answered from: all searches in as few requests as they take."""
+        if top_k < 1:
+            raise BankError(f"top_k must be at least 1, found {top_k}")
         reading = [one for one in asked if _reads(one)]
         if reading:
             _ = self.bank.embedders  # read where an async bank's requests can be awaited, for what follows elsewhere
@@ -89,8 +91,8 @@ class Retrieval:
             if not _reads(one):
                 found.append(Found(one, [], []))
                 continue
-            hits = next(results) if one.hits is None else list(one.hits[:top_k])
-            sources = hits if one.sources is None else list(one.sources[:top_k])
+            hits = next(results) if one.hits is None else _first(one.hits, top_k)
+            sources = hits if one.sources is None else _first(one.sources, top_k)
             if one.mode == "random":
                 hits = self._random_hits(one, hits, top_k, f"{seed}-{one.question}")
             notes = [] if hits else [NONE_GIVEN if one.hits is not None else self._nothing_found(one)]
@@ -134,6 +136,14 @@ class Retrieval:
         like = [(hit.score, hit.relevance) for hit in hits] + [(1.0, None)] * count
         drawn_hits = self.bank.fetch(drawn)
         return [replace(hit, score=s, relevance=r) for hit, (s, r) in zip(drawn_hits, like, strict=False)]
+
+
+def _first(hits: Sequence[Hit], count: int) -> list[Hit]:
+    """The first of these documents, each once: a retriever that asks in several ways may name one again."""
+    once: dict[PointId, Hit] = {}
+    for hit in hits:
+        once.setdefault(hit.id, hit)
+    return list(once.values())[:count]
 
 
 def _reads(asked: Query) -> bool:

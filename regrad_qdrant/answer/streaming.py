@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class AnswerStream:
-    """The pieces of one answer, in order; `answer` is the whole one when they have ended.
+    """The pieces of one answer, in order, once; `answer` is the whole one when they have ended.
 
     Args:
         work: answers with a streamer and a stopping criterion, in a thread.
@@ -24,6 +24,7 @@ class AnswerStream:
         from transformers import TextIteratorStreamer
 
         self.answer: Answer | None = None
+        self._ended = False  # all pieces have been read
         self._asking, self._prompt = asking, prompt
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -42,6 +43,8 @@ class AnswerStream:
         self._thread.start()
 
     def __iter__(self) -> Iterator[str]:
+        if self._ended:
+            return
         try:
             text, shown = "", ""
             for piece in self._pieces:
@@ -50,6 +53,7 @@ class AnswerStream:
                 if said.startswith(shown) and said != shown:
                     yield said[len(shown) :]
                     shown = said
+            self._ended = True
             self._thread.join()
             if self._error is not None:
                 raise self._error

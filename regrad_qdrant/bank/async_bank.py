@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.atoms.codec import AtomLayout
     from regrad_qdrant.atoms.record import Record
     from regrad_qdrant.bank.layouts import Layout
+    from regrad_qdrant.bank.shard import Shard
     from regrad_qdrant.bank.stores.base import PointId
 
 Result = TypeVar("Result")
@@ -71,6 +72,7 @@ class AsyncGradientBank:
 
     def __init__(self, client: AsyncQdrantClient, collection_name: str, space: str, **options: Any) -> None:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="regrad-bank")
+        self._closed = False
         # For worker threads alone, while a loop runs: `ReGrad.aanswer` answers from it.
         store = _LoopStore(client, collection_name)  # type: ignore[arg-type] # its methods are awaited
         self.blocking = GradientBank(store, collection_name, space, **options)
@@ -82,6 +84,8 @@ class AsyncGradientBank:
     async def run(self, method: Callable[..., Result], *arguments: Any, **options: Any) -> Result:
         """Run what blocks in a thread of the bank's own; the requests that it makes are awaited on the event loop."""
         loop = self.bind()
+        if self._closed:
+            raise BankError("this bank is closed: make a new one")
         call = functools.partial(contextvars.copy_context().run, method, *arguments, **options)
         return await loop.run_in_executor(self._threads, call)
 
@@ -105,6 +109,7 @@ class AsyncGradientBank:
 
     def close(self) -> None:
         """Let the bank's threads end. The client stays open: it is the caller's."""
+        self._closed = True
         self._threads.shutdown(wait=False)
 
     async def detect_layout(self) -> Layout:
@@ -140,8 +145,8 @@ class AsyncGradientBank:
     def points(self, query_filter: Filter | None = None) -> AsyncIterator[Hit]:
         return self._stream(self.blocking.points(query_filter))
 
-    def missing(self) -> AsyncIterator[Hit]:
-        return self._stream(self.blocking.missing())
+    def missing(self, shard: Shard | None = None) -> AsyncIterator[Hit]:
+        return self._stream(self.blocking.missing(shard))
 
     def stale(self) -> AsyncIterator[Hit]:
         return self._stream(self.blocking.stale())

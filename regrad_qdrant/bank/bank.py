@@ -16,7 +16,7 @@ from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import DEFAULT_KEY, Record
 from regrad_qdrant.bank import upkeep
 from regrad_qdrant.bank.collection import PAGE, AtomCollection
-from regrad_qdrant.bank.documents import Document, Hit, as_json, canonical_id, point_id
+from regrad_qdrant.bank.documents import Document, Hit, as_json, canonical_id, check_unicode, point_id
 from regrad_qdrant.bank.embed import Bm25, Embedder, embedder_of, noted
 from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.relevance import DEPTH, from_candidates, from_zero
@@ -204,8 +204,8 @@ class GradientBank(AtomCollection):
         return added, updated
 
     def remove(self, ids: Iterable[str | int]) -> int:
-        """Take documents out of the collection, vectors, atoms and all, by the ids that `add` was given; returns how
-        many were there."""
+        """Take documents out of the collection, vectors, atoms and all, by the ids that `add` was given, or the points'
+        own (`hit.id`); returns how many were there."""
         removed = 0
         for page in pages(map(point_id, ids), PAGE):
             for store in (self.store, self.atoms) if self.in_sidecar and self.atoms.exists() else (self.store,):
@@ -363,12 +363,13 @@ class GradientBank(AtomCollection):
         """What to search with, by the vector's name."""
         if isinstance(query, Mapping):
             return dict(query)
-        names = [self._using(using)] if using is None or isinstance(using, str) else list(dict.fromkeys(using))
+        names = list(dict.fromkeys([using] if isinstance(using, str) else using or [self._using()]))
         if not isinstance(query, str):
             return dict.fromkeys(names, query)
         return {name: self._embedded(name, query) for name in names}
 
     def _embedded(self, name: str, query: str) -> Vector | Words:
+        check_unicode(query)
         if name.startswith(TEXT_INDEX):
             return Words(query)
         if name not in self.embedders:
@@ -388,7 +389,8 @@ class GradientBank(AtomCollection):
         zero: float | None = None,
         with_records: bool = True,
     ) -> list[Hit]:
-        """The points of these ids, best first as they are given, with their atoms; ids that are gone are left out.
+        """The points of these ids, best first as they are given, with their atoms; ids that are gone are left out, and
+        of one that is given again all but the first.
 
         Args:
             scores: those of a retriever of your own. Without `zero` they are handed on, and to the merge rule the
@@ -399,14 +401,14 @@ class GradientBank(AtomCollection):
         """
         if scores is not None and len(scores) != len(ids):
             raise BankError(f"{len(scores)} scores for {len(ids)} ids")
-        keys = [canonical_id(key) for key in ids]
-        of_key = dict(zip(keys, scores, strict=True)) if scores is not None else {}
+        of_key: dict[PointId, float] = {}
+        for key, score in zip(ids, [0.0] * len(ids) if scores is None else scores, strict=True):
+            of_key.setdefault(canonical_id(key), score)
+        keys = list(of_key)
         points = self.store.retrieve(keys, self._read(with_records))
         found = {point.id: point for point in (self.with_atoms(points) if with_records else points)}
         hits = [
-            self.hit(replace(found[key], score=of_key.get(key, 0.0)), with_record=with_records)
-            for key in keys
-            if key in found
+            self.hit(replace(found[key], score=of_key[key]), with_record=with_records) for key in keys if key in found
         ]
         if zero is None or scores is None:
             return hits
@@ -445,9 +447,8 @@ class GradientBank(AtomCollection):
             for i, document in enumerate(documents)
         ]
 
-    def _using(self, using: str | None) -> str:
-        if using is not None:
-            return using
+    def _using(self) -> str:
+        """What to search where nothing is named."""
         if "bm25" in self.embedders or not self.embedders:
             return "bm25"
         return next(iter(self.embedders))

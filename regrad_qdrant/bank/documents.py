@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from regrad_qdrant.atoms.record import Record, text_sha
 from regrad_qdrant.bank.relevance import by_rank
 from regrad_qdrant.bank.stores.base import Payload, PointId
-from regrad_qdrant.errors import BankError
+from regrad_qdrant.errors import BankError, DataError
 
 _ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
 
@@ -27,16 +27,29 @@ def as_json(document: Document) -> Document:
     """The document with what a payload can hold: dates, UUIDs and the like as their texts, as Qdrant's client has it.
 
     Raises:
-        BankError: for a field with something that has no JSON, such as NaN.
+        BankError: for a field with something that has no JSON, such as NaN, or half of a surrogate pair.
     """
     from pydantic_core import PydanticSerializationError, to_jsonable_python
 
     try:
         payload = to_jsonable_python(document.payload)
-        json.dumps(payload, allow_nan=False)
+        json.dumps([document.id, payload], allow_nan=False, ensure_ascii=False).encode()
         return replace(document, payload=payload)
     except (PydanticSerializationError, ValueError) as error:
         raise BankError(f"document {document.id!r}: its payload can't be written as JSON: {error}") from error
+
+
+def check_unicode(*texts: str) -> None:
+    """Refuse a text that can't be written.
+
+    Raises:
+        DataError: for half of a surrogate pair, as an argument in another encoding than the terminal's becomes.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"the text {text[:40]!r} is no valid Unicode: {error}") from error
 
 
 @dataclass(frozen=True)

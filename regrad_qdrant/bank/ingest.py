@@ -70,14 +70,23 @@ def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: Gradi
         BankError: for a passage with a field of the name of the bank's own key, or as `AtomCollection.check_place`;
             likewise.
     """
+    check_passages(bank, passages, gradients)
+    bank.create()
+    return bank.sync(Document(passage.id, passage.payload) for passage in passages)
+
+
+def check_passages(bank: GradientBank, passages: Sequence[Passage], gradients: GradientComputer) -> None:
+    """Refuse passages that could not be added, or could have no atom, before anything is written.
+
+    Raises:
+        DataError, BankError: as `add_corpus`.
+    """
     for passage in passages:
         bank.check_fields(Document(passage.id, passage.payload))
         try:
             gradients.encode(passage.text)
         except DataError as error:
             raise DataError(f"passage {passage.id!r}: {error}") from error
-    bank.create()
-    return bank.sync(Document(passage.id, passage.payload) for passage in passages)
 
 
 def attach_atoms(
@@ -169,13 +178,25 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
             not to be replaced; or as `AtomCollection.check_place`.
     """
     check_texts(bank)
-    bank.index()  # first: a server in strict mode filters by nothing else
-    if not replace and bank.has_other_spaces():
+    bank.index()
+    check_others(bank, replace=replace)
+    bank.describe(space)
+
+
+def check_others(bank: GradientBank, *, replace: bool) -> None:
+    """Refuse a collection with atoms of another space under the same key, before anything of it is changed.
+
+    Raises:
+        BankError: if it has some, and they are not to be replaced.
+    """
+    if replace or not bank.atoms.exists():
+        return
+    bank.index()  # a server in strict mode filters by nothing else
+    if bank.has_other_spaces():
         raise BankError(
             f"{bank.count_of_other_spaces()} points carry atoms of another space under {bank.payload_key!r}: choose "
             "another payload key (--payload-key NAME) to keep both, or --replace to write over them"
         )
-    bank.describe(space)
 
 
 def check_texts(bank: GradientBank) -> None:

@@ -45,7 +45,7 @@ class ReGradQueryEngine(CustomQueryEngine):
         super().__init__(regrad=regrad, options=merged(checked(options), _filter_of(filters)))  # type: ignore[call-arg]
 
     def having(self, *, filters: MetadataFilters | None = None, **options: Any) -> ReGradQueryEngine:
-        """The same engine with other filters and options, for one question or for many."""
+        """The same engine with further filters, all of which must pass, and other options."""
         return ReGradQueryEngine(self.regrad, **merged(self.options, checked(options), _filter_of(filters)))
 
     def custom_query(self, query_str: str) -> Response:

@@ -6,7 +6,7 @@ import functools
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.ingest import IngestReport
     from regrad_qdrant.bank.upkeep import BankStatus
+    from regrad_qdrant.model.gradients import GradientComputer
     from regrad_qdrant.model.initialization import MetaInitialization
 
 IN_PLACE = 20_000  # points from which a sidecar is the better place for atoms
@@ -151,13 +152,13 @@ def ingest(
 
     Safe to stop and to start again: what is there is not computed twice.
     """
-    from regrad_qdrant.atoms.codecs.registry import get_codec
     from regrad_qdrant.bank.cluster import Cluster
     from regrad_qdrant.bank.corpus import read_corpus
+    from regrad_qdrant.bank.ingest import check_options
     from regrad_qdrant.bank.shard import Shard
     from regrad_qdrant.model.initialization import MetaInitialization
 
-    get_codec(codec)
+    check_options(codec, long_texts)
     check_outputs(json_out)
     if (corpus is None) == (from_collection is None):
         raise DataError("give either --corpus FILE with --collection NAME, or --from-collection NAME")
@@ -259,9 +260,11 @@ def _on_cluster(
         model: --init, --model, --device, --dtype: each worker loads it.
     """
     from regrad_qdrant.bank.cluster import attach_on_cluster, load_gradients
+    from regrad_qdrant.bank.ingest import check_others
 
     added = (0, 0)
     if passages is not None:
+        check_others(bank, replace=options["replace"])
         bank.create()
         added = add_passages(bank, passages)
     here = cluster.workers if cluster.address == "local" else 1
@@ -319,24 +322,21 @@ def _choose_place(bank: GradientBank, replace: bool, dry_run: bool) -> None:
 def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_out: Path | None) -> None:
     """What an ingestion would do, from counts and a measured sample; nothing is written."""
     from regrad_qdrant.atoms.record import make_records
-    from regrad_qdrant.bank.documents import point_id
-    from regrad_qdrant.bank.ingest import check_texts
+    from regrad_qdrant.bank.ingest import check_passages, check_texts
     from regrad_qdrant.bank.stores.base import json_bytes
     from regrad_qdrant.model.gradients import BATCH_TOKENS
 
     bank, there = regrad.bank, regrad.bank.store.exists()
+    check_passages(bank, passages or [], regrad.gradients)
     if there:
         bank.check_place()
         check_texts(bank)
     found = bank.status() if there else None
-    lacking = (hit.text for hit in bank.missing() if hit.text) if there else iter(())
-    texts = list(itertools.islice(lacking, SAMPLE))
-    new = passages or []
-    if there and passages is not None:
-        known = {point.id for point in bank.store.retrieve([point_id(passage.id) for passage in passages], False)}
-        new = [passage for passage in passages if point_id(passage.id) not in known]
-    texts = [*texts, *(passage.text for passage in new[: SAMPLE - len(texts)])]
-    todo = len(new) + (found.missing + found.stale + found.damaged if found else 0)
+    new, reworded = _changes(bank, passages or []) if there else (passages or [], 0)
+    todo = len(new) + reworded + (found.missing + found.stale + found.damaged if found else 0)
+    lacking = (hit.text for hit in bank.missing()) if there else iter(())
+    like = itertools.chain(lacking, (passage.text for passage in [*new, *(passages or [])])) if todo else iter(())
+    texts = list(itertools.islice(_able(regrad.gradients, like), SAMPLE))
     seconds, size = 0.0, 0
     if texts:
         started = time.perf_counter()
@@ -366,3 +366,29 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
     for remark in remarks:
         console.print(remark, highlight=False, markup=False)
     write_json(json_out, said)
+
+
+def _able(gradients: GradientComputer, texts: Iterable[str]) -> Iterator[str]:
+    """Those of the texts that can have a gradient."""
+    for text in texts:
+        try:
+            gradients.encode(text)
+        except DataError:
+            continue
+        yield text
+
+
+def _changes(bank: GradientBank, passages: list[Passage]) -> tuple[list[Passage], int]:
+    """The passages that the collection lacks, and how many atoms the other ones' changed texts would make stale."""
+    from regrad_qdrant.bank.collection import PAGE
+    from regrad_qdrant.bank.documents import point_id
+    from regrad_qdrant.bank.stores.base import pages
+
+    new: list[Passage] = []
+    stale = 0
+    for page in pages(passages, PAGE):
+        texts = {hit.id: hit.text for hit in bank.fetch([point_id(passage.id) for passage in page], with_records=False)}
+        there = [(point_id(passage.id), passage) for passage in page]
+        new += [passage for key, passage in there if key not in texts]
+        stale += bank.count_current([key for key, passage in there if texts.get(key, passage.text) != passage.text])
+    return new, stale

@@ -208,8 +208,9 @@ def regrad_of(
 
 def ingest_corpus(regrad: ReGrad, passages: Any, codec: str, **options: Any) -> IngestReport:
     """Add the passages and attach their atoms; options as those of `attach_atoms`."""
-    from regrad_qdrant.bank.ingest import add_corpus
+    from regrad_qdrant.bank.ingest import add_corpus, check_others
 
+    check_others(regrad.bank, replace=options.get("replace", False))
     with console.status("Adding passages"):
         added = add_corpus(regrad.bank, passages, regrad.gradients)
     report = attach(regrad, codec, **options)

@@ -208,9 +208,9 @@ def _dequantized(gguf: Path) -> str:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         os.rename(partial, folder)
-    except OSError:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if not folder.is_dir():  # another process may have been faster
+        if not (isinstance(error, OSError) and folder.is_dir()):  # another process may have been faster
             raise
     return str(folder)
 

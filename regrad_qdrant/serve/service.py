@@ -161,7 +161,7 @@ class Service(Generic[Source]):
 
     async def hits(self, client: Client, query: str, options: Retrieval) -> list[Hit]:
         """What a search finds, without an answer."""
-        asked = Query(_valid(query), query_filter=self._filter(client, options))
+        asked = Query(query, query_filter=self._filter(client, options))
         return (await self._found(self.regrad, asked, options, time.monotonic() + self.deadline)).hits
 
     async def job(self, client: Client, request: ChatRequest | CompletionRequest) -> Job[Source]:
@@ -244,25 +244,10 @@ class Service(Generic[Source]):
         return options.using
 
 
-def _valid(text: str) -> str:
-    """The text, if it is one that can be written.
-
-    Raises:
-        DataError: for half of a surrogate pair.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"a text is no valid Unicode: {error}") from error
-    return text
-
-
 def _read(request: ChatRequest | CompletionRequest) -> tuple[str | None, tuple[tuple[str, str], ...], str]:
     """The system's message, the turns before, and the last message, which is the question."""
     if isinstance(request, CompletionRequest):
-        return None, (), _valid(request.question)
-    for message in request.messages:
-        _valid(message.text)
+        return None, (), request.question
     system = [message.text for message in request.messages if message.role in ("system", "developer")]
     turns = [(message.role, message.text) for message in request.messages if message.role in ("user", "assistant")]
     if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():

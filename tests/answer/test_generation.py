@@ -153,7 +153,7 @@ def test_a_stream_is_the_answer_in_pieces_and_restores_on_every_way_out(regrad, 
     before = state_of(regrad.adapter)
     stream = regrad.stream("What is Noor?", top_k=2)
     pieces = list(stream)
-    assert "".join(pieces) == stream.answer.text == expected.text and len(pieces) > 1
+    assert "".join(pieces) == stream.answer.text == expected.text and len(pieces) > 1 and list(stream) == []
     assert stream.answer.weights == expected.weights and state_of(regrad.adapter) == before
     with regrad.stream(Query("What is Noor?", max_new_tokens=60)) as broken:
         next(iter(broken))

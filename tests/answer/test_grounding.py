@@ -222,7 +222,7 @@ def test_where_nothing_is_retrieved_the_answer_is_the_models_own_and_a_note_says
 
 def test_a_grounded_answer_streams_as_one_piece(regrad):
     with regrad.stream(Query(QUESTIONS[0], grounded=True)) as stream:
-        assert list(stream) == [stream.answer.text]
+        assert list(stream) == [stream.answer.text] and list(stream) == []
     assert stream.answer.source is not None
 
 

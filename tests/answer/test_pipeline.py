@@ -22,6 +22,7 @@ from regrad_qdrant.bank.stores.base import PayloadWrite
 from regrad_qdrant.errors import (
     AdapterError,
     BankError,
+    DataError,
     RecordError,
     RegradError,
     StaleAtomError,
@@ -359,6 +360,21 @@ def test_where_nothing_is_found_the_answer_and_a_warning_say_so(tenants):
         tenants.answer(BROAD, query_filter=only("c"))
     with pytest.warns(UserWarning, match="no document was handed over: the answer comes from the model alone"):
         assert tenants.answer(BROAD, hits=[]).hits == []
+
+
+def test_a_document_that_is_handed_over_again_counts_once(regrad):
+    [best, other] = regrad.bank.search(BROAD, 2)
+    once = regrad.answer(BROAD, hits=[best, other], top_k=2)
+    again = regrad.answer(BROAD, hits=[best, best, other], top_k=2)
+    assert (again.text, again.weights, again.hits) == (once.text, once.weights, once.hits)
+    with pytest.raises(BankError, match="top_k must be at least 1, found 0"):
+        regrad.answer(BROAD, hits=[best], top_k=0)
+
+
+def test_half_a_letter_is_refused_wherever_it_stands():
+    for of_query in ({"question": "\ud83d"}, {"choices": ("\ud83d", "b"), "type": "choice"}, {"system": "\ud83d"}):
+        with pytest.raises(DataError, match="no valid Unicode"):
+            Query(**{"question": "Who?"} | of_query)
 
 
 def test_retrieved_points_without_text_are_an_error_that_names_their_fields(regrad, model):

@@ -20,7 +20,7 @@ from regrad_qdrant.bank.stores.base import PayloadWrite, Point, SparseVector, Ve
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.bank.stores.opening import open_store
 from regrad_qdrant.bank.upkeep import count_finer
-from regrad_qdrant.errors import BankError, RecordTooLargeError, StoreUnavailableError
+from regrad_qdrant.errors import BankError, DataError, RecordTooLargeError, StoreUnavailableError
 
 SPACE, OTHER = "a" * 16, "b" * 16
 PEOPLE = ("Ida Corvand the baker", "Noor Selowan the diver", "Galen Zimuken the potter", "Orla Thornaby the judge")
@@ -479,6 +479,27 @@ def test_a_text_needs_an_embedder(hybrid):
     bank = GradientBank(hybrid.store, hybrid.store.name, SPACE, embedders={"bm25": Bm25()})
     with pytest.raises(BankError, match=r"nothing embeds text for the vector 'letters'.*embedders=\{'letters': "):
         bank.search("text", 1, using="letters")
+
+
+def test_a_point_that_is_named_again_is_fetched_once_under_its_first_score(bank):
+    [first, second] = fill(bank, 2)
+    hits = bank.fetch([first, second, first], [3.0, 2.0, 1.0])
+    assert [(hit.id, hit.score) for hit in hits] == [(first, 3.0), (second, 2.0)]
+
+
+def test_what_the_engine_can_not_read_of_a_query_is_an_error_of_the_bank(bank):
+    strange = models.Filter(must=[models.FieldCondition(key="a b[", match=models.MatchValue(value=1))])
+    with pytest.raises(BankError):
+        bank.search("baker", 1, query_filter=strange)
+    with pytest.raises(DataError, match="no valid Unicode"):
+        bank.search("caf\udce9", 1)
+    assert bank.search("baker", 1, using=[]) == bank.search("baker", 1)
+
+
+@pytest.mark.parametrize("document", [Document("\udce9", {"text": "x"}), Document("x", {"text": "\udce9"})])
+def test_a_document_of_half_a_letter_is_refused(bank, document):
+    with pytest.raises(BankError, match="can't be written as JSON"):
+        bank.add([document])
 
 
 def test_hybrid_search_of_several_questions_fetches_once(hybrid, monkeypatch):

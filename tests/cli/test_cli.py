@@ -677,6 +677,8 @@ def test_documents_without_an_atom_make_exit_code_1(run, folder, tmp_path):
     code, out, err = run("ingest", "--from-collection", "docs", "--path", "bank")
     assert code == 1 and "10 atoms written" in out and "skipped demo-p3" in err
     assert "1 without text" in out and "demo-p4" not in err
+    code, out, err = run("ingest", "--from-collection", "docs", "--path", "bank", "--dry-run")
+    assert code == 0 and "1 atoms to write" in out, err
 
 
 def test_a_dry_run_says_what_would_be_done_and_changes_nothing(run, folder, tmp_path):
@@ -688,6 +690,27 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(run, folder, tmp_
     ingest(run, folder)
     run("ingest", "--from-collection", "docs", "--path", "bank", "--dry-run", "--json", "dry.json")
     assert json.loads((tmp_path / "dry.json").read_text())["atoms_to_write"] == 0
+    rows = [json.loads(line) for line in (folder / "corpus.jsonl").read_text().splitlines()]
+    rows[0]["text"] += " Later a judge."
+    rows.append({"id": "new", "text": "Una is a diver."})
+    (tmp_path / "changed.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    changed = ("--corpus", "changed.jsonl", "--collection", "docs", "--path", "bank", "--json", "dry.json")
+    run("ingest", *changed, "--dry-run")
+    said = json.loads((tmp_path / "dry.json").read_text())
+    assert (said["points_to_add"], said["atoms_to_write"]) == (1, 2) and said["seconds"] > 0
+
+
+def test_a_refused_corpus_changes_nothing(run, folder, tmp_path):
+    wrong = ("ingest", "--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
+    assert run(*wrong, "--long-texts", "windw")[0] == 2 and not (tmp_path / "bank").exists()
+    ingest(run, folder)
+    row = json.loads((folder / "corpus.jsonl").read_text().splitlines()[0])
+    (tmp_path / "changed.jsonl").write_text(json.dumps(row | {"text": "Another text altogether."}))
+    place = ("--collection", "docs", "--path", "bank")
+    code, _, err = run("ingest", "--corpus", "changed.jsonl", *place, "--init", folder / "lora", init=False)
+    assert code == 2 and "12 points carry atoms of another space" in err
+    run("status", *place, "--json", "status.json")
+    assert json.loads((tmp_path / "status.json").read_text())["stale"] == 0
 
 
 @pytest.mark.filterwarnings("default:nothing was retrieved")

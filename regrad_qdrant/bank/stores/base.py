@@ -1,7 +1,7 @@
 """Stores: the few operations that a bank needs, and what they take and return.
 
-`client_store` has them over a Qdrant client (a running server, or in process), `edge_store` over an embedded
-Qdrant Edge shard. Filters are `qdrant_client.models.Filter` everywhere. Payloads are written through filters on
+`client` has them over a Qdrant client (a running server, or in process), `edge` over an embedded Qdrant Edge
+shard. Filters are `qdrant_client.models.Filter` everywhere. Payloads are written through filters on
 ids, so that a point deleted in the meantime is passed over instead of failing its batch.
 """
 

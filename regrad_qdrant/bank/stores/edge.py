@@ -171,9 +171,8 @@ class EdgeStore:
             self.shard.flush()
 
     def search(self, searches: Sequence[Search]) -> list[list[StoredPoint]]:
-        requests = [_query(search) for search in searches]
         with self._errors():
-            found = [self.shard.query(request) for request in requests]
+            found = [self.shard.query(_query(search)) for search in searches]
         return [
             [StoredPoint(plain_id(point.id), point.payload or {}, point.score) for point in points] for points in found
         ]
@@ -188,13 +187,13 @@ class EdgeStore:
     ) -> tuple[list[StoredPoint], PointId | None]:
         import qdrant_edge as edge
 
-        request = edge.ScrollRequest(
-            offset=offset,
-            limit=limit,
-            filter=None if query_filter is None else edge_filter(query_filter),
-            with_payload=_selector(with_payload),
-        )
         with self._errors():
+            request = edge.ScrollRequest(
+                offset=offset,
+                limit=limit,
+                filter=None if query_filter is None else edge_filter(query_filter),
+                with_payload=_selector(with_payload),
+            )
             found, following = self.shard.scroll(request)
         points = [StoredPoint(plain_id(point.id), point.payload or {}) for point in found]
         return points, None if following is None else plain_id(following)
