@@ -28,7 +28,6 @@ MACHINES = {  # a GPU, how many, and how many of them hold the base model togeth
     "one of 24 GB (l4)": ("l4", 1, 1),
     "four of 24 GB that share the model": ("l4", 4, 4),
     "one of 80 GB (h100)": ("h100", 1, 1),
-    "eight of 80 GB": ("h100", 8, 1),
 }
 TOKENS = 200  # of a document
 TEXT = 1_000  # bytes

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from regrad_loaders.data.episodes import bm25_hits
 from regrad_loaders.data.folders import Dataset, Question
-from regrad_loaders.data.scores import Interval, bootstrap, f1, pooled
+from regrad_loaders.data.scores import Interval, bootstrap, pooled
 from regrad_loaders.evaluation.plots import new_figure
+from regrad_loaders.evaluation.protocol import OWN
 from regrad_qdrant.answer.adapter import Adapter
-from regrad_qdrant.answer.generation import generate
+from regrad_qdrant.answer.generation import Asking, choose, generate
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import MergeRule, length_weight
@@ -133,6 +134,7 @@ class AtomBench:
         self.space = self.adapter.space
         self.tokenizer = tokenizer
         self.gradients = self.adapter.gradients(tokenizer)
+        self._asking = Asking(initialization.prompt)
 
     def atoms(self, texts: Sequence[str], on_progress: Callable[[int], None] = lambda _: None) -> tuple[Tensor, float]:
         """The exact atoms (texts, numel), and the milliseconds that one took."""
@@ -146,15 +148,30 @@ class AtomBench:
         return len(self.tokenizer(text, verbose=False).input_ids)
 
     def answers(self, questions: Sequence[Question], updates: Tensor) -> list[str]:
-        """What the model says to each question with its own row of `updates` (questions, numel)."""
-        said: list[str] = []
-        for start in range(0, len(questions), QUESTIONS_A_BATCH):
-            part = questions[start : start + QUESTIONS_A_BATCH]
-            rows = self.space.unflatten(updates[start : start + QUESTIONS_A_BATCH])
-            prompts = [Prompt(question.question, question.kind, question.choices) for question in part]
-            with self.adapter.initial(), row_updates(self.adapter.model, self.space, rows):
-                said += [answer.text for answer in generate(self.adapter.model, self.tokenizer, prompts)]
+        """What the model says to each question with its own row of `updates` (questions, numel): the likeliest option,
+        where there are options."""
+        prompts = [Prompt(question.question, question.kind, question.choices) for question in questions]
+        said = [""] * len(prompts)
+        for way in (generate, choose):
+            of_way = [i for i, prompt in enumerate(prompts) if bool(prompt.options) is (way is choose)]
+            for start in range(0, len(of_way), QUESTIONS_A_BATCH):
+                part = of_way[start : start + QUESTIONS_A_BATCH]
+                rows = self.space.unflatten(updates[part])
+                with self.adapter.initial(), row_updates(self.adapter.model, self.space, rows):
+                    answers = way(self.adapter.model, self.tokenizer, [prompts[i] for i in part], self._asking)
+                for i, answer in zip(part, answers, strict=True):
+                    said[i] = answer.text
         return said
+
+    def scores(self, questions: Sequence[Question], updates: Tensor) -> list[float]:
+        """F1, 0 to 1, of what the model says to each question with its own row of `updates` (questions, numel)."""
+        said = self.answers(questions, updates)
+        return [OWN.scores(question, text).f1 for question, text in zip(questions, said, strict=True)]
+
+    def read(self, atoms: Tensor, codec: str) -> Tensor:
+        """Atoms (n, numel) as they are read back from a codec."""
+        coder, layout = get_codec(codec), self.space.layout
+        return coder.dequantize(coder.quantize(atoms, layout), layout)
 
     def sums(
         self, task: Task, decoded: Tensor, rows: dict[str, int], top_k: int, merge: MergeRule | None = None
@@ -186,14 +203,12 @@ class AtomBench:
         baseline: dict[int, tuple[Tensor, list[float]]] = {}
         cells, times = [], []
         for name in dict.fromkeys([BASELINE, *codecs]):
-            codec = get_codec(name)
-            decoded = codec.dequantize(codec.quantize(exact, self.space.layout), self.space.layout)
+            decoded = self.read(exact, name)
             records, timed = self._timed(name, exact[:TIMED], gradient_ms)
             size = int(median(record.payload_bytes for record in records))
             for top_k in ks:
                 sums = self.sums(task, decoded, rows, top_k)
-                said = self.answers(task.questions, -self.adapter.step_sizes * sums)
-                scores = [f1(text, question.answers) for text, question in zip(said, task.questions, strict=True)]
+                scores = self.scores(task.questions, -self.adapter.step_sizes * sums)
                 reference = baseline.setdefault(top_k, (sums, scores))
                 losses = [before - after for before, after in zip(reference[1], scores, strict=True)]
                 cosine = float(torch.cosine_similarity(sums, reference[0]).mean())

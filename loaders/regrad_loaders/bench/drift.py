@@ -20,7 +20,7 @@ from regrad_loaders.data.folders import Question
 from regrad_loaders.data.scores import Interval, bootstrap, f1
 from regrad_loaders.evaluation.evaluate import evaluate
 from regrad_loaders.evaluation.plots import new_figure
-from regrad_qdrant.answer.generation import generate
+from regrad_qdrant.answer.generation import Asking, generate
 from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.bank.bank import GradientBank
 from regrad_qdrant.bank.corpus import Passage
@@ -138,7 +138,8 @@ def _kept(model: nn.Module, tokenizer: Any, initialization: MetaInitialization, 
     """What the model with these tensors answers to the other questions, and the perplexity of the held-out texts."""
     peft_model = plug_in(model, initialization)
     try:
-        said = generate(peft_model, tokenizer, [Prompt(question) for question in kept.questions])
+        prompts = [Prompt(question) for question in kept.questions]
+        said = generate(peft_model, tokenizer, prompts, Asking(initialization.prompt))
         documents = [tokenizer(text, verbose=False).input_ids[:MAX_TOKENS] for text in kept.texts]
         total, tokens = 0.0, 0
         with torch.inference_mode():

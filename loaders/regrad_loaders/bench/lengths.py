@@ -13,8 +13,7 @@ import torch
 from regrad_loaders.bench.atoms import AtomBench
 from regrad_loaders.data.facts import generate
 from regrad_loaders.data.folders import Dataset, Question
-from regrad_loaders.data.scores import Interval, bootstrap, f1
-from regrad_qdrant.atoms.codecs.registry import get_codec
+from regrad_loaders.data.scores import Interval, bootstrap
 from regrad_qdrant.atoms.merge import length_weight
 
 SENTENCES = (1, 2, 3, 4, 6, 12, 18)  # a biography has six; longer texts go on with other people's
@@ -38,16 +37,15 @@ def study(
     """Ask about invented people, the right document alone, in texts of each length of `SENTENCES`."""
     world = generate("demo", 2 * questions, 1, questions_per_person=1)
     asked = world.questions[:questions]
-    layout = bench.space.layout
     rows = []
     for sentences in SENTENCES:
         texts = [text_of(world, question, sentences) for question in asked]
         tokens = [len(bench.gradients.encode(text).ids) for text in texts]
         exact, _ = bench.atoms(texts)
-        atoms = get_codec(codec).dequantize(get_codec(codec).quantize(exact, layout), layout)
+        atoms = bench.read(exact, codec)
         shares = torch.tensor([length_weight(count) for count in tokens]).unsqueeze(1)
         scores = [
-            [f1(said, question.answers) for said, question in zip(bench.answers(asked, updates), asked, strict=True)]
+            bench.scores(asked, updates)
             for updates in (-bench.adapter.step_sizes * shares * atoms, -bench.adapter.step_sizes * atoms)
         ]
         gain = bootstrap([a - b for a, b in zip(*scores, strict=True)])

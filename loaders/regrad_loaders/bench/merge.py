@@ -17,8 +17,7 @@ from torch import Tensor
 
 from regrad_loaders.bench.atoms import AtomBench, Task
 from regrad_loaders.data.folders import Question
-from regrad_loaders.data.scores import Interval, bootstrap, f1
-from regrad_qdrant.atoms.codecs.registry import get_codec
+from regrad_loaders.data.scores import Interval, bootstrap
 from regrad_qdrant.atoms.merge import MergeRule
 
 GOLD = "gold passage alone"
@@ -59,8 +58,7 @@ def study(
     used = documents(task, ks, noise)
     rows = {key: i for i, key in enumerate(used)}
     exact, _ = bench.atoms([task.texts[key] for key in used], on_atoms)
-    layout = bench.space.layout
-    decoded = get_codec(codec).dequantize(get_codec(codec).quantize(exact, layout), layout)
+    decoded = bench.read(exact, codec)
 
     golds = [{question.gold_ids[0]: 1.0} for question in task.questions]
     alone = _scores(bench, replace(task, hits=golds), decoded, rows, MergeRule("sum"))
@@ -110,8 +108,7 @@ def with_gold(question: Question, hits: dict[str, float], k: int) -> dict[str, f
 def _scores(bench: AtomBench, task: Task, decoded: Tensor, rows: dict[str, int], rule: MergeRule) -> list[float]:
     most = max(len(found) for found in task.hits)
     sums = bench.sums(task, decoded, rows, most, rule)
-    said = bench.answers(task.questions, -bench.adapter.step_sizes * sums)
-    return [f1(text, question.answers) for text, question in zip(said, task.questions, strict=True)]
+    return bench.scores(task.questions, -bench.adapter.step_sizes * sums)
 
 
 def _merged(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from regrad_loaders.bench.atoms import AtomBench
-from regrad_loaders.data.scores import Interval, bootstrap, f1
+from regrad_loaders.data.scores import Interval, bootstrap
 from regrad_loaders.evaluation.plots import new_figure
-from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.merge import window_shares
 from regrad_qdrant.bank.embed import Bm25
+from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,8 +64,7 @@ def study(
         updates = _updates(bench, documents, codec, window_tokens)
         asked = [document.question for document in documents]
         for way in WAYS:
-            said = bench.answers(asked, updates[way])
-            scores = [f1(text, question.answers) for text, question in zip(said, asked, strict=True)]
+            scores = bench.scores(asked, updates[way])
             for part in (None, *range(PARTS)):
                 own = [s for s, document in zip(scores, documents, strict=True) if part in (None, document.part)]
                 if own:
@@ -84,20 +83,25 @@ def made(bench: AtomBench, dataset: Dataset, questions: Sequence[Question], toke
         gold = texts[question.gold_ids[0]]
         own = bench.count(gold)
         chosen, total = [gold], own
+        others = {text for text in texts.values() if not any(answer in text for answer in question.answers)} - {gold}
         while total < tokens:
+            if len(chosen) > len(others):
+                raise DataError(
+                    f"{dataset.name}: all passages without an answer to {question.id!r} are {total} tokens, fewer than "
+                    f"{tokens}: take a larger set"
+                )
             key = rng.choice(keys)
-            if texts[key] in chosen or any(answer in texts[key] for answer in question.answers):
+            if texts[key] in chosen or texts[key] not in others:
                 continue
             sizes.setdefault(key, bench.count(texts[key]))
             chosen.append(texts[key])
             total += sizes[key]
         part = i % PARTS
-        others, before = chosen[1:], 0
-        at = 0
-        while at < len(others) and before + own / 2 < (part + rng.random()) / PARTS * total:
-            before += bench.count(others[at])
+        around, before, at = chosen[1:], 0, 0
+        while at < len(around) and before + own / 2 < (part + rng.random()) / PARTS * total:
+            before += bench.count(around[at])
             at += 1
-        parts = [*others[:at], gold, *others[at:]]
+        parts = [*around[:at], gold, *around[at:]]
         documents.append(Document(question, " ".join(parts), gold, min(PARTS - 1, int(PARTS * before / total))))
     return documents
 
@@ -126,9 +130,7 @@ def _updates(
 
 
 def _coded(bench: AtomBench, windows: Sequence[EncodedDocument], codec: str) -> Tensor:
-    layout, coder = bench.space.layout, get_codec(codec)
-    atoms = bench.gradients.atoms_in_batches(windows, 2048)
-    return coder.dequantize(coder.quantize(atoms, layout), layout)
+    return bench.read(bench.gradients.atoms_in_batches(windows, 2048), codec)
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:

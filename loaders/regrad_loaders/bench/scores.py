@@ -10,8 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from regrad_loaders.bench.atoms import AtomBench, Task
-from regrad_loaders.data.scores import Interval, bootstrap, f1
-from regrad_qdrant.atoms.codecs.registry import get_codec
+from regrad_loaders.data.scores import Interval, bootstrap
 from regrad_qdrant.bank.embed import Embedder
 from regrad_qdrant.bank.relevance import DEPTH, by_rank, from_candidates, from_zero
 
@@ -86,8 +85,7 @@ def study(
     used = sorted({key for hits in (*task.hits, *(own or [])) for key in list(hits)[:top_k]})
     rows = {key: i for i, key in enumerate(used)}
     exact, _ = bench.atoms([task.texts[key] for key in used], on_atoms)
-    layout = bench.space.layout
-    decoded = get_codec(codec).dequantize(get_codec(codec).quantize(exact, layout), layout)
+    decoded = bench.read(exact, codec)
 
     def answered(hits: Sequence[dict[str, float]], relevances: Callable[[Sequence[float]], list[float]]) -> list[float]:
         weighed = [
@@ -95,9 +93,8 @@ def study(
             for found in hits
         ]
         sums = bench.sums(replace(task, hits=weighed), decoded, rows, top_k)
-        said = bench.answers(task.questions, -bench.adapter.step_sizes * sums)
         on_row(1)
-        return [f1(text, question.answers) for text, question in zip(said, task.questions, strict=True)]
+        return bench.scores(task.questions, -bench.adapter.step_sizes * sums)
 
     found = {kind: answered(task.hits, relevances) for kind, relevances in KINDS.items()}
     made = [_scored(bench.name, task, kind, top_k, scores, found[BM25]) for kind, scores in found.items()]

@@ -50,7 +50,14 @@ def train(
         typer.Option("--estimate", help="Say what it would take on --gpu, by the model's configuration."),
     ] = False,
     gpu: Annotated[str, typer.Option("--gpu", help=f"Of --estimate: {', '.join(GPUS)}.")] = "h100",
-    gpus: Annotated[int, typer.Option("--gpus", min=1, help="Of --estimate: how many, each with the whole model.")] = 1,
+    gpus: Annotated[
+        int,
+        typer.Option(
+            "--gpus",
+            min=1,
+            help="Of --estimate: how many; more than the recipe's shards draw episodes of their own, in as much time.",
+        ),
+    ] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:

@@ -57,6 +57,8 @@ def _gathered(name: str, split: str, rows: Iterable[Mapping[str, Any]], fields: 
         gold = tuple(hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts)
         passages |= {key: Passage(key, text, {"text": text}) for key, text in zip(gold, texts, strict=True)}
         key = (found.get("id") or [str(number)])[0]
+        if key in questions:
+            raise DataError(f"{place}: the id {key!r} is an earlier row's; map a field that tells rows apart, or none")
         questions[key] = Question(
             id=key,
             question=found["question"][0],

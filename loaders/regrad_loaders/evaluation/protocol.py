@@ -97,9 +97,10 @@ def protocol_of(is_papers: bool, questions: Sequence[Question], format: PromptFo
 
 
 def _letter(text: str, choices: Sequence[str]) -> str:
-    """The letter of a choice, given by its text or by its letter already."""
+    """The letter of a choice, given by its text or by its letter already; of anything else none."""
     same = [i for i, choice in enumerate(choices) if normalize(choice) == normalize(text)]
-    return chr(65 + same[0]) if same else text.strip()[:1].upper()
+    found = re.match(r"\W*([a-zA-Z])(?:\W*$|\s*[).:])", text)
+    return chr(65 + same[0]) if same else found[1].upper() if found else ""
 
 
 def _open_f1(said: str, answers: Sequence[str]) -> float:

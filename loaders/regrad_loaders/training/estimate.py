@@ -79,8 +79,8 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
     Args:
         config: of the base model, as `transformers` has it.
         gpu: a key of `GPUS`.
-        gpus: of them. The meta-batch is split over them; the base model is whole on each, or in so many of them
-            together as the recipe has `shards`.
+        gpus: of them. So many of them as the recipe has `shards` hold the base model and an episode together; further
+            ones draw episodes of their own, so that a step is of more episodes and takes as long.
 
     Raises:
         DataError: for a GPU that is not known, or a number of them that is no multiple of the shards.
@@ -123,7 +123,7 @@ def estimate(recipe: Recipe, config: Any, gpu: str, gpus: int = 1) -> Estimate:
         + questions * (QUESTION + in_prompt) * (1 + WORK_OF_ANSWERS * share)
     )  # fmt: skip
     flops *= recipe.accumulate
-    seconds = flops / (GPUS[gpu].flops * EFFICIENCY * gpus)
+    seconds = flops / (GPUS[gpu].flops * EFFICIENCY * recipe.shards)
     of_part = of_passage * (batch or 1)
     in_parts = batch is not None and batch < recipe.passages  # then no part's graph is there while answers are learned
     peak = weights + optimizer + (max(of_part, of_answers) if in_parts else of_part + of_answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,13 +39,15 @@ class Source:
                 "a source of data is either a `folder`, a dataset of the `hub`, a folder of `data_aug` or a world of "
                 "`facts`"
             )
-        if self.split.split("[")[0].strip().lower() in ("dev", "test", "validation", "val", "eval"):
+        if any(re.match(r"\s*(dev|test|val|eval)", part.lower()) for part in self.split.split("+")):
             name = self.folder or self.hub or self.data_aug
             raise DataError(f"{name}: the split {self.split!r} is for evaluation, never for training")
         if self.style not in STYLES:
             raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if not isinstance(self.cloze, int) or self.cloze < 0:
             raise DataError(f"cloze counts questions of each gold passage, 0 or more, found {self.cloze!r}")
+        if self.cloze and self.style == "sentence":
+            raise DataError("cloze questions are answered with a word: not in a source of the style sentence")
         object.__setattr__(self, "weight", _checked("weight", "float", self.weight))
         if self.weight < 0:
             raise DataError(f"a source's weight is a share, 0 or more, found {self.weight}")

@@ -4,12 +4,14 @@ from dataclasses import replace
 import pytest
 from conftest import tiny_model
 
-from regrad_loaders.bench.atoms import Cell, behind, extrapolation, losses, smallest
+from regrad_loaders.bench.atoms import AtomBench, Cell, behind, extrapolation, losses, smallest
+from regrad_loaders.data.folders import Question
 from regrad_loaders.data.scores import Interval
 from regrad_qdrant import Adapter
+from regrad_qdrant.answer.generation import Asking, choose
 from regrad_qdrant.answer.generation import generate as answer
 from regrad_qdrant.atoms.record import make_records
-from regrad_qdrant.model.prompts import Prompt
+from regrad_qdrant.model.prompts import Prompt, PromptFormat
 
 
 def test_answers_are_those_of_one_question_at_a_time_with_its_atoms_applied(measured, task, tokenizer):
@@ -25,6 +27,23 @@ def test_answers_are_those_of_one_question_at_a_time_with_its_atoms_applied(meas
         with adapter.applied(records, initialization.merge.weights([hits[key] for key in keys])):
             [expected] = answer(adapter.model, tokenizer, [Prompt(question.question)])
         assert text == expected.text
+
+
+def test_questions_are_put_as_the_initialization_was_trained_and_options_are_weighed(measured, task, tokenizer):
+    own = replace(measured.initialization, prompt=PromptFormat(user="{question} Say yes or no.{choices}"))
+    bench = AtomBench("own", own, tiny_model(), tokenizer)
+    asked = [Question(f"q{i}", one.question, ("yes",)) for i, one in enumerate(task.questions)]
+    mixed = [asked[0], task.questions[0], *asked[1:]]
+    exact, _ = bench.atoms([task.texts[next(iter(task.hits[0]))]])
+    update = -bench.adapter.step_sizes * exact
+    said = bench.answers(mixed, update.expand(len(mixed), -1))
+    adapter, asking = Adapter(tiny_model(), own), Asking(own.prompt)
+    with adapter.applied_sum(exact[0]):
+        prompts = [Prompt(question.question, question.kind) for question in asked]
+        expected = choose(adapter.model, tokenizer, prompts, asking)
+        [written] = answer(adapter.model, tokenizer, [Prompt(task.questions[0].question)], asking)
+    assert said == [expected[0].text, written.text, *(one.text for one in expected[1:])]
+    assert bench.scores(asked, update.expand(len(asked), -1)) == [float(one.text == "yes") for one in expected]
 
 
 def test_every_codec_meets_every_k_and_is_paired_with_exact_atoms(measured, task):

@@ -1,8 +1,11 @@
 import json
 
+import pytest
+
 from regrad_loaders.bench import positions
 from regrad_loaders.bench.positions import LENGTHS, PARTS, WAYS, made
 from regrad_loaders.data.facts import generate
+from regrad_qdrant.errors import DataError
 
 
 def test_a_document_holds_its_passage_once_where_it_says_and_no_other_answer(measured):
@@ -16,6 +19,12 @@ def test_a_document_holds_its_passage_once_where_it_says_and_no_other_answer(mea
         assert not any(answer in rest for answer in document.question.answers)
         assert 550 < measured.count(document.text) < 900
     assert {document.part for document in documents} == set(range(PARTS))
+
+
+def test_a_set_that_is_too_small_for_a_length_is_named(measured):
+    world = generate("demo", 6, 1, questions_per_person=1)
+    with pytest.raises(DataError, match="take a larger set"):
+        made(measured, world, world.questions[:1], 4000)
 
 
 def test_the_command_writes_every_way_and_its_plot(tiny_bench, tmp_path, monkeypatch):

@@ -67,6 +67,12 @@ def test_a_mapping_that_does_not_fit_is_named(folder, fields, message):
         read_hub(str(folder), "train", fields)
 
 
+def test_an_id_that_several_rows_share_is_no_id(folder):
+    (folder / "train.jsonl").write_text("".join(json.dumps(row | {"id": "art"}) + "\n" for row in ROWS))
+    with pytest.raises(DataError, match="row 2: the id 'art' is an earlier row's"):
+        read_hub(str(folder), "train", FIELDS)
+
+
 def test_what_can_not_be_loaded_is_named(folder):
     with pytest.raises(DataError, match="can't load .*split 'tests'"):
         read_hub(str(folder), "tests", FIELDS)

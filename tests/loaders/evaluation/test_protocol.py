@@ -36,7 +36,10 @@ def test_maybe_is_an_answer_where_it_is_one_of_the_sets():
     assert scored(other, "Maybe it does", question) == (1, 1, 1)
 
 
-@pytest.mark.parametrize(("text", "right"), [("B", 1), ("B) Oslo", 1), ("Rome", 1), ("A", 0), ("", 0)])
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [("B", 1), ("b.", 1), ("B) Oslo", 1), ("Rome", 1), ("A", 0), ("", 0), ("Because it is", 0), ("But why", 0)],
+)
 def test_choices_are_letters(text, right):
     assert scored(CHOICE, text) == (right, right, right)
 

@@ -97,7 +97,10 @@ def test_the_published_settings_of_8b_need_passage_batches():
     assert whole == pytest.approx(326 * 2**30, rel=0.25)  # in one batch
     assert 1 <= found.passage_batch < 48 and found.peak < GPUS["h100"].memory
     assert found.hours == pytest.approx(found.seconds * 1000 / 3600)
-    assert estimate(RECIPE, LLAMA_8B, "h100", gpus=8).seconds == pytest.approx(found.seconds / 8)
+    assert estimate(RECIPE, LLAMA_8B, "h100", gpus=8).seconds == found.seconds  # of eight times the episodes
+    shared = replace(RECIPE, shards=4, passage_batch=1)
+    alone, together = estimate(replace(shared, shards=1), LLAMA_8B, "h100"), estimate(shared, LLAMA_8B, "h100", gpus=8)
+    assert together.seconds == pytest.approx(alone.seconds / 4)
 
 
 def test_a_gpu_that_is_too_small_or_unknown_is_said(monkeypatch):

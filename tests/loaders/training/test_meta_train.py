@@ -617,6 +617,9 @@ def test_recipes_are_checked(tmp_path):
         ("data: [{folder: x, weight: much}]\n", "weight must be a number"),
         ("data: [{facts: {poeple: 3, seed: 1}, weight: 1.0}]\n", "facts are {people"),
         ("data: [{hub: x, split: 'validation[:10%]', weight: 1.0}]\n", "never for training"),
+        ("data: [{hub: x, split: 'train[:10%]+test', weight: 1.0}]\n", "never for training"),
+        ("data: [{hub: x, split: validation_matched, weight: 1.0}]\n", "never for training"),
+        ("data: [{folder: x, cloze: 2, style: sentence, weight: 1.0}]\n", "answered with a word"),
     ):
         path.write_text(
             good.replace("space: core\n", "") * ("space:" in lines) + good * ("space:" not in lines) + lines
