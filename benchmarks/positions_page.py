@@ -25,7 +25,8 @@ length and at most half of that, in one record. At query time the text has come 
 question is about, by BM25 of the question against the windows, counts in full; the others count as the merge rule
 lets documents of such scores count. Texts of one window are as they ever were.
 
-Documents of {lengths} tokens were made of passages of {set}, one of which answers the question. It stands in every quarter as often, within it nearer the beginning.
+Documents of {lengths} tokens were made of passages of {set}, one of which answers the question. It stands
+in every quarter as often, within it nearer the beginning.
 The right document alone, {limit} questions a length, F1 with the 95 % interval:
 
 {whole}

@@ -5,6 +5,7 @@ Nothing here embeds text or writes an atom; `bank` does, and `upkeep` counts, re
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -66,11 +67,7 @@ class AtomCollection(AtomPlace):
 
         Points may be given their atoms while this iterates. A point without text has an empty `text`.
         """
-        if not self.in_sidecar:
-            found = self._with_atom(False, self._fields, shard)
-        else:
-            found = (point for point in self.joined(self._fields, "space", shard=shard) if not self.belongs(point))
-        for point in found:
+        for point in self._with_atom(False, self._fields, shard=shard):
             yield self.hit(point)
 
     def stale(self) -> Iterator[Hit]:
@@ -82,12 +79,7 @@ class AtomCollection(AtomPlace):
 
         A server finds them by its index, which can say what the payload no longer holds: those are `gone`.
         """
-        points: Iterator[StoredPoint]
-        if self.in_sidecar:
-            points = filter(self.belongs, self.joined(self._fields, *EXAMINED, shard=shard))
-        else:
-            points = self._with_atom(True, [*self._fields, *self._of_record(*EXAMINED)], shard)
-        for point in points:
+        for point in self._with_atom(True, self._fields, *EXAMINED, shard=shard):
             hit = self.hit(point)
             yield self._state_of(point, hit.text), hit
 
@@ -108,13 +100,21 @@ class AtomCollection(AtomPlace):
             hit = self.hit(point)
             yield self._state_of(point, hit.text) if self.belongs(point) else "missing", hit
 
-    def _with_atom(self, has: bool, fields: list[str], shard: Shard | None = None) -> Iterator[StoredPoint]:
-        """The points that have an atom of this space, or lack one. Where strict mode refuses the filter for want of an
-        index, as before the first ingestion, all points are looked at."""
+    def _with_atom(
+        self, has: bool, fields: list[str], *of_record: str, shard: Shard | None = None
+    ) -> Iterator[StoredPoint]:
+        """The points that have an atom of this space, or lack one, with some fields of its record. All are looked at
+        where the atoms are in a sidecar, and where strict mode refuses the filter for want of an index, as before the
+        first ingestion."""
+        if self.in_sidecar:
+            found = self.joined(fields, *dict.fromkeys(("space", *of_record)), shard=shard)
+            yield from (point for point in found if self.belongs(point) == has)
+            return
+        wanted = [*fields, *self._of_record(*of_record)]
         try:
-            yield from self._of_shard(shard, self.has_atom if has else self.lacks_atom, fields)
+            yield from self._of_shard(shard, self.has_atom if has else self.lacks_atom, wanted)
         except UnindexedFilterError:
-            found = self._of_shard(shard, None, [*fields, self.space_path])
+            found = self._of_shard(shard, None, [*wanted, self.space_path])
             yield from (point for point in found if self.belongs(point) == has)
 
     def _of_shard(self, shard: Shard | None, query_filter: Filter | None, fields: list[str]) -> Iterator[StoredPoint]:
@@ -149,14 +149,12 @@ class AtomCollection(AtomPlace):
 
     def count_atoms(self) -> int:
         """Points that carry an atom of this space, stale ones among them; of a server, as its index has it."""
-        if not self.in_sidecar:
-            try:
-                return self.store.count(self.has_atom)
-            except UnindexedFilterError:
-                return sum(1 for _ in self._with_atom(True, []))
-        if not self.atoms.exists():
+        if self.in_sidecar and not self.atoms.exists():
             return 0
-        return sum(self.belongs(point) for point in self.joined([], "space"))
+        if not self.in_sidecar:
+            with contextlib.suppress(UnindexedFilterError):
+                return self.store.count(self.has_atom)
+        return sum(1 for _ in self._with_atom(True, []))
 
     def count_with_atoms(self, ids: Sequence[PointId]) -> int:
         """How many of these points carry an atom of this space."""

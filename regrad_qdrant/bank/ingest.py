@@ -184,7 +184,7 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
 
 
 def check_others(bank: GradientBank, *, replace: bool) -> None:
-    """Refuse a collection with atoms of another space under the same key, before anything of it is changed.
+    """Refuse a collection with atoms of another space under the same key, before a document of it is changed.
 
     Raises:
         BankError: if it has some, and they are not to be replaced.
