@@ -74,7 +74,7 @@ sentences() { # SET QUESTIONS OPTIONS…
         --against init,random,rag,ft-rag --modes regrad,init,random,direct,rag,ft-direct,ft-rag "$@"
 }
 
-among_three="--oracle --distractors 2" # where questions name so little that BM25 finds few of the passages
+among_three="--oracle --distractors 2" # for questions that name little of their text
 
 for set in nq_open phantomwiki squad2_dev hotpotqa squadshifts_wiki; do shipped $set; done
 for set in nq_open phantomwiki squad2_dev hotpotqa squadshifts_wiki; do fresh $set; done

@@ -147,8 +147,8 @@ The temperature was learned with `margin`; `softmax` borrows it.
 """
 
 OTHER = """Other sets that people wrote, a share of whose train splits it has learned (`sh benchmarks/results.sh` adds
-what a set needs: `--filter-field state` for housing_yesno, and `--oracle --distractors 2`, the gold passages among two
-random ones, where BM25 finds few):
+what a set needs: `--filter-field state` for housing_yesno, and for qamr, ropes, squadshifts_reddit, as for fairytaleqa,
+`--oracle --distractors 2`, the gold passages among two random ones, ranked by BM25 among these):
 
     {command}
 
