@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import mean
@@ -85,8 +86,9 @@ def scores(runs: Mapping[str, Mapping[str, Any]]) -> str:
     modes = [row["mode"] for row in next(iter(runs.values()))["intervals"]]
     names, found = list(runs), {name: f1(run) for name, run in runs.items()}
     tables = []
-    for first in range(0, len(names), WIDTH):
-        part = names[first : first + WIDTH]
+    width = math.ceil(len(names) / math.ceil(len(names) / WIDTH))  # about as many in each table
+    for first in range(0, len(names), width):
+        part = names[first : first + width]
         heads = ["mode", *part]
         rows = [[mode, *(f"{found[name][mode]:.1f}" for name in part)] for mode in modes]
         if part[-1] == names[-1]:
