@@ -80,7 +80,7 @@ class PaperProtocol(OwnProtocol):
             last = chr(64 + min(len(question.choices), 26))  # "I think it is B" is B, where there are fewer than nine
             found = re.search(rf"\b([A-{last}])\b", line)
             said = found[1] if found else _letter(line, question.choices)
-            right = float(said in gold)
+            right = float(bool(said) and said in gold)
             return Scores(said, gold, right, right, right)
         if self._options.fullmatch(question.answers[0].strip()):
             found = self._options.search(line)

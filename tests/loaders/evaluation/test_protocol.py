@@ -44,6 +44,10 @@ def test_choices_are_letters(text, right):
     assert scored(CHOICE, text) == (right, right, right)
 
 
+def test_where_no_choice_is_gold_nothing_is_right():
+    assert scored(Question("q", "?", ("Paris",), choices=("Oslo", "Rome")), "But why") == (0, 0, 0)
+
+
 def test_a_pronoun_is_no_letter_of_two_choices():
     assert scored(CHOICE, "I think that it is B") == (1, 1, 1)
 
