@@ -1,6 +1,6 @@
 """Write docs/atoms.md and its plot from saved runs of `regrad-qdrant bench atoms`.
 
-    python benchmarks/atoms_page.py benchmarks/atoms.json
+    python benchmarks/atoms_page.py benchmarks/atoms.json benchmarks/atoms_small.json
 
 The commands that made the runs stand in the page itself.
 """
@@ -117,8 +117,7 @@ def main() -> None:
     )
     introduction += (
         "\n\nF1 from 0 to 100, retrieved gradients alone, no text in the prompt. A loss is that of the same questions"
-        " with fp32 atoms of the same space, with its 95 % interval; here over all sets and k."
-        " `smollm2-135m-instruct-few` shipped before the present default, whose shapes and codec are the same.\n\n"
+        " with fp32 atoms of the same space, with its 95 % interval; here over all sets and k.\n\n"
     )
     rows = [row for run in runs for row in run["losses"]]
     cells = [
