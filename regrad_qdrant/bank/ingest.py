@@ -178,8 +178,9 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
             not to be replaced; or as `AtomCollection.check_place`.
     """
     check_texts(bank)
-    bank.index()
-    check_others(bank, replace=replace)
+    bank.index()  # first: a server in strict mode filters by nothing else
+    if not replace:
+        _refuse_others(bank)
     bank.describe(space)
 
 
@@ -189,9 +190,12 @@ def check_others(bank: GradientBank, *, replace: bool) -> None:
     Raises:
         BankError: if it has some, and they are not to be replaced.
     """
-    if replace or not bank.atoms.exists():
-        return
-    bank.index()  # a server in strict mode filters by nothing else
+    if not replace and bank.atoms.exists():
+        bank.index()
+        _refuse_others(bank)
+
+
+def _refuse_others(bank: GradientBank) -> None:
     if bank.has_other_spaces():
         raise BankError(
             f"{bank.count_of_other_spaces()} points carry atoms of another space under {bank.payload_key!r}: choose "

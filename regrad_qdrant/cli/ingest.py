@@ -387,8 +387,9 @@ def _changes(bank: GradientBank, passages: list[Passage]) -> tuple[list[Passage]
     new: list[Passage] = []
     stale = 0
     for page in pages(passages, PAGE):
-        texts = {hit.id: hit.text for hit in bank.fetch([point_id(passage.id) for passage in page], with_records=False)}
-        there = [(point_id(passage.id), passage) for passage in page]
-        new += [passage for key, passage in there if key not in texts]
-        stale += bank.count_current([key for key, passage in there if texts.get(key, passage.text) != passage.text])
+        given = {point_id(passage.id): passage for passage in page}
+        there = bank.fetch(list(given), with_records=False)
+        known = {hit.id for hit in there}
+        new += [passage for key, passage in given.items() if key not in known]
+        stale += bank.count_current([hit.id for hit in there if hit.text != given[hit.id].text])
     return new, stale

@@ -275,27 +275,25 @@ class Trainer:
         for source in self.dev_sources or self.sources:
             rows, scores = [], []
             for episode in self._evaluated(source, episodes):
-                updates: list[dict[str, Tensor] | None] = [None, None]  # right and wrong ones
+                # The right ones, and those of other questions' passages; retrieved passages all are the one question's.
+                shifts = [0] if self.recipe.retrieved else [0, len(episode.passages) // 2]
+                updates: list[dict[str, Tensor] | None] = [None] * len(shifts)
                 if self.recipe.atoms:
                     with self._precision():
                         atoms = self.learner.atoms_in_parts(episode.passages, self.passage_batch)
-                    shifted = {name: atom.roll(len(episode.passages) // 2, 0) for name, atom in atoms.items()}
+                    shifted = [{name: atom.roll(shift, 0) for name, atom in atoms.items()} for shift in shifts]
                     with torch.no_grad():
-                        updates = [self.learner.merged(episode, either, codec) for either in (atoms, shifted)]
+                        updates = [self.learner.merged(episode, either, codec) for either in shifted]
                 with torch.no_grad(), self._precision():
-                    (loss, exact), (_, random_exact) = (
-                        self.learner.answer_losses(episode.examples, either) for either in updates
-                    )
-                rows.append((float(loss.mean()), float(exact.mean()), float(random_exact.mean())))
+                    losses = [self.learner.answer_losses(episode.examples, either) for either in updates]
+                rows.append((float(losses[0][0].mean()), *(float(exact.mean()) for _, exact in losses)))
                 if self.recipe.select_by == "f1":
                     with self._precision():
                         scores.append(
                             mean_f1(self.learner, episode.examples, updates[0], source.tokenizer, source.format)
                         )
-            loss, right, wrong = (sum(values) / len(values) for values in zip(*rows, strict=True))
-            results[source.name] = {"loss": loss, "exact": right}
-            if not self.recipe.retrieved:  # of retrieved passages all are the one question's
-                results[source.name]["random_exact"] = wrong
+            means = [sum(values) / len(values) for values in zip(*rows, strict=True)]
+            results[source.name] = dict(zip(("loss", "exact", "random_exact"), means, strict=False))
             if scores:
                 results[source.name]["f1"] = sum(scores) / len(scores)
         [of_main] = broadcast_object_list([results])  # rounding differs between devices, and all have to decide alike
