@@ -1,28 +1,31 @@
 #!/bin/sh
-# The runs behind docs/models.md: the same dev questions as benchmarks/results.sh asks, by a larger model.
-# An hour on two cores with AVX512_BF16; goes on where it was stopped.
+# The runs behind docs/models.md: the same dev questions as benchmarks/results.sh asks, by another model; with its fine-tuned
+# baselines, where their folders are given. An hour on two cores with AVX512_BF16; goes on where it was stopped.
 #   regrad-qdrant models qwen2.5-coder-0.5b-instruct
-#   sh benchmarks/models.sh && python benchmarks/models_page.py
+#   sh benchmarks/models.sh qwen2.5-coder-0.5b-instruct && python benchmarks/models_page.py
+#   sh benchmarks/models.sh gemma-3-270m runs/gemma-3-270m-lora/initialization runs/gemma-3-270m-ft-direct/initialization \
+#       runs/gemma-3-270m-ft-rag/initialization
 set -eu
+name=$1 init=${2:-$1} ft_direct=${3:-} ft_rag=${4:-}
 data=${DATA:-../shared/data}
-init=${INIT:-qwen2.5-coder-0.5b-instruct}
 out=benchmarks/results/models
-mkdir -p "$out"
+mkdir -p "$out/$name" "$out/cost"
 
-for set in ${SETS:-nq_open squad2_dev hotpotqa squadshifts_wiki phantomwiki}; do
-    [ -f "$out/$set.json" ] && continue
+rivals=random,random/grounded,direct,rag${ft_direct:+,ft-direct}${ft_rag:+,ft-rag,ft-rag/grounded}
+for set in ${SETS:-nq_open squad2_dev phantomwiki hotpotqa squadshifts_wiki}; do
+    file=$out/$name/$set
+    [ -f "$file.json" ] && continue
     regrad-qdrant eval --corpus "$data/$set/corpus.jsonl" --qa "$data/$set/qa.jsonl" --split dev --sample "${SAMPLE:-80}" \
-        --init "$init" --dtype bfloat16 --batch 16 --against random,random/grounded,direct,rag \
-        --modes regrad,random,direct,regrad/grounded,random/grounded,rag \
-        --resume "$out/$set.part.jsonl" --json "$out/$set.json"
-    rm "$out/$set.part.jsonl"
+        --init "$init" --dtype bfloat16 --batch 16 --against "$rivals" --modes "regrad,regrad/grounded,$rivals" \
+        ${ft_direct:+--ft-direct "$ft_direct"} ${ft_rag:+--ft-rag "$ft_rag"} --resume "$file.part.jsonl" --json "$file.json"
+    rm "$file.part.jsonl"
 done
 
 # What an atom and an answer take of each.
-mkdir -p "$out/cost"
-for name in smollm2-135m-instruct "$init"; do
+for of in smollm2-135m-instruct "$name"; do
     for part in "gradients --limit 32" "query --rounds 8"; do
-        file="$out/cost/${part%% *}-$name.json"
-        [ -f "$file" ] || regrad-qdrant bench $part --set "$data/squad2_dev" --init "$name" --dtype bfloat16 --json "$file"
+        file="$out/cost/${part%% *}-$of.json"
+        [ "$of" = "$name" ] && asked=$init || asked=$of
+        [ -f "$file" ] || regrad-qdrant bench $part --set "$data/squad2_dev" --init "$asked" --dtype bfloat16 --json "$file"
     done
 done

@@ -1,6 +1,6 @@
-"""The tables and the plot of docs/models.md: the same questions by two models.
+"""The tables and the plot of docs/models.md: the same questions by several models.
 
-sh benchmarks/models.sh
+sh benchmarks/models.sh NAME
 python benchmarks/models_page.py
 """
 
@@ -13,8 +13,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import alike, renew, table
+from tables import alike, difference, renew, signed, table
 
+from regrad_loaders.data.scores import pooled
 from regrad_loaders.evaluation.plots import new_figure
 
 SETS = {
@@ -24,48 +25,69 @@ SETS = {
     "squadshifts_wiki": "SQuAD's new Wikipedia",
     "phantomwiki": "phantomwiki",
 }
-MODELS = {  # where their answers are, the first that has a mode; and the initialization
-    "SmolLM2-135M": (("default", "grounded", "."), "smollm2-135m-instruct"),
-    "Qwen2.5-Coder-0.5B": (("models",), "qwen2.5-coder-0.5b-instruct"),
+Runs = dict[str, dict[str, Any]]  # by set
+SMALLEST = "SmolLM2-135M"
+MODELS = {  # where their answers are, the first that has a mode; and the name
+    SMALLEST: (("default", "grounded", "."), "smollm2-135m-instruct"),
+    "Gemma 3 270M": (("models/gemma-3-270m",), "gemma-3-270m"),
+    "Qwen2.5-Coder-0.5B": (("models/qwen2.5-coder-0.5b-instruct",), "qwen2.5-coder-0.5b-instruct"),
 }
-MODES = ("direct", "rag", "random", "regrad", "random/grounded", "regrad/grounded")
-PAIRS = (("regrad", "random"), ("regrad", "direct"), ("regrad", "rag"), ("regrad/grounded", "random/grounded"))
+RIVALS = ("random", "direct", "ft-direct", "rag", "ft-rag")
+MODES = (
+    "direct", "rag", "ft-direct", "ft-rag", "random", "regrad", "random/grounded", "regrad/grounded", "ft-rag/grounded",
+)  # fmt: skip
+PAIRS = (*(("regrad", rival) for rival in RIVALS), ("regrad/grounded", "random/grounded"))
 
 
-def scores(folders: list[Path], name: str) -> dict[str, float]:
-    """F1 by mode, in hundredths, of one set: of the first file that has it."""
+def read(results: Path, model: str) -> list[Runs]:
+    """The runs of a model's folders, set by set."""
+    paths = [[results / folder / f"{name}.json" for name in SETS] for folder in MODELS[model][0]]
+    return [{path.stem: json.loads(path.read_text(encoding="utf-8")) for path in of if path.is_file()} for of in paths]
+
+
+def scores(folders: list[Runs], name: str) -> dict[str, float]:
+    """F1 by mode, in hundredths, of one set: of the first run that has it."""
     found: dict[str, float] = {}
-    for folder in folders:
-        if (path := folder / f"{name}.json").is_file():
-            for row in json.loads(path.read_text(encoding="utf-8"))["intervals"]:
-                found.setdefault(row["mode"], 100 * row["f1"])
+    for runs in folders:
+        for row in runs[name]["intervals"] if name in runs else ():
+            found.setdefault(row["mode"], 100 * row["f1"])
     return found
 
 
-def section(results: Path) -> str:
-    """The tables: answers, the second model's differences, and what an atom and an answer take."""
-    sets = [name for name in SETS if (results / "models" / f"{name}.json").is_file()]
+def section(runs: dict[str, list[Runs]], sets: list[str], cost: Path) -> str:
+    """The tables: answers, differences of each model but the smallest, and what an atom and an answer take."""
     rows = [
         [model, mode, *("" if value is None else f"{value:.1f}" for value in values), average]
-        for model, mode, values, average in answers(results, sets)
+        for model, mode, values, average in answers(runs, sets)
+        if any(value is not None for value in values)
     ]
-    heads = [SETS[name] for name in sets]
-    parts = [
-        table(["model", "mode", *heads, "average"], rows),
-        table(["Qwen2.5-Coder-0.5B", *heads], differences(results, sets)),
-        table(["", *MODELS], costs(results / "models" / "cost")),
-    ]
+    heads = [*(SETS[name] for name in sets), "average"]
+    parts = [table(["model", "mode", *heads], rows)]
+    for model, (own, *_) in runs.items():
+        if model != SMALLEST:
+            parts.append(table([model, *heads], differences({name: own[name] for name in sets})))
+    parts.append(table(["", *MODELS], [*shares(runs, sets), *costs(cost)]))
     return "\n".join(parts) + "\n"
 
 
-def answers(results: Path, sets: list[str]) -> Iterator[tuple[str, str, list[float | None], str]]:
+def answers(runs: dict[str, list[Runs]], sets: list[str]) -> Iterator[tuple[str, str, list[float | None], str]]:
     """Of each model and mode the F1 of every set, where it is known, and their average, where all are."""
-    for model, (folders, _) in MODELS.items():
-        by_set = {name: scores([results / folder for folder in folders], name) for name in sets}
+    for model, folders in runs.items():
+        by_set = {name: scores(folders, name) for name in sets}
         for mode in MODES:
             values = [by_set[name].get(mode) for name in sets]
             known = [value for value in values if value is not None]
             yield model, mode, values, f"{mean(known):.1f}" if len(known) == len(sets) else ""
+
+
+def shares(runs: dict[str, list[Runs]], sets: list[str]) -> list[list[str]]:
+    """What gradients reach of the fine-tuned reader's average, a column a model."""
+    average = {(model, mode): float(found) for model, mode, _, found in answers(runs, sets) if found}
+    rows = []
+    for mode in ("regrad", "regrad/grounded"):
+        of = [(average.get((model, mode)), average.get((model, "ft-rag"))) for model in runs]
+        rows.append([f"{mode} ÷ ft-rag, averages", *(f"{own / rag:.2f}" if own and rag else "" for own, rag in of)])
+    return rows
 
 
 def costs(folder: Path) -> list[list[str]]:
@@ -83,36 +105,30 @@ def costs(folder: Path) -> list[list[str]]:
     return [[what, *(column[what] for column in columns)] for what in columns[0]]
 
 
-def draw(results: Path, path: Path) -> None:
+def draw(runs: dict[str, list[Runs]], sets: list[str], path: Path) -> None:
     """The averages, a group of bars a mode, a colour a model."""
-    sets = [name for name in SETS if (results / "models" / f"{name}.json").is_file()]
-    figure = new_figure(7, 3.2)
+    figure = new_figure(8, 3.2)
     panel = figure.subplots()
-    found = list(answers(results, sets))
-    for number, model in enumerate(MODELS):
+    found, width = list(answers(runs, sets)), 0.8 / len(runs)
+    for number, model in enumerate(runs):
         bars = {mode: float(average) for of, mode, _, average in found if of == model and average}
-        places = [MODES.index(mode) + 0.38 * (number - 0.5) for mode in bars]
-        panel.bar(places, list(bars.values()), width=0.36, label=model)
+        places = [MODES.index(mode) + width * (number - (len(runs) - 1) / 2) for mode in bars]
+        panel.bar(places, list(bars.values()), width=0.95 * width, label=model)
     panel.set(ylabel=f"F1, average of {len(sets)} sets", xticks=range(len(MODES)))
-    panel.set_xticklabels(MODES, fontsize=8)
+    panel.set_xticklabels([mode.replace("/", "/\n") for mode in MODES], fontsize=8)
     panel.legend()
     figure.savefig(path, dpi=120)
 
 
-def differences(results: Path, sets: list[str]) -> list[list[str]]:
-    """Paired differences of F1 with their 95 % intervals."""
-    found: dict[tuple[str, str], list[str]] = {pair: [] for pair in PAIRS}
-    runs: list[dict[str, Any]] = [
-        json.loads((results / "models" / f"{name}.json").read_text(encoding="utf-8")) for name in sets
-    ]
-    alike([run["settings"] for run in runs], ("init", "space", "merge", "codec", "dtype", "sample", "modes"))
-    for result in runs:
-        by_pair = {(row["mode"], row["minus"]): row for row in result["differences"]}
-        for pair in PAIRS:
-            row = by_pair[pair]
-            low, high = (100 * end for end in row["f1_interval"])
-            found[pair].append(f"{100 * row['f1']:.1f} ({low:.1f} … {high:.1f})")
-    return [[f"{mode} − {minus}", *values] for (mode, minus), values in found.items()]
+def differences(runs: Runs) -> list[list[str]]:
+    """Paired differences of F1 with their 95 % intervals, of each set and of their average."""
+    alike([run["settings"] for run in runs.values()], ("init", "space", "merge", "codec", "dtype", "sample"))
+    rows = []
+    for mode, minus in PAIRS:
+        if all({mode, minus} <= set(run["settings"]["modes"]) for run in runs.values()):
+            found = [difference(run, mode, minus) for run in runs.values()]
+            rows.append([f"{mode} − {minus}", *map(signed, [*found, pooled(found)])])
+    return rows
 
 
 def main() -> None:
@@ -120,8 +136,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--page", type=Path, default=Path("docs/models.md"))
     arguments = parser.parse_args()
-    renew(arguments.page, "<!-- benchmarks/models_page.py -->\n", section(arguments.results))
-    draw(arguments.results, arguments.page.with_suffix(".png"))
+    runs = {model: read(arguments.results, model) for model in MODELS}
+    sets = [name for name in SETS if all(any(name in folder for folder in folders) for folders in runs.values())]
+    said = section(runs, sets, arguments.results / "models" / "cost")
+    renew(arguments.page, "<!-- benchmarks/models_page.py -->\n", said)
+    draw(runs, sets, arguments.page.with_suffix(".png"))
 
 
 if __name__ == "__main__":
