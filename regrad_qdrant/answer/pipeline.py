@@ -22,7 +22,7 @@ from regrad_qdrant.answer.streaming import AnswerStream
 from regrad_qdrant.answer.weighing import Weighing
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.bank.bank import GradientBank
-from regrad_qdrant.errors import RecordError, RegradError, WrongSpaceError
+from regrad_qdrant.errors import DataError, RecordError, RegradError, WrongSpaceError
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType, Style
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class ReGrad:
             ValueError: for a prompt that makes no sense, such as an empty question.
         """
         asked = _query(
-            question, mode=mode, type=type, choices=tuple(choices), query_filter=query_filter, query=query, hits=hits,
+            question, mode=mode, type=type, choices=_listed(choices), query_filter=query_filter, query=query, hits=hits,
             max_new_tokens=max_new_tokens, grounded=grounded, style=style,
         )  # fmt: skip
         started = time.perf_counter()
@@ -293,7 +293,7 @@ class ReGrad:
         forward passes, on one thread of their own (`batch_size`, `batch_wait`). The answers are those of `answer`.
         """
         asked = _query(
-            question, mode=mode, type=type, choices=tuple(choices), query_filter=query_filter, query=query, hits=hits,
+            question, mode=mode, type=type, choices=_listed(choices), query_filter=query_filter, query=query, hits=hits,
             max_new_tokens=max_new_tokens, grounded=grounded, style=style,
         )  # fmt: skip
         [found] = await self.retrieval.aretrieve([asked], top_k, using, seed)
@@ -383,7 +383,14 @@ class ReGrad:
         return None
 
 
+def _listed(choices: Sequence[str]) -> tuple[str, ...]:
+    """A list as a tuple; a text, which is no list, as it is, for `Query` to refuse."""
+    return choices if isinstance(choices, str) else tuple(choices)  # type: ignore[return-value]
+
+
 def _queries(questions: Sequence[str | Query], mode: Mode, grounded: Grounded, style: Style) -> list[Query]:
+    if isinstance(questions, str):
+        raise DataError("questions go in a list; one alone is `answer`'s")
     return [_query(question, mode=mode, grounded=grounded, style=style) for question in questions]
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
 from regrad_qdrant.bank.documents import check_unicode
-from regrad_qdrant.errors import RegradError
+from regrad_qdrant.errors import DataError, RegradError
 from regrad_qdrant.model.prompts import Prompt, QuestionType, Style
 
 if TYPE_CHECKING:
@@ -60,6 +60,8 @@ class Query:
             raise RegradError(f"mode {self.mode!r} is not one of {', '.join(MODES)}")
         if self.grounded not in (False, True, "auto"):
             raise RegradError(f"grounded is True, False or 'auto', not {self.grounded!r}")
+        if isinstance(self.choices, str):
+            raise DataError(f"choices go in a list: [{self.choices!r}]")
         check_unicode(self.question, *self.choices, self.system or "", *(text for _, text in self.turns))
 
     def prompt(self, hits: Sequence[Hit]) -> Prompt:

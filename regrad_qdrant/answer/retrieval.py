@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.documents import Hit
     from regrad_qdrant.bank.stores.base import PointId
 
+WITH_RECORDS = ("regrad", "regrad+icl")  # modes that apply stored atoms of what was found
 SEARCHERS = 8  # threads that search for asyncio, over a bank that has no asyncio of its own
 NONE_GIVEN = "no document was handed over: the answer comes from the model alone"
 NO_TEXT = "there is no text to take the answer from: it is the model's own"
@@ -47,7 +48,7 @@ class Retrieval:
         self._async_bank = None if isinstance(bank, GradientBank) else bank
         self.bank = bank if isinstance(bank, GradientBank) else bank.blocking
         self.explains = explains
-        self._all_ids: list[PointId] | None = None
+        self._all_ids: tuple[int, list[PointId]] = (-1, [])  # as of how many points
         self._searchers = ThreadPoolExecutor(SEARCHERS, "regrad-search")
         self._closed = False
 
@@ -80,9 +81,7 @@ class Retrieval:
             _ = self.bank.embedders  # read where an async bank's requests can be awaited, for what follows elsewhere
         searching = [one for one in reading if one.hits is None]
         wanted = [
-            Asked(
-                one.question if one.query is None else one.query, one.query_filter, one.mode in ("regrad", "regrad+icl")
-            )
+            Asked(one.question if one.query is None else one.query, one.query_filter, one.mode in WITH_RECORDS)
             for one in searching
         ]
         results = iter(self.bank.search_many(wanted, top_k, using=using) if wanted else [])
@@ -91,7 +90,7 @@ class Retrieval:
             if not _reads(one):
                 found.append(Found(one, [], []))
                 continue
-            hits = next(results) if one.hits is None else _first(one.hits, top_k)
+            hits = next(results) if one.hits is None else self._with_atoms(one, _first(one.hits, top_k))
             sources = hits if one.sources is None else _first(one.sources, top_k)
             if one.mode == "random":
                 hits = self._random_hits(one, hits, top_k, f"{seed}-{one.question}")
@@ -103,6 +102,18 @@ class Retrieval:
                 notes.append("no document that was retrieved has a text: nothing of them is in the answer")
             found.append(Found(one, hits, notes, sources))
         return found
+
+    def _with_atoms(self, asked: Query, hits: list[Hit]) -> list[Hit]:
+        """Documents that were handed over, with the atoms of those that were read without one."""
+        if asked.mode not in WITH_RECORDS or all(hit.record or hit.damaged for hit in hits):
+            return hits
+        if not self.bank.store.exists():
+            return hits  # theirs is elsewhere
+        read = {hit.id: hit for hit in self.bank.fetch([hit.id for hit in hits if not (hit.record or hit.damaged)])}
+        return [
+            replace(hit, record=read[hit.id].record, damaged=read[hit.id].damaged) if hit.id in read else hit
+            for hit in hits
+        ]
 
     def _check_layout(self, hits: Sequence[Hit]) -> None:
         """Refuse a layout that finds no text in the collection's first points either."""
@@ -127,9 +138,9 @@ class Retrieval:
         if asked.query_filter is not None:
             everything = [hit.id for hit in self.bank.points(asked.query_filter)]
         else:
-            if self._all_ids is None:
-                self._all_ids = [hit.id for hit in self.bank.points()]
-            everything = self._all_ids
+            if (count := self.bank.store.count()) != self._all_ids[0]:
+                self._all_ids = (count, [hit.id for hit in self.bank.points()])
+            everything = self._all_ids[1]
         retrieved = {hit.id for hit in hits}
         others = [key for key in everything if key not in retrieved]
         drawn = random.Random(seed).sample(others, min(count, len(others)))

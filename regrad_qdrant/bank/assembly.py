@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from regrad_qdrant.bank.bank import GradientBank
-from regrad_qdrant.bank.embed import Bm25, DenseEmbedder, Embedder
+from regrad_qdrant.bank.embed import Bm25, DenseEmbedder
 from regrad_qdrant.bank.layouts import CORPUS, Layout
 
 if TYPE_CHECKING:
@@ -29,17 +29,12 @@ def assembled(
     Args:
         dense: sentence-transformers model of the vector that `using` names beside bm25, or else of one named dense.
         text_path: where payloads keep the text; None: as noted, or as the first points show.
-        language: of BM25's words; without it and `dense` the embedders are those that ingestion noted.
+        language: of BM25's words. What neither it nor `dense` names is embedded as the collection notes it.
     """
-    embedders: dict[str, Embedder] | None = None
-    if language is not None:
-        embedders = {"bm25": Bm25(language)}
-    if dense is not None:
-        embedders = {
-            "bm25": Bm25(language or "english"),
-            next((name for name in using or () if name != "bm25"), "dense"): DenseEmbedder(dense),
-        }
     layout = None if text_path is None else CORPUS if text_path == CORPUS.text else Layout("given", text_path)
-    return GradientBank(
-        store, store.name, space, payload_key=payload_key, layout=layout, embedders=embedders, sidecar=sidecar
-    )
+    bank = GradientBank(store, store.name, space, payload_key=payload_key, layout=layout, sidecar=sidecar)
+    if language is not None:
+        bank.embed_with("bm25", Bm25(language))
+    if dense is not None:
+        bank.embed_with(next((name for name in using or () if name != "bm25"), "dense"), DenseEmbedder(dense))
+    return bank

@@ -16,9 +16,10 @@ from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import DEFAULT_KEY, Record
 from regrad_qdrant.bank import upkeep
 from regrad_qdrant.bank.collection import PAGE, AtomCollection
-from regrad_qdrant.bank.documents import Document, Hit, as_json, canonical_id, check_unicode, point_id
+from regrad_qdrant.bank.documents import Document, Hit, as_json, canonical_id, check_ids, check_unicode, point_id
 from regrad_qdrant.bank.embed import Bm25, Embedder, embedder_of, noted
 from regrad_qdrant.bank.layouts import Layout
+from regrad_qdrant.bank.place import MADE
 from regrad_qdrant.bank.relevance import DEPTH, from_candidates, from_zero
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
@@ -108,9 +109,13 @@ class GradientBank(AtomCollection):
         if self._embedders is None:
             if not self.store.exists():
                 return {"bm25": Bm25()}  # until there is something to look at
-            found = {name: embedder_of(spec) for name, spec in (self.noted().get("embedders") or {}).items()}
+            found = {name: embedder_of(spec) for name, spec in (self.known("embedders") or {}).items()}
             self._embedders = found or {"bm25": Bm25()}
         return self._embedders
+
+    def embed_with(self, name: str, embedder: Embedder) -> None:
+        """Make one vector from text by this embedder, the others as before."""
+        self._embedders = self.embedders | {name: embedder}
 
     @classmethod
     def open(
@@ -128,15 +133,20 @@ class GradientBank(AtomCollection):
     def create(self) -> None:
         """Make the collection with one vector for each embedder, if it is not there yet, and the index on the space.
 
+        The metadata of one that is made says where its texts stand and what makes its vectors, for any later reader.
+
         Raises:
             BankError: if it exists without a vector that an embedder makes, or with one that none makes: documents
-                added here would lack it; or as `check_place`.
+                added here would lack it; if its vectors are noted as another embedder's; or as `check_place`.
         """
         if not self.store.exists():
             self.check_place()
             dense = {name: size for name, embedder in self.embedders.items() if (size := embedder.size) is not None}
             sparse = tuple(name for name, embedder in self.embedders.items() if embedder.size is None)
+            self._use(self.layout)
+            self._embedders = self.embedders
             self.store.create(VectorNames(dense, sparse))
+            self.store.write_metadata({MADE: {"layout": self.layout.noted(), "embedders": self._specs()}})
         else:
             present = self.store.vectors()
             for name in self.embedders:
@@ -148,6 +158,14 @@ class GradientBank(AtomCollection):
                     f"collection {self.store.name!r} has a vector {unmade[0]!r} that nothing here makes, and documents "
                     "added now would lack it: give its model too (--dense)"
                 )
+            known = self.known("embedders") or {}
+            for name, spec in self._specs().items():
+                if name in known and known[name] != spec:
+                    raise BankError(
+                        f"the vectors {name!r} of collection {self.store.name!r} are noted as {known[name]}; beside "
+                        f"them those of {spec} would not be found: leave --language and --dense out, or fill another "
+                        "collection (ingest --from-collection NAME with them mends a note that is wrong)"
+                    )
         self.index()
 
     def add(self, documents: Iterable[Document]) -> int:
@@ -177,7 +195,8 @@ class GradientBank(AtomCollection):
             BankError: as `add`.
         """
         added, updated = 0, 0
-        for page in pages(map(as_json, documents), PAGE):
+        for given in pages(map(as_json, documents), PAGE):
+            page = list({point_id(document.id): document for document in given}.values())  # of one id the last
             for document in page:
                 self.check_fields(document)
             ids = [point_id(document.id) for document in page]
@@ -205,7 +224,12 @@ class GradientBank(AtomCollection):
 
     def remove(self, ids: Iterable[str | int]) -> int:
         """Take documents out of the collection, vectors, atoms and all, by the ids that `add` was given, or the points'
-        own (`hit.id`); returns how many were there."""
+        own (`hit.id`); returns how many were there.
+
+        Raises:
+            BankError: for one id that is in no list.
+        """
+        check_ids(ids)
         removed = 0
         for page in pages(map(point_id, ids), PAGE):
             for store in (self.store, self.atoms) if self.in_sidecar and self.atoms.exists() else (self.store,):
@@ -399,6 +423,7 @@ class GradientBank(AtomCollection):
                 merge rule knows how far the scores fall.
             with_records: read the atoms.
         """
+        check_ids(ids)
         if scores is not None and len(scores) != len(ids):
             raise BankError(f"{len(scores)} scores for {len(ids)} ids")
         of_key: dict[PointId, float] = {}
@@ -433,14 +458,19 @@ class GradientBank(AtomCollection):
 
     def describe(self, space: AtomSpace, embedders: Mapping[str, Any] | None = None) -> None:
         """As `AtomCollection.describe`, with this bank's embedders."""
-        own = {name: found for name, embedder in self.embedders.items() if (found := noted(embedder)) is not None}
-        super().describe(space, embedders or own)
+        super().describe(space, embedders or self._specs())
 
     # -- inside -----------------------------------------------------------------------------------------
+
+    def _specs(self) -> dict[str, Any]:
+        """What the metadata can say of each vector's embedder."""
+        return {name: found for name, embedder in self.embedders.items() if (found := noted(embedder)) is not None}
 
     def _points(self, documents: Sequence[Document]) -> list[Point]:
         """The points of new documents with their vectors."""
         texts = [self._text(document) for document in documents]
+        if documents:
+            self._use(self.layout)  # of an empty collection the first documents' holds for those that follow
         vectors = {name: embedder.documents(texts) for name, embedder in self.embedders.items()} if texts else {}
         return [
             Point(point_id(document.id), {name: rows[i] for name, rows in vectors.items()}, document.payload)
@@ -469,6 +499,21 @@ class GradientBank(AtomCollection):
             )
         self.check_fields(document)
         return text
+
+    def check_document(self, document: Document) -> None:
+        """Refuse a document that can't be added.
+
+        Raises:
+            BankError: where it has a field of the name of the bank's own key, something that has no JSON, or more than
+                a request holds.
+        """
+        self.check_fields(document)
+        size = json_bytes(as_json(document).payload)
+        if size > self.max_request_bytes:
+            raise BankError(
+                f"document {document.id!r}: its fields take {size} bytes, more than one request may hold "
+                f"({self.max_request_bytes}): leave some out, or in Python raise max_request_bytes"
+            )
 
     def check_fields(self, document: Document) -> None:
         """Refuse a document that would write over atoms.

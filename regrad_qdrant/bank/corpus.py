@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.layouts import CORPUS
+from regrad_qdrant.bank.stores.base import PointId
 from regrad_qdrant.errors import DataError
 
 
@@ -25,17 +27,17 @@ def read_corpus(path: Path) -> list[Passage]:
     """The passages of a `corpus.jsonl`: one object a line with at least `id` and `text`.
 
     Raises:
-        DataError: for a line that is no object, lacks a field, has an empty text or repeats an id; the
-            error names the file and the line.
+        DataError: for a line that is no object, lacks a field, has an empty text or repeats an id (a UUID may be spelt
+            in several ways); the error names the file and the line.
     """
-    passages: dict[str, Passage] = {}
+    passages: dict[PointId, Passage] = {}
     for place, row in json_rows(path):
         key, text = string_field(row, "id", place), string_field(row, "text", place)
         if not text.strip():
             raise DataError(f"{place}: the text of {key!r} is empty; give it a text or remove the line")
-        if key in passages:
+        if (point := point_id(key)) in passages:
             raise DataError(f"{place}: the id {key!r} is there twice; ids must be unique")
-        passages[key] = Passage(key, CORPUS.text_of(row) or text, row)
+        passages[point] = Passage(key, CORPUS.text_of(row) or text, row)
     if not passages:
         raise DataError(f"{path}: no passages; expected one JSON object a line with 'id' and 'text'")
     return list(passages.values())

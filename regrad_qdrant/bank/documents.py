@@ -39,6 +39,16 @@ def as_json(document: Document) -> Document:
         raise BankError(f"document {document.id!r}: its payload can't be written as JSON: {error}") from error
 
 
+def check_ids(ids: object) -> None:
+    """Refuse one id where a list of them goes: its letters would be taken for ids.
+
+    Raises:
+        BankError: for a text.
+    """
+    if isinstance(ids, str):
+        raise BankError(f"ids go in a list: [{ids!r}]")
+
+
 def check_unicode(*texts: str) -> None:
     """Refuse a text that can't be written.
 

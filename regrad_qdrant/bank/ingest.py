@@ -63,12 +63,11 @@ def add_corpus(bank: GradientBank, passages: Sequence[Passage], gradients: Gradi
 
     Returns how many of each.
 
-    Every text is checked before anything is written.
+    Every passage is checked before anything is written.
 
     Raises:
         DataError: for a text that can't have a gradient; the collection is as before.
-        BankError: for a passage with a field of the name of the bank's own key, or as `AtomCollection.check_place`;
-            likewise.
+        BankError: as `GradientBank.check_document`, or as `AtomCollection.check_place`; likewise.
     """
     check_passages(bank, passages, gradients)
     bank.create()
@@ -82,7 +81,7 @@ def check_passages(bank: GradientBank, passages: Sequence[Passage], gradients: G
         DataError, BankError: as `add_corpus`.
     """
     for passage in passages:
-        bank.check_fields(Document(passage.id, passage.payload))
+        bank.check_document(Document(passage.id, passage.payload))
         try:
             gradients.encode(passage.text)
         except DataError as error:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 SAMPLE = 64  # points that show the layout
 LOOKED_THROUGH = 100_000  # points up to which all are looked through for a field of the bank's own name
+MADE = "regrad-qdrant"  # the metadata's key for what a collection is like that a bank has made, whatever its spaces
 LOOK_AGAIN = 10.0  # seconds after which a bank without an atom looks for a sidecar again
 OF_SIDECAR = ("shard_number", "replication_factor", "write_consistency_factor", "on_disk_payload")  # as documents have
 
@@ -113,7 +114,7 @@ class AtomPlace:
 
     @property
     def layout(self) -> Layout:
-        """Where payloads keep the text: as given, as ingestion noted it in the metadata, or as the first points show.
+        """Where payloads keep the text: as given, as the metadata notes it, or as the first points show.
 
         Raises:
             BankError: if it can't be told; the error lists the candidates.
@@ -121,7 +122,7 @@ class AtomPlace:
         if self._layout is None:
             if not self.store.exists():
                 return CORPUS  # until there is something to see
-            noted = self.noted().get("layout")
+            noted = self.known("layout")
             if noted is None:
                 return self.detect_layout()
             try:
@@ -162,6 +163,15 @@ class AtomPlace:
         if self.in_sidecar and not self.atoms.exists():
             return {}
         return self._entry(self.atoms)
+
+    def known(self, what: str) -> Any:
+        """What the metadata says of the layout, or of the embedders: as ingestion noted it of this space, as the bank
+        that made the collection did, or as ingestion noted it of another space; None where nothing does."""
+        if found := self.noted().get(what):
+            return found
+        metadata = {key: entry for key, entry in self.store.read_metadata().items() if isinstance(entry, Mapping)}
+        others = [entry for entry in metadata.values() if "shapes" in entry]
+        return next((found for entry in (metadata.get(MADE, {}), *others) if (found := entry.get(what))), None)
 
     def _entry(self, store: Store) -> dict[str, Any]:
         """What stands about this space in the metadata of the documents' collection, or of the sidecar."""

@@ -105,7 +105,7 @@ def ask(
     own = None if prompt_file is None else PromptFormat.load(prompt_file)
     store = existing_store(collection, url, path)
     if chosen not in ("direct", "init"):
-        check_vector(store, using)
+        check_vector(store, using, dense)
     initialization, base, tokenizer = load(init, model, device, dtype)
     with bank_of(store, initialization, payload_key, dense, text_path, using, sidecar) as bank:
         regrad = regrad_of(base, tokenizer, bank, initialization, merge, prompt=own)

@@ -122,17 +122,20 @@ def existing_store(collection: str, url: str | None, path: Path | None) -> Store
     return store
 
 
-def check_vector(store: Store, using: list[str] | None) -> None:
-    """Refuse a vector that the collection lacks, before the model is loaded."""
+def check_vector(store: Store, using: list[str] | None, dense: str | None = None) -> None:
+    """Refuse a vector that the collection lacks, and a model of a vector that is not searched, before one is loaded."""
     from regrad_qdrant.bank.stores.base import TEXT_INDEX
     from regrad_qdrant.errors import BankError
 
     present = store.vectors()
+    if dense is not None and not set(vector_names(using)) - {"bm25"}:
+        names = ", ".join(f"--using {name or repr('')}" for name in present.dense) or "it has none"
+        raise BankError(f"--dense {dense}: no dense vector is searched; name the one of {store.name!r}: {names}")
     for name in vector_names(using):
         if name in present or name.startswith(TEXT_INDEX):
             continue
-        dense = [f"--using {other or repr('')} --dense MODEL" for other in present.dense]
-        ways = [*dense, *(f"--using {other}" for other in present.sparse)]
+        by_model = [f"--using {other or repr('')} --dense MODEL" for other in present.dense]
+        ways = [*by_model, *(f"--using {other}" for other in present.sparse)]
         raise BankError(
             f"collection {store.name!r} has no vector {name!r}; search one that it has with "
             f"{', or '.join(ways) or 'none: it has no vectors'}"

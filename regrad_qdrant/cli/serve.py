@@ -125,7 +125,7 @@ def serve(
     check_merge(merge)
     _check_free(host, port)
     checked = existing_store(collection, url, path)
-    check_vector(checked, using)
+    check_vector(checked, using, dense)
     checked.close()
     initialization, base, tokenizer = load(init, model, device, dtype)
     with ExitStack() as stack:

@@ -47,7 +47,7 @@ class Part(BaseModel):
 
 
 class Message(BaseModel):
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]  # the last two are read over
     content: str | list[Part] | None = ""
 
     @property

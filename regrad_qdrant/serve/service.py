@@ -249,7 +249,8 @@ def _read(request: ChatRequest | CompletionRequest) -> tuple[str | None, tuple[t
     if isinstance(request, CompletionRequest):
         return None, (), request.question
     system = [message.text for message in request.messages if message.role in ("system", "developer")]
-    turns = [(message.role, message.text) for message in request.messages if message.role in ("user", "assistant")]
+    spoken = [(message.role, message.text) for message in request.messages if message.role in ("user", "assistant")]
+    turns = [(role, text) for role, text in spoken if role == "user" or text.strip()]  # a call of a tool has no text
     if not turns or turns[-1][0] != "user" or not turns[-1][1].strip():
         raise DataError("the last message must be the user's, with a text: it is the question")
     return "\n".join(system) or None, tuple(turns[:-1]), turns[-1][1]

@@ -468,3 +468,28 @@ def test_a_short_text_weighs_less_and_a_long_one_in_full(regrad):
     tokens = len(regrad.gradients.encode(hit.text).ids)
     assert regrad.weighing.weights([hit]) == [tokens / SHORT] and tokens < SHORT
     assert regrad.weighing.weights([replace(hit, text="Ida is a diver. " * 20)]) == [1]
+
+
+def test_documents_that_were_read_without_atoms_are_applied(regrad):
+    expected = regrad.answer("What is the job of Ida Corvand?", top_k=2)
+    read = regrad.answer("What is the job of Ida Corvand?", mode="rag", top_k=2).hits
+    found = regrad.answer("What is the job of Ida Corvand?", hits=read)
+    assert all(hit.record is None for hit in read) and not found.notes
+    assert (found.text, found.weights) == (expected.text, expected.weights)
+
+
+def test_what_goes_in_a_list_is_not_taken_for_letters(regrad):
+    with pytest.raises(DataError, match="questions go in a list"):
+        regrad.answer_many("Who is Ida?")
+    with pytest.raises(DataError, match=r"choices go in a list: \['abc'\]"):
+        regrad.answer("Who is Ida?", type="choice", choices="abc")
+
+
+def test_random_draws_from_what_is_there_now(regrad):
+    question = "Is Ida a baker?"
+    assert len(regrad.answer(question, mode="random", top_k=3).hits) == 3  # all but Ida's
+    regrad.bank.remove(["d1", "d2"])
+    assert [hit.key for hit in regrad.answer(question, mode="random", top_k=3).hits] == ["d3"]
+    regrad.bank.add([Document("new", {"id": "new", "text": "Elin Marsk plays chess."})])
+    attach_atoms(regrad.bank, regrad.gradients, "int8")
+    assert {hit.key for hit in regrad.answer(question, mode="random", top_k=3).hits} == {"d3", "new"}

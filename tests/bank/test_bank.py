@@ -13,9 +13,11 @@ from qdrant_client import models
 from regrad_qdrant import Bm25, Document, GradientBank
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.atoms.record import Record, make_records
+from regrad_qdrant.bank.assembly import assembled
 from regrad_qdrant.bank.bank import Asked
 from regrad_qdrant.bank.documents import point_id
-from regrad_qdrant.bank.layouts import Layout
+from regrad_qdrant.bank.layouts import CORPUS, Layout
+from regrad_qdrant.bank.place import MADE
 from regrad_qdrant.bank.stores.base import PayloadWrite, Point, SparseVector, VectorNames
 from regrad_qdrant.bank.stores.edge import EdgeStore
 from regrad_qdrant.bank.stores.opening import open_store
@@ -34,6 +36,7 @@ def documents():
 
 
 NUMBERS = AtomLayout.flat(128)
+MADE_SO = {"layout": CORPUS.noted(), "embedders": {"bm25": Bm25().noted()}}  # what a bank notes of what it made
 
 
 def records(texts, space=SPACE, numel=128):
@@ -348,7 +351,7 @@ def test_dense_vectors_beside_bm25(store):
 def test_metadata_is_kept_beside_the_collection(bank):
     bank.store.write_metadata({"regrad": {"a": 1}})
     bank.store.write_metadata({"other": 2})
-    assert bank.store.read_metadata() == {"regrad": {"a": 1}, "other": 2}
+    assert bank.store.read_metadata() == {MADE: MADE_SO, "regrad": {"a": 1}, "other": 2}
 
 
 def test_an_edge_bank_is_there_after_it_was_closed(tmp_path):
@@ -632,7 +635,7 @@ def test_dropping_takes_the_nested_key_first_and_leaves_nothing_of_ours(bank, mo
     monkeypatch.setattr(bank.atoms, "delete_keys", lambda keys, only: asked.append(keys) or delete(keys, only))
     assert bank.drop() == len(PEOPLE) and bank.drop() == 0
     assert asked[0] == ["regrad.space", "regrad"]
-    assert bank.noted() == {} and bank.atoms.read_metadata() == {"theirs": 1}
+    assert bank.noted() == {} and bank.atoms.read_metadata() == {MADE: MADE_SO, "theirs": 1}
     assert (bank.status().atoms, bank.count_atoms()) == (0, 0)
 
 
@@ -787,3 +790,49 @@ def test_other_spaces_in_the_documents_points_are_noted_and_those_in_a_sidecar_a
     assert not bank.notes_other_spaces()
     bank.store.write_metadata({other.metadata_key: {"space": "lora"}})
     assert bank.notes_other_spaces() and not other.notes_other_spaces()
+
+
+@pytest.mark.parametrize("further", [{"document": "a.pdf", "metadata": {"page": 1}}, {"body": "a.pdf"}])
+def test_a_collection_that_a_bank_made_keeps_its_text_where_the_first_documents_had_it(store, monkeypatch, further):
+    monkeypatch.setattr("regrad_qdrant.bank.bank.PAGE", 2)
+    bank = GradientBank(store, store.name, SPACE)
+    bank.create()
+    given = [replace(one, payload=one.payload | further) for one in documents()]
+    assert bank.sync(given) == (4, 0) and bank.sync(given) == (0, 0)
+    assert [bank.search(name, 1)[0].text for name in ("Ida", "Orla")] == [PEOPLE[0], PEOPLE[3]]
+    if store.read_metadata():  # as a later process finds it
+        assert sorted(hit.text for hit in GradientBank(store, store.name, OTHER).missing()) == sorted(PEOPLE)
+
+
+def test_words_are_of_one_language_for_every_bank_of_a_collection(store):
+    bank = GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25("german")})
+    bank.create()
+    bank.add([Document(1, {"id": "a", "text": "Die Häuser am Hafen"}), Document(2, {"id": "b", "text": "Ein Schiff"})])
+    if not store.read_metadata():
+        pytest.skip("this engine keeps no metadata")
+    bank.drop()
+    assert [hit.document_id for hit in GradientBank(store, store.name, OTHER).search("Welches Haus?", 1)] == ["a"]
+    beside = assembled(store, OTHER, payload_key="second", dense="none")
+    assert beside.embedders["bm25"].noted() == {"kind": "bm25", "language": "german"} and "dense" in beside.embedders
+    with pytest.raises(BankError, match="leave --language and --dense out"):
+        GradientBank(store, store.name, SPACE, embedders={"bm25": Bm25()}).create()
+
+
+def test_an_id_that_is_in_no_list_is_no_list_of_letters(bank):
+    for ask in (bank.remove, bank.fetch):
+        with pytest.raises(BankError, match=r"ids go in a list: \['123'\]"):
+            ask("123")
+    assert bank.store.count() == 4
+
+
+def test_a_document_that_is_given_twice_counts_once(bank):
+    twice = [Document("new", {"id": "new", "text": text}) for text in ("Ida", "Noor")]
+    assert bank.sync(twice) == (1, 0)
+    assert [hit.text for hit in bank.fetch([point_id("new")])] == ["Noor"]
+
+
+def test_a_closed_shard_stays_closed(bank):
+    bank.close()
+    if isinstance(bank.store, EdgeStore):
+        with pytest.raises(BankError, match="is closed: open it anew"):
+            bank.search("Ida", 1)

@@ -11,7 +11,7 @@ from regrad_loaders.data.facts import generate
 from regrad_qdrant import Adapter, Document, GradientBank
 from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank import ingest
-from regrad_qdrant.bank.corpus import Passage
+from regrad_qdrant.bank.corpus import Passage, read_corpus
 from regrad_qdrant.bank.documents import point_id
 from regrad_qdrant.bank.ingest import add_corpus, attach_atoms, check_space
 from regrad_qdrant.bank.layouts import Layout
@@ -179,6 +179,22 @@ def test_a_text_of_one_token_is_refused_before_anything_is_written(bank, gradien
     with pytest.raises(DataError, match="'bad'.*1 token"):
         add_corpus(bank, [*PASSAGES, Passage("bad", "a", {"id": "bad", "text": "a"})], gradients)
     assert not bank.store.exists()
+
+
+@pytest.mark.parametrize("field", [float("nan"), "half \ud800", "x" * 2**24], ids=["nan", "surrogate", "large"])
+def test_a_payload_that_cannot_be_written_is_refused_before_anything_is(bank, gradients, field):
+    text = PASSAGES[0].text
+    with pytest.raises(BankError, match="'bad'"):
+        add_corpus(bank, [*PASSAGES, Passage("bad", text, {"id": "bad", "text": text, "n": field})], gradients)
+    assert not bank.store.exists()
+
+
+def test_an_id_may_be_there_once_however_it_is_spelt(tmp_path):
+    key = "6ba7b810-9dad-11d1-80b4-00c04fd430c8"
+    rows = [{"id": spelt, "text": "Ida is a judge."} for spelt in (key, key.upper())]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(DataError, match=f"line 2: the id '{key.upper()}' is there twice"):
+        read_corpus(tmp_path / "corpus.jsonl")
 
 
 def test_an_unknown_codec_is_refused_before_anything_is_computed(bank, gradients, monkeypatch):

@@ -174,6 +174,8 @@ def test_turns_and_a_system_message_reach_the_prompt(server):
     messages = [
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "Who is Ida?"},
+        {"role": "assistant", "content": None, "tool_calls": []},
+        {"role": "tool", "content": "Nobody knows."},
         {"role": "assistant", "content": "A baker."},
         {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
     ]

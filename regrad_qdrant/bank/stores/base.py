@@ -293,8 +293,8 @@ def bounded(limit: int, items: Iterable[tuple[Item, int]], key_of: Callable[[Ite
             if batch:
                 yield batch
             raise RecordTooLargeError(
-                f"point {key_of(item)!r}: {size} bytes are more than one request may hold ({limit}): use a coarser "
-                "codec (--codec), a smaller space, or in Python raise max_request_bytes",
+                f"point {key_of(item)!r}: {size} bytes are more than one request may hold ({limit}): of an atom, use a "
+                "coarser codec (--codec) or a smaller space; in Python raise max_request_bytes",
                 key_of(item),
             )
         if batch and total + size > limit:

@@ -37,8 +37,8 @@ RRF_K = 2  # the constant of reciprocal rank fusion, as a server has it
 UNUSED = "regrad-unused"  # a vector for the shards that need none
 METADATA_FILE = "regrad_metadata.json"
 BUSY = (
-    "is open already, here or in another process: end that ingest or serve, or close() that bank; several processes at "
-    "once need a server (--url)"
+    "is open already, here or in another process: end that ingest or serve, or close() that bank; a second bank here "
+    "is GradientBank(bank.store, …), several processes at once need a server (--url)"
 )
 
 
@@ -53,6 +53,7 @@ class EdgeStore:
         self.folder = folder
         self.name = folder.name
         self._shard: Any = None
+        self._closed = False
         self._opening = threading.Lock()
         self._siblings: dict[str, EdgeStore] = {}  # a folder can be opened once only
 
@@ -63,6 +64,8 @@ class EdgeStore:
             if self._shard is None:
                 from qdrant_edge import EdgeShard
 
+                if self._closed:
+                    raise BankError(f"the bank {self.name!r} in {self.folder.parent} is closed: open it anew")
                 if not self.exists():
                     raise BankError(
                         f"there is no collection {self.name!r} in {self.folder.parent}: ingest a corpus first"
@@ -249,6 +252,7 @@ class EdgeStore:
             self.shard.optimize()
 
     def close(self) -> None:
+        self._closed = True
         if self._shard is not None:
             self._shard.close()
             self._shard = None
