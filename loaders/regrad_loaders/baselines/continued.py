@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from regrad_qdrant.errors import DataError
-from regrad_qdrant.model.base_model import input_device, multiplies_16_bits_faster
+from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.gradients import batches, document_losses, pad
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.plugin import base_of, lora_layers, lora_weight, plug_in
@@ -59,7 +59,7 @@ def continued(
         plan = [batch for _ in range(epochs) for batch in _shuffled(documents, rng)]
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(plan))
         for batch in plan:
-            with precision(device), torch.enable_grad():
+            with precision(peft_model), torch.enable_grad():
                 ids, mask = pad([documents[i] for i in batch], tokenizer.pad_token_id or 0, device)
                 document_losses(peft_model, ids, mask).mean().backward()
             nn.utils.clip_grad_norm_(list(tensors.values()), 1.0)
@@ -77,10 +77,10 @@ def continued(
     return replace(start, modules=modules, card={"texts": len(documents), "epochs": epochs, "seed": seed})
 
 
-def precision(device: torch.device) -> torch.autocast:
-    """bf16 where the processor multiplies it faster, and on accelerators."""
-    faster = device.type != "cpu" or multiplies_16_bits_faster()
-    return torch.autocast(device.type, torch.bfloat16, enabled=faster)
+def precision(model: nn.Module) -> torch.autocast:
+    """bf16 for a model that is loaded in 16 bits, so that training is as precise as what it is compared with."""
+    base = base_of(model)
+    return torch.autocast(input_device(base).type, torch.bfloat16, enabled=base.dtype != torch.float32)
 
 
 def _shuffled(documents: Sequence[Sequence[int]], rng: random.Random) -> list[list[int]]:

@@ -129,7 +129,7 @@ class DocumentAdapters(GradientComputer):
             for step in range(self.epochs * len(examples[0])):
                 rows = [of_one[step % len(of_one)] for of_one in examples]
                 ids, mask = pad(rows, self.tokenizer.pad_token_id or 0, device)
-                with row_updates(self.model, self.space, changes), precision(device):
+                with row_updates(self.model, self.space, changes), precision(self.model):
                     document_losses(self.model, ids, mask).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)

@@ -140,7 +140,8 @@ def _kept(model: nn.Module, tokenizer: Any, initialization: MetaInitialization, 
     try:
         prompts = [Prompt(question) for question in kept.questions]
         said = generate(peft_model, tokenizer, prompts, Asking(initialization.prompt))
-        documents = [tokenizer(text, verbose=False).input_ids[:MAX_TOKENS] for text in kept.texts]
+        encoded = [tokenizer(text, verbose=False).input_ids[:MAX_TOKENS] for text in kept.texts]
+        documents = [ids for ids in encoded if len(ids) > 1]  # one token has no loss
         total, tokens = 0.0, 0
         with torch.inference_mode():
             for batch in batches([len(ids) for ids in documents], BATCH_TOKENS):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regrad_loaders.training.log import is_over
 from regrad_loaders.training.recipe import Recipe
 from regrad_qdrant.errors import DataError
 
@@ -89,18 +90,19 @@ class Run:
     arguments: tuple[str, ...]
     out: Path
     settings: dict[str, Any] = field(default_factory=dict)  # some of those that the file must name
+    is_over: bool = True  # of a training, whose file is there from its first evaluation on
 
     @property
     def command(self) -> str:
         return shlex.join(["regrad-qdrant", *self.arguments])
 
     def is_made(self) -> bool:
-        """Whether the file is there.
+        """Whether the file is there, and will stay as it is.
 
         Raises:
             DataError: for one of other settings.
         """
-        if not self.out.is_file():
+        if not self.out.is_file() or not self.is_over:
             return False
         there = json.loads(self.out.read_text(encoding="utf-8"))["settings"] if self.settings else {}
         if differing := sorted(name for name, value in self.settings.items() if there.get(name) != value):
@@ -134,9 +136,9 @@ def runs(
     names = sets or experiment.sets
     variants: dict[str, Sequence[str]] = {} if experiment.from_nothing else dict(experiment.variants)
     typed = () if dtype == "auto" else ("--dtype", dtype)
-    begun = () if experiment.from_nothing else ("--init", init)
+    begins = None if experiment.from_nothing else init
     for name in experiment.recipes:
-        trainings.append(_training(out / table / f"{name}.yaml", f"{table}-{name}", data, (*begun, *typed)))
+        trainings.append(_training(out / table / f"{name}.yaml", f"{table}-{name}", data, begins, typed))
         variants[f"-{name}"] = ("--init", str(trainings[-1].out.parent))
     for number, name in enumerate(names):
         folder = data / name
@@ -145,8 +147,8 @@ def runs(
         for ending, options in variants.items():
             file = out / table / f"{name}{ending}.json"
             shared = ["--split", "dev", "--sample", str(sample), "--json", str(file), *typed]
-            begins = init if "--init" not in options else options[options.index("--init") + 1]
-            made_with = {"init": begins, "sample": sample, "dtype": dtype}
+            asked_of = init if "--init" not in options else options[options.index("--init") + 1]
+            made_with = {"init": asked_of, "sample": sample} | ({} if dtype == "auto" else {"dtype": dtype})
             if "--init" not in options:
                 shared += ["--init", init]
             if experiment.command == ("eval",):
@@ -162,20 +164,26 @@ def runs(
     return [*(training for training in trainings if str(training.out.parent) in asked_for), *found]
 
 
-def _training(recipe: Path, name: str, data: Path, options: Sequence[str]) -> Run:
-    """The run of a recipe, or what is left of it."""
+def _training(recipe: Path, name: str, data: Path, begins: str | None, options: Sequence[str]) -> Run:
+    """The run of a recipe from an initialization, or what is left of it."""
     if not recipe.is_file():
         raise DataError(f"{recipe} is not there: the recipes of this table are in benchmarks/paper of the repository")
     folder = Path("runs") / name
-    made = folder / "initialization" / "regrad.json"
+    made, over = folder / "initialization" / "regrad.json", True
     if made.is_file():
-        there = json.loads(made.read_text(encoding="utf-8"))["card"].get("recipe")
-        wanted = json.loads(json.dumps(Recipe.load(recipe).as_dict()))
-        if any((there or {}).get(name) != value for name, value in wanted.items() if name not in GIVEN):
+        there = json.loads(made.read_text(encoding="utf-8"))["card"].get("recipe") or {}
+        read = Recipe.load(recipe)
+        wanted, over = json.loads(json.dumps(read.as_dict())), is_over(folder, read.steps)
+        if any(there.get(name) != value for name, value in wanted.items() if name not in GIVEN):
             raise DataError(f"{made} was trained with another recipe than {recipe}: remove the folder {folder}")
+        if begins is not None and there.get("start") != begins:
+            raise DataError(
+                f"{made} was trained from {there.get('start')}, not from {begins}: remove the folder {folder}"
+            )
     resumed = ["--resume"] if (folder / "checkpoint.pt").is_file() else []
+    begun = () if begins is None else ("--init", begins)
     asked = ("train", "--recipe", str(recipe), "--data-dir", str(data), "--out", str(folder))
-    return Run((*asked, *options, *resumed), made)
+    return Run((*asked, *begun, *options, *resumed), made, is_over=over)
 
 
 def _other(names: Sequence[str], number: int) -> str:

@@ -263,6 +263,8 @@ def evaluation(
         if any(party.fills and party.made is None for party in answering):
             warn_of_codec(codec, initialization)
         settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
+        if dtype == "auto":
+            settings["dtype"] = str(base.dtype).removeprefix("torch.")
         journal = None
         if resume is not None:
             read = [file for file in (qa, corpus, prompt_file) if file is not None]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from regrad_loaders.data.folders import Dataset, Question
+from regrad_qdrant.bank.relevance import by_rank
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, Style
 
@@ -112,7 +113,7 @@ class EpisodeSource:
         """What was retrieved for each question: the data's own, which say an order alone, or by BM25."""
         if all("retrieved" in question.fields for question in asked):
             own = [question.fields["retrieved"] for question in asked]
-            return [{key: 1 / rank for rank, key in enumerate(found, 1)} for found in own]
+            return [dict(zip(found, by_rank(len(found)), strict=True)) for found in own]
         return bm25_hits(self.texts, [question.question for question in asked])
 
     def _entry(self, question: Question, hits: dict[str, float]) -> _Entry:

@@ -16,7 +16,7 @@ from typing import Any
 from regrad_loaders.data.folders import Question
 from regrad_loaders.data.scores import accuracy, chosen, exact_match, f1, normalize
 from regrad_qdrant.answer.query import WITH_PASSAGES
-from regrad_qdrant.model.prompts import PromptFormat
+from regrad_qdrant.model.prompts import ENGINEERED_INSTRUCTION, PromptFormat
 
 MAX_NEW_TOKENS = 20
 CLOSED = ("yes", "no", "noanswer")
@@ -66,10 +66,14 @@ class PaperProtocol(OwnProtocol):
         format, kind = self._format, question.kind
         listed = [format.choice.format(letter=chr(65 + i), text=text) for i, text in enumerate(question.choices)]
         system = (format.system_with_passages if run in WITH_PASSAGES else format.system)[kind]
+        if run == "pe-rag":
+            system = f"{ENGINEERED_INSTRUCTION} {format.system[kind]}"
+        if kind == "choice":
+            system = f"{system} Its letter is enough."
         return {
             "question": question.question + "".join(listed),
             "type": "open",
-            "system": system if kind != "choice" else f"{system} Its letter is enough.",
+            "system": system,
             "max_new_tokens": MAX_NEW_TOKENS,
         }
 

@@ -22,14 +22,17 @@ def mean_of(first: MetaInitialization, second: MetaInitialization, share: float 
         share: of the second in the mean.
 
     Raises:
-        InitializationError: if the two have other spaces or shapes, or a step size for every number.
+        InitializationError: if the two have other spaces, scales or shapes, step sizes of other signs, or a step size
+            for every number.
     """
-    if (first.kind, first.lora_alpha) != (second.kind, second.lora_alpha) or _shapes(first) != _shapes(second):
+    if first.kind != second.kind or _shapes(first) != _shapes(second):
         raise InitializationError(
             "only initializations of one space, on the same layers in the same ranks, have a mean"
         )
     if first.has_full_step_sizes or second.has_full_step_sizes:
         raise InitializationError("with a step size for every number two initializations can't be averaged")
+    if any(float(size) * float(second.step_sizes[name]) <= 0 for name, size in first.step_sizes.items()):
+        raise InitializationError("step sizes of different signs have no mean: these two do not go the same way")
     modules = {name: _mean(module, second.modules[name], share) for name, module in first.modules.items()}
     step_sizes: dict[str, float | Tensor] = {
         name: _geometric(float(size), float(second.step_sizes[name]), share) for name, size in first.step_sizes.items()
@@ -50,6 +53,7 @@ def _geometric(one: float, other: float, share: float) -> float:
     return math.copysign(size, one)  # released checkpoints have negative step sizes
 
 
-def _shapes(initialization: MetaInitialization) -> dict[str, tuple[int, ...]]:
-    ranks = {name: (module.rank, module.d_in, module.d_out) for name, module in initialization.modules.items()}
+def _shapes(initialization: MetaInitialization) -> dict[str, tuple[float, ...]]:
+    """Of each module its scale s, rank and widths, and the shapes of its atom's tensors."""
+    ranks = {name: (m.scaling, m.rank, m.d_in, m.d_out) for name, m in initialization.modules.items()}
     return ranks | dict(initialization.space.shapes)

@@ -20,7 +20,16 @@ def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[
     Each document's atom is applied with every size of the grid; `own` is the mean change of the document's
     loss, `other` that of a document which the atom knows nothing of (the one half the list away). The trust
     region: `other` may rise by no more than half of what `own` falls. Returns the size and the whole table.
+
+    Args:
+        passages: token ids; those of one token, which have no loss, are left out.
+
+    Raises:
+        InitializationError: if fewer than two are left, or no size can be trusted.
     """
+    passages = [ids for ids in passages if len(ids) > 1]
+    if len(passages) < 2:
+        raise InitializationError("a step size is calibrated on two passages of two tokens at least")
     atoms, before = learner.atoms(passages, create_graph=False)
     batch = pad(passages, learner.pad_id, learner.device)
     half = len(passages) // 2

@@ -44,6 +44,15 @@ class Log:
             self.board.add_scalar(f"{kind}/{name}", value, values.get("step", 0))
 
 
+def is_over(out: Path, steps: int) -> bool:
+    """Whether a run of so many steps has ended, by its last one or when its patience did; one without a log has."""
+    path = out / "metrics.jsonl"
+    if not path.is_file():
+        return True
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()]
+    return any(row["kind"] == "end" or row.get("step", 0) >= steps for row in rows)
+
+
 def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
     """The numbers of a nested mapping by their paths."""
     for name, value in values.items():

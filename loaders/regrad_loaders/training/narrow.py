@@ -80,13 +80,17 @@ def values_of(initialization: MetaInitialization, modules: Collection[str]) -> M
     changes the model least.
 
     Raises:
-        InitializationError: for another space than lora, modules that it does not adapt, or a step size for every
-            number.
+        InitializationError: for another space than lora, modules that it does not adapt, step sizes not above 0, or a
+            step size for every number.
     """
     if initialization.kind != "lora":
         raise InitializationError(f"only the space lora holds values to begin with, not {initialization.kind!r}")
     _check(initialization, modules)
     sizes = {name: float(initialization.step_sizes[f"{name}.lora_B"]) for name in modules}
+    if min(sizes.values()) <= 0:
+        raise InitializationError(
+            "step sizes that are not above 0 have no common one: this initialization can't be narrowed"
+        )
     common = math.exp(sum(map(math.log, sizes.values())) / len(sizes))
     kept = {}
     for name, size in sizes.items():

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from regrad_loaders.data.episodes import Episode, EpisodeSource
@@ -116,6 +116,13 @@ class Trainer:
             weight_decay=recipe.weight_decay,
         )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._decay)
+        self._agree()
+
+    def _agree(self) -> None:
+        """Let all processes begin with the main one's tensors: rounding can turn the directions that a start finds."""
+        if self.accelerator.num_processes > 1:
+            for parameter in self.learner.parameters():
+                parameter.data = broadcast(parameter.data, from_process=0)
 
     def _fitting(self, model: nn.Module) -> int | None:
         """As many passages at once as the recipe says, or as fit the memory by the model's configuration; None: all."""
@@ -147,6 +154,7 @@ class Trainer:
         with self._precision():
             size, table = calibrate(self.learner, [self._draw(rng).passages[i] for i in (0, -1) for _ in range(4)])
         self.learner.set_step_size(size)
+        self._agree()
         return table
 
     def _precision(self) -> torch.autocast:
@@ -292,6 +300,10 @@ class Trainer:
                         scores.append(
                             mean_f1(self.learner, episode.examples, updates[0], source.tokenizer, source.format)
                         )
+            if not rows:
+                raise DataError(
+                    f"{source.name}: no question has a passage that was retrieved, so none can be evaluated"
+                )
             means = [sum(values) / len(values) for values in zip(*rows, strict=True)]
             results[source.name] = dict(zip(("loss", "exact", "random_exact"), means, strict=False))
             if scores:
@@ -372,6 +384,7 @@ def run(
                     _save(trainer, out / "initialization")
             if last or trainer.step % recipe.checkpoint_every == 0:
                 trainer.save()
+        log.write("end", {"step": trainer.step})
     if not recipe.dev_questions:
         return _save(trainer, out / "initialization")
     trainer.accelerator.wait_for_everyone()

@@ -81,6 +81,18 @@ def test_a_training_is_not_made_for_results_that_are_there_nor_taken_for_one_of_
         made.write_text(json.dumps({"card": {"recipe": recipe}}))
         with pytest.raises(error, match="with another recipe") if error else nullcontext():
             runs("domains", data, ["one"], 40, data / "out", "small")
+    made.write_text(json.dumps({"card": {"recipe": same}}))
+    with pytest.raises(DataError, match="was trained from small, not from another: remove the folder"):
+        runs("domains", data, ["one"], 40, data / "out", "another")
+    log = made.parents[1] / "metrics.jsonl"
+    for rows, is_over in (([{"kind": "step", "step": 3}], False), ([{"kind": "end", "step": 3}], True)):
+        log.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        [training] = [
+            run
+            for run in runs("domains", data, ["one"], 40, data / "out", "small")
+            if run.out == made.relative_to(data)
+        ]
+        assert training.is_made() is is_over  # the best so far of a run that was stopped is not what it comes to
 
 
 def test_initializations_are_trained_before_they_are_asked(data, monkeypatch):

@@ -7,7 +7,7 @@ from regrad_loaders.data.facts import generate
 from regrad_loaders.data.folders import Question
 from regrad_loaders.evaluation.evaluate import evaluate
 from regrad_loaders.evaluation.protocol import MAX_NEW_TOKENS, OwnProtocol, protocol_of
-from regrad_qdrant.model.prompts import PromptFormat
+from regrad_qdrant.model.prompts import ENGINEERED_INSTRUCTION, PromptFormat
 
 CHOICE = Question("c", "Where?", ("Rome",), choices=("Oslo", "Rome"))
 
@@ -66,6 +66,7 @@ def test_everything_is_asked_freely(model, tokenizer, tmp_path):
     assert asked[1]["question"] == f"{name}\nA) Oslo\nB) Rome"
     assert asked[2]["system"] == "Use the passages. Answer with yes or no only."
     assert paper.asks(questions[2], "regrad")["system"] == "Answer with yes or no only."
+    assert paper.asks(questions[2], "pe-rag")["system"] == f"{ENGINEERED_INSTRUCTION} Answer with yes or no only."
     assert OwnProtocol().asks(questions[1], "rag")["choices"] == ("Oslo", "Rome")
     with regrad_over([passage.text for passage in world.passages], model, tokenizer, tmp_path) as regrad:
         found = evaluate(regrad, questions, ["rag", "regrad", "random"], top_k=2, protocol=paper)

@@ -301,7 +301,7 @@ def test_a_run_keeps_the_best_on_dev_questions_and_stops_when_it_gets_no_better(
     made = run(recipe, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "evaluation"] == [1, 2, 3, 4]
-    assert list(lines[-1]["sources"]) == ["facts-demo"]
+    assert list(lines[-2]["sources"]) == ["facts-demo"] and lines[-1] == {"kind": "end", "step": 4}
     assert made.fingerprint == best[0] == MetaInitialization.load(tmp_path / "initialization").fingerprint
     assert made.card["steps"] == 2
     endless = iter([math.nan] * 2)
@@ -432,6 +432,9 @@ def test_calibration_lowers_the_documents_loss(source):
     size, table = calibrate(learner, episode.passages)
     [row] = [row for row in table if row["step_size"] == size]
     assert row["own"] < 0 and row["other"] <= -0.5 * row["own"]
+    assert calibrate(learner, [*episode.passages[:3], [7], *episode.passages[3:]])[0] == size  # one token has no loss
+    with pytest.raises(InitializationError, match="two passages of two tokens"):
+        calibrate(learner, [[7], episode.passages[0]])
 
 
 def test_a_run_leaves_an_initialization_and_its_metrics(tokenizer, tmp_path):
@@ -443,7 +446,7 @@ def test_a_run_leaves_an_initialization_and_its_metrics(tokenizer, tmp_path):
     assert again.card["recipe"]["name"] == "tiny" and again.card["questions_seen"] > 0
     assert again.merge.rule == "margin" and sum(steps) == 6
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert kinds.count("step") == 6 and kinds[0] == "calibration" and kinds[-1] == "evaluation"
+    assert kinds.count("step") == 6 and kinds[0] == "calibration" and kinds[-2:] == ["evaluation", "end"]
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -481,6 +484,11 @@ def test_going_on_from_the_mean_of_two(tokenizer, tmp_path):
     for another in (tiny_initialization(tiny_model(), basis_rank=3), tiny_initialization(tiny_model(), "lora")):
         with pytest.raises(InitializationError, match="of one space"):
             mean_of(one, another)
+    scaled = replace(one, modules={name: replace(module, scaling=7.0) for name, module in one.modules.items()})
+    with pytest.raises(InitializationError, match="of one space"):
+        mean_of(one, scaled)
+    with pytest.raises(InitializationError, match="different signs"):
+        mean_of(one, one.with_step_sizes(dict.fromkeys(one.step_sizes, -1.0)))
     with pytest.raises(InitializationError, match="a step size for every number"):
         mean_of(one, one.with_step_sizes({name: torch.ones(4, 4) for name in one.step_sizes}))
 
@@ -543,6 +551,8 @@ def test_values_alone_move_b_as_the_whole_space_did():
         torch.testing.assert_close(moved, sizes[f"{name}.lora_B"] * whole @ old.lora_a)
     with pytest.raises(InitializationError, match="only the space lora"):
         values_of(values, values.modules)
+    with pytest.raises(InitializationError, match="not above 0"):
+        values_of(lora.with_step_sizes({name: -size for name, size in sizes.items()}), lora.modules)
 
 
 def test_values_narrow_to_cores():
