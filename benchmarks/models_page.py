@@ -38,6 +38,13 @@ MODES = (
 )  # fmt: skip
 PAIRS = (*(("regrad", rival) for rival in RIVALS), ("regrad/grounded", "random/grounded"))
 
+COSTS = (
+    ("time of an atom ÷ the bare passes, float32", "gradients.time_over_float32_floor", "{:.2f}"),
+    ("time of an answer of 20 tokens, regrad ÷ direct", "query.regrad_over_direct", "{:.2f}"),
+    ("regrad ÷ rag", "query.regrad_over_rag", "{:.2f}"),
+    ("our own share of an answer", "query.own_share", "{:.1%}"),
+)
+
 
 def read(results: Path, model: str) -> list[Runs]:
     """The runs of a model's folders, set by set."""
@@ -54,35 +61,43 @@ def scores(folders: list[Runs], name: str) -> dict[str, float]:
     return found
 
 
-def section(runs: dict[str, list[Runs]], sets: list[str], cost: Path) -> str:
+def common(runs: dict[str, list[Runs]]) -> list[str]:
+    """The sets that every model was asked, over which all averages are."""
+    return [name for name in SETS if all(any(name in folder for folder in folders) for folders in runs.values())]
+
+
+def section(runs: dict[str, list[Runs]], cost: Path) -> str:
     """The tables: answers, differences of each model but the smallest, and what an atom and an answer take."""
+    shown = [name for name in SETS if any(name in own for model, (own, *_) in runs.items() if model != SMALLEST)]
+    sets = common(runs)
     rows = [
         [model, mode, *("" if value is None else f"{value:.1f}" for value in values), average]
-        for model, mode, values, average in answers(runs, sets)
+        for model, mode, values, average in answers(runs, shown)
         if any(value is not None for value in values)
     ]
-    heads = [*(SETS[name] for name in sets), "average"]
+    heads = [*(SETS[name] for name in shown), f"average of {len(sets)}"]
     parts = [table(["model", "mode", *heads], rows)]
     for model, (own, *_) in runs.items():
         if model != SMALLEST:
-            parts.append(table([model, *heads], differences({name: own[name] for name in sets})))
-    parts.append(table(["", *MODELS], [*shares(runs, sets), *costs(cost)]))
+            parts.append(table([model, *heads], differences(own, shown, sets)))
+    parts.append(table(["", *MODELS], [*shares(runs), *costs(cost)]))
     return "\n".join(parts) + "\n"
 
 
 def answers(runs: dict[str, list[Runs]], sets: list[str]) -> Iterator[tuple[str, str, list[float | None], str]]:
-    """Of each model and mode the F1 of every set, where it is known, and their average, where all are."""
+    """Of each model and mode the F1 of every set, where it is known, and the average of those that all were asked."""
+    averaged = common(runs)
     for model, folders in runs.items():
         by_set = {name: scores(folders, name) for name in sets}
         for mode in MODES:
-            values = [by_set[name].get(mode) for name in sets]
-            known = [value for value in values if value is not None]
-            yield model, mode, values, f"{mean(known):.1f}" if len(known) == len(sets) else ""
+            known = [by_set[name][mode] for name in averaged if mode in by_set[name]]
+            average = f"{mean(known):.1f}" if len(known) == len(averaged) else ""
+            yield model, mode, [by_set[name].get(mode) for name in sets], average
 
 
-def shares(runs: dict[str, list[Runs]], sets: list[str]) -> list[list[str]]:
+def shares(runs: dict[str, list[Runs]]) -> list[list[str]]:
     """What gradients reach of the fine-tuned reader's average, a column a model."""
-    average = {(model, mode): float(found) for model, mode, _, found in answers(runs, sets) if found}
+    average = {(model, mode): float(found) for model, mode, _, found in answers(runs, common(runs)) if found}
     rows = []
     for mode in ("regrad", "regrad/grounded"):
         of = [(average.get((model, mode)), average.get((model, "ft-rag"))) for model in runs]
@@ -91,24 +106,19 @@ def shares(runs: dict[str, list[Runs]], sets: list[str]) -> list[list[str]]:
 
 
 def costs(folder: Path) -> list[list[str]]:
-    """What an atom and an answer take, a column a model."""
-    columns = []
-    for _, init in MODELS.values():
-        made, asked = (json.loads((folder / f"{part}-{init}.json").read_text()) for part in ("gradients", "query"))
-        ms, query = asked["details"]["query"]["ms"], asked["figures"]
-        columns.append({
-            "ms of computing an atom, in float32": f"{made['details']['gradients']['ms_a_document']['batched']:.0f}",
-            "÷ the bare passes, float32": f"{made['figures']['gradients.time_over_float32_floor']['value']:.2f}",
-            **{f"ms an answer of 20 tokens, `{mode}`": f"{ms[mode]:.0f}" for mode in ("direct", "rag", "regrad")},
-            "our own share of an answer": f"{query['query.own_share']['value']:.1%}",
-        })  # fmt: skip
-    return [[what, *(column[what] for column in columns)] for what in columns[0]]
+    """What an atom and an answer take, a column a model: ratios, each of one run, for machines differ."""
+    figures: list[dict[str, Any]] = []
+    for _, name in MODELS.values():
+        made, asked = (json.loads((folder / f"{part}-{name}.json").read_text()) for part in ("gradients", "query"))
+        figures.append(made["figures"] | asked["figures"])
+    return [[what, *(form.format(of[name]["value"]) for of in figures)] for what, name, form in COSTS]
 
 
-def draw(runs: dict[str, list[Runs]], sets: list[str], path: Path) -> None:
+def draw(runs: dict[str, list[Runs]], path: Path) -> None:
     """The averages, a group of bars a mode, a colour a model."""
     figure = new_figure(8, 3.2)
     panel = figure.subplots()
+    sets = common(runs)
     found, width = list(answers(runs, sets)), 0.8 / len(runs)
     for number, model in enumerate(runs):
         bars = {mode: float(average) for of, mode, _, average in found if of == model and average}
@@ -120,14 +130,15 @@ def draw(runs: dict[str, list[Runs]], sets: list[str], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def differences(runs: Runs) -> list[list[str]]:
-    """Paired differences of F1 with their 95 % intervals, of each set and of their average."""
+def differences(runs: Runs, shown: list[str], averaged: list[str]) -> list[list[str]]:
+    """Paired differences of F1 with their 95 % intervals, of each set and of the average."""
     alike([run["settings"] for run in runs.values()], ("init", "space", "merge", "codec", "dtype", "sample"))
     rows = []
     for mode, minus in PAIRS:
         if all({mode, minus} <= set(run["settings"]["modes"]) for run in runs.values()):
-            found = [difference(run, mode, minus) for run in runs.values()]
-            rows.append([f"{mode} − {minus}", *map(signed, [*found, pooled(found)])])
+            found = {name: difference(run, mode, minus) for name, run in runs.items()}
+            each = [signed(found[name]) if name in found else "" for name in shown]
+            rows.append([f"{mode} − {minus}", *each, signed(pooled([found[name] for name in averaged]))])
     return rows
 
 
@@ -137,10 +148,9 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=Path("docs/models.md"))
     arguments = parser.parse_args()
     runs = {model: read(arguments.results, model) for model in MODELS}
-    sets = [name for name in SETS if all(any(name in folder for folder in folders) for folders in runs.values())]
-    said = section(runs, sets, arguments.results / "models" / "cost")
+    said = section(runs, arguments.results / "models" / "cost")
     renew(arguments.page, "<!-- benchmarks/models_page.py -->\n", said)
-    draw(runs, sets, arguments.page.with_suffix(".png"))
+    draw(runs, arguments.page.with_suffix(".png"))
 
 
 if __name__ == "__main__":
