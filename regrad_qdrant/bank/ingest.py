@@ -81,11 +81,11 @@ def check_passages(bank: GradientBank, passages: Sequence[Passage], gradients: G
         DataError, BankError: as `add_corpus`.
     """
     for passage in passages:
-        bank.check_document(Document(passage.id, passage.payload))
         try:
             gradients.encode(passage.text)
         except DataError as error:
             raise DataError(f"passage {passage.id!r}: {error}") from error
+        bank.check_document(Document(passage.id, passage.payload))
 
 
 def attach_atoms(
