@@ -69,17 +69,17 @@ def common(runs: dict[str, list[Runs]]) -> list[str]:
 def section(runs: dict[str, list[Runs]], cost: Path) -> str:
     """The tables: answers, differences of each model but the smallest, and what an atom and an answer take."""
     shown = [name for name in SETS if any(name in own for model, (own, *_) in runs.items() if model != SMALLEST)]
-    sets = common(runs)
+    averaged = [f"average of {len(sets)}"] if len(sets := common(runs)) > 1 else []
     rows = [
-        [model, mode, *("" if value is None else f"{value:.1f}" for value in values), average]
+        [model, mode, *("" if value is None else f"{value:.1f}" for value in values), *([average] if averaged else [])]
         for model, mode, values, average in answers(runs, shown)
         if any(value is not None for value in values)
     ]
-    heads = [*(SETS[name] for name in shown), f"average of {len(sets)}"]
-    parts = [table(["model", "mode", *heads], rows)]
+    heads = [SETS[name] for name in shown]
+    parts = [table(["model", "mode", *heads, *averaged], rows)]
     for model, (own, *_) in runs.items():
         if model != SMALLEST:
-            parts.append(table([model, *heads], differences(own, shown, sets)))
+            parts.append(table([model, *heads, "average of its sets"], differences(own, shown)))
     parts.append(table(["", *MODELS], [*shares(runs), *costs(cost)]))
     return "\n".join(parts) + "\n"
 
@@ -101,7 +101,12 @@ def shares(runs: dict[str, list[Runs]]) -> list[list[str]]:
     rows = []
     for mode in ("regrad", "regrad/grounded"):
         of = [(average.get((model, mode)), average.get((model, "ft-rag"))) for model in runs]
-        rows.append([f"{mode} ÷ ft-rag, averages", *(f"{own / rag:.2f}" if own and rag else "" for own, rag in of)])
+        rows.append(
+            [
+                f"{mode} ÷ ft-rag, {', '.join(SETS[name] for name in common(runs))}",
+                *(f"{own / rag:.2f}" if own and rag else "" for own, rag in of),
+            ]
+        )
     return rows
 
 
@@ -109,13 +114,15 @@ def costs(folder: Path) -> list[list[str]]:
     """What an atom and an answer take, a column a model: ratios, each of one run, for machines differ."""
     figures: list[dict[str, Any]] = []
     for _, name in MODELS.values():
-        made, asked = (json.loads((folder / f"{part}-{name}.json").read_text()) for part in ("gradients", "query"))
-        figures.append(made["figures"] | asked["figures"])
-    return [[what, *(form.format(of[name]["value"]) for of in figures)] for what, name, form in COSTS]
+        files = [file for part in ("gradients", "query") if (file := folder / f"{part}-{name}.json").is_file()]
+        figures.append({key: found for file in files for key, found in json.loads(file.read_text())["figures"].items()})
+    return [
+        [what, *(form.format(of[name]["value"]) if name in of else "" for of in figures)] for what, name, form in COSTS
+    ]
 
 
 def draw(runs: dict[str, list[Runs]], path: Path) -> None:
-    """The averages, a group of bars a mode, a colour a model."""
+    """The averages of the sets that all were asked, a group of bars a mode, a colour a model."""
     figure = new_figure(8, 3.2)
     panel = figure.subplots()
     sets = common(runs)
@@ -124,21 +131,21 @@ def draw(runs: dict[str, list[Runs]], path: Path) -> None:
         bars = {mode: float(average) for of, mode, _, average in found if of == model and average}
         places = [MODES.index(mode) + width * (number - (len(runs) - 1) / 2) for mode in bars]
         panel.bar(places, list(bars.values()), width=0.95 * width, label=model)
-    panel.set(ylabel=f"F1, average of {len(sets)} sets", xticks=range(len(MODES)))
+    panel.set(ylabel=f"F1, {', '.join(SETS[name] for name in sets)}", xticks=range(len(MODES)))
     panel.set_xticklabels([mode.replace("/", "/\n") for mode in MODES], fontsize=8)
     panel.legend()
     figure.savefig(path, dpi=120)
 
 
-def differences(runs: Runs, shown: list[str], averaged: list[str]) -> list[list[str]]:
-    """Paired differences of F1 with their 95 % intervals, of each set and of the average."""
+def differences(runs: Runs, shown: list[str]) -> list[list[str]]:
+    """Paired differences of F1 with their 95 % intervals, of each set and of their average."""
     alike([run["settings"] for run in runs.values()], ("init", "space", "merge", "codec", "dtype", "sample"))
     rows = []
     for mode, minus in PAIRS:
         if all({mode, minus} <= set(run["settings"]["modes"]) for run in runs.values()):
             found = {name: difference(run, mode, minus) for name, run in runs.items()}
             each = [signed(found[name]) if name in found else "" for name in shown]
-            rows.append([f"{mode} − {minus}", *each, signed(pooled([found[name] for name in averaged]))])
+            rows.append([f"{mode} − {minus}", *each, signed(pooled([*found.values()]))])
     return rows
 
 
