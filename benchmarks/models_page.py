@@ -71,7 +71,11 @@ def section(runs: dict[str, list[Runs]], cost: Path) -> str:
     shown = [name for name in SETS if any(name in own for model, (own, *_) in runs.items() if model != SMALLEST)]
     averaged = [f"average of {len(sets)}"] if len(sets := common(runs)) > 1 else []
     rows = [
-        [model, mode, *("" if value is None else f"{value:.1f}" for value in values), *([average] if averaged else [])]
+        [
+            model,
+            mode,
+            *("" if value is None else f"{value:.1f}" for value in [*values, *([average] if averaged else [])]),
+        ]
         for model, mode, values, average in answers(runs, shown)
         if any(value is not None for value in values)
     ]
@@ -84,29 +88,27 @@ def section(runs: dict[str, list[Runs]], cost: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
-def answers(runs: dict[str, list[Runs]], sets: list[str]) -> Iterator[tuple[str, str, list[float | None], str]]:
+def answers(
+    runs: dict[str, list[Runs]], sets: list[str]
+) -> Iterator[tuple[str, str, list[float | None], float | None]]:
     """Of each model and mode the F1 of every set, where it is known, and the average of those that all were asked."""
     averaged = common(runs)
     for model, folders in runs.items():
         by_set = {name: scores(folders, name) for name in sets}
         for mode in MODES:
             known = [by_set[name][mode] for name in averaged if mode in by_set[name]]
-            average = f"{mean(known):.1f}" if len(known) == len(averaged) else ""
+            average = mean(known) if len(known) == len(averaged) else None
             yield model, mode, [by_set[name].get(mode) for name in sets], average
 
 
 def shares(runs: dict[str, list[Runs]]) -> list[list[str]]:
     """What gradients reach of the fine-tuned reader's average, a column a model."""
-    average = {(model, mode): float(found) for model, mode, _, found in answers(runs, common(runs)) if found}
-    rows = []
+    sets = common(runs)
+    average = {(model, mode): found for model, mode, _, found in answers(runs, sets)}
+    of_sets, rows = ", ".join(SETS[name] for name in sets), []
     for mode in ("regrad", "regrad/grounded"):
-        of = [(average.get((model, mode)), average.get((model, "ft-rag"))) for model in runs]
-        rows.append(
-            [
-                f"{mode} ÷ ft-rag, {', '.join(SETS[name] for name in common(runs))}",
-                *(f"{own / rag:.2f}" if own and rag else "" for own, rag in of),
-            ]
-        )
+        of = [(average[model, mode], average[model, "ft-rag"]) for model in runs]
+        rows.append([f"{mode} ÷ ft-rag, {of_sets}", *(f"{own / rag:.2f}" if own and rag else "" for own, rag in of)])
     return rows
 
 
@@ -128,12 +130,12 @@ def draw(runs: dict[str, list[Runs]], path: Path) -> None:
     sets = common(runs)
     found, width = list(answers(runs, sets)), 0.8 / len(runs)
     for number, model in enumerate(runs):
-        bars = {mode: float(average) for of, mode, _, average in found if of == model and average}
+        bars = {mode: average for of, mode, _, average in found if of == model and average is not None}
         places = [MODES.index(mode) + width * (number - (len(runs) - 1) / 2) for mode in bars]
         panel.bar(places, list(bars.values()), width=0.95 * width, label=model)
     panel.set(ylabel=f"F1, {', '.join(SETS[name] for name in sets)}", xticks=range(len(MODES)))
     panel.set_xticklabels([mode.replace("/", "/\n") for mode in MODES], fontsize=8)
-    panel.legend()
+    panel.legend(ncols=len(runs), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(path, dpi=120)
 
 

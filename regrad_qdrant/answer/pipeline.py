@@ -185,7 +185,7 @@ class ReGrad:
             ValueError: for a prompt that makes no sense, such as an empty question.
         """
         asked = _query(
-            question, mode=mode, type=type, choices=_listed(choices), query_filter=query_filter, query=query, hits=hits,
+            question, mode=mode, type=type, choices=choices, query_filter=query_filter, query=query, hits=hits,
             max_new_tokens=max_new_tokens, grounded=grounded, style=style,
         )  # fmt: skip
         started = time.perf_counter()
@@ -293,7 +293,7 @@ class ReGrad:
         forward passes, on one thread of their own (`batch_size`, `batch_wait`). The answers are those of `answer`.
         """
         asked = _query(
-            question, mode=mode, type=type, choices=_listed(choices), query_filter=query_filter, query=query, hits=hits,
+            question, mode=mode, type=type, choices=choices, query_filter=query_filter, query=query, hits=hits,
             max_new_tokens=max_new_tokens, grounded=grounded, style=style,
         )  # fmt: skip
         [found] = await self.retrieval.aretrieve([asked], top_k, using, seed)
@@ -381,11 +381,6 @@ class ReGrad:
         except RecordError as error:
             return str(error)
         return None
-
-
-def _listed(choices: Sequence[str]) -> tuple[str, ...]:
-    """A list as a tuple; a text, which is no list, as it is, for `Query` to refuse."""
-    return choices if isinstance(choices, str) else tuple(choices)  # type: ignore[return-value]
 
 
 def _queries(questions: Sequence[str | Query], mode: Mode, grounded: Grounded, style: Style) -> list[Query]:

@@ -44,7 +44,7 @@ class Query:
     question: str
     mode: Mode = "regrad"
     type: QuestionType = "open"
-    choices: tuple[str, ...] = ()
+    choices: Sequence[str] = ()
     query_filter: Filter | None = None
     query: str | Vector | Mapping[str, Vector] | None = None
     hits: Sequence[Hit] | None = None
@@ -69,8 +69,8 @@ class Query:
         passages = tuple(hit.text for hit in hits) if self.mode in WITH_PASSAGES else ()
         engineered = self.mode == "pe-rag"
         return Prompt(
-            self.question, self.type, self.choices, passages, engineered, self.max_new_tokens, self.style, self.system,
-            self.turns,
+            self.question, self.type, tuple(self.choices), passages, engineered, self.max_new_tokens, self.style,
+            self.system, self.turns,
         )  # fmt: skip
 
 

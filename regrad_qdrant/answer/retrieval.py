@@ -105,13 +105,12 @@ class Retrieval:
 
     def _with_atoms(self, asked: Query, hits: list[Hit]) -> list[Hit]:
         """Documents that were handed over, with the atoms of those that were read without one."""
-        if asked.mode not in WITH_RECORDS or all(hit.record or hit.damaged for hit in hits):
+        lacking = [hit.id for hit in hits if hit.record is None and hit.damaged is None]
+        if asked.mode not in WITH_RECORDS or not lacking or not self.bank.store.exists():
             return hits
-        if not self.bank.store.exists():
-            return hits  # theirs is elsewhere
-        read = {hit.id: hit for hit in self.bank.fetch([hit.id for hit in hits if not (hit.record or hit.damaged)])}
+        read = {hit.id: hit for hit in self.bank.fetch(lacking)}  # those of another collection are not there
         return [
-            replace(hit, record=read[hit.id].record, damaged=read[hit.id].damaged) if hit.id in read else hit
+            replace(hit, record=again.record, damaged=again.damaged) if (again := read.get(hit.id)) else hit
             for hit in hits
         ]
 

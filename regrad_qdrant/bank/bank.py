@@ -143,10 +143,9 @@ class GradientBank(AtomCollection):
             self.check_place()
             dense = {name: size for name, embedder in self.embedders.items() if (size := embedder.size) is not None}
             sparse = tuple(name for name, embedder in self.embedders.items() if embedder.size is None)
-            self._use(self.layout)
-            self._embedders = self.embedders
+            made = {"layout": self.layout.noted(), "embedders": self._specs()}
             self.store.create(VectorNames(dense, sparse))
-            self.store.write_metadata({MADE: {"layout": self.layout.noted(), "embedders": self._specs()}})
+            self.store.write_metadata({MADE: made})
         else:
             present = self.store.vectors()
             for name in self.embedders:

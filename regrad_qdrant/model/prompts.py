@@ -183,12 +183,17 @@ class PromptFormat:
         default = asdict(PromptFormat())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
 
+    def system_message(self, kind: str, *, shows: bool, engineered: bool) -> str:
+        """The instruction for a type of question, or `sentence`: without passages, with them, or to find in them."""
+        if engineered:
+            return f"{ENGINEERED_INSTRUCTION} {self.system[kind]}"
+        return (self.system_with_passages if shows else self.system)[kind]
+
     def messages(self, prompt: Prompt) -> list[dict[str, str]]:
         """The conversation: the instruction as the system's message, the rest as the user's."""
         shown: list[dict[str, str]] = []
-        system = (self.system_with_passages if prompt.passages else self.system)[prompt.instruction]
+        system = self.system_message(prompt.instruction, shows=bool(prompt.passages), engineered=prompt.engineered)
         if prompt.engineered:
-            system = f"{ENGINEERED_INSTRUCTION} {self.system[prompt.instruction]}"
             asked, said = EXAMPLES[prompt.type]
             shown = [
                 {"role": "user", "content": f"{EXAMPLE_PASSAGE}\n{asked}"}, {"role": "assistant", "content": said}

@@ -16,7 +16,7 @@ from typing import Any
 from regrad_loaders.data.folders import Question
 from regrad_loaders.data.scores import accuracy, chosen, exact_match, f1, normalize
 from regrad_qdrant.answer.query import WITH_PASSAGES
-from regrad_qdrant.model.prompts import ENGINEERED_INSTRUCTION, PromptFormat
+from regrad_qdrant.model.prompts import PromptFormat
 
 MAX_NEW_TOKENS = 20
 CLOSED = ("yes", "no", "noanswer")
@@ -65,9 +65,7 @@ class PaperProtocol(OwnProtocol):
     def asks(self, question: Question, run: str) -> dict[str, Any]:
         format, kind = self._format, question.kind
         listed = [format.choice.format(letter=chr(65 + i), text=text) for i, text in enumerate(question.choices)]
-        system = (format.system_with_passages if run in WITH_PASSAGES else format.system)[kind]
-        if run == "pe-rag":
-            system = f"{ENGINEERED_INSTRUCTION} {format.system[kind]}"
+        system = format.system_message(kind, shows=run in WITH_PASSAGES, engineered=run == "pe-rag")
         if kind == "choice":
             system = f"{system} Its letter is enough."
         return {

@@ -49,7 +49,7 @@ def is_over(out: Path, steps: int) -> bool:
     path = out / "metrics.jsonl"
     if not path.is_file():
         return True
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()]
+    rows = map(json.loads, _lines(path))
     return any(row["kind"] == "end" or row.get("step", 0) >= steps for row in rows)
 
 
@@ -62,9 +62,13 @@ def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str,
             yield f"{before}{name}", float(value)
 
 
+def _lines(metrics: Path) -> list[str]:
+    """The lines of a log, without one that a run's end cut off."""
+    return metrics.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()
+
+
 def _forget_after(metrics: Path, step: int) -> None:
     """Drop what was logged after a checkpoint's step: those steps are done again. A step of −1 drops all."""
     if metrics.is_file():
-        whole = metrics.read_text(encoding="utf-8").rpartition("\n")[0]  # without a line that a run's end cut off
-        lines = [f"{line}\n" for line in whole.splitlines()]
+        lines = [f"{line}\n" for line in _lines(metrics)]
         metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
