@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.gradients import answer_losses, mean_losses, pad
-from regrad_qdrant.model.head import head_of
+from regrad_qdrant.model.head import head_of, own_states
 from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, PromptFunction
 
@@ -177,7 +177,8 @@ def next_logits(base: Any, ids: Tensor, mask: Tensor, cache: Any) -> tuple[Tenso
         mask: (rows, all tokens), padded on the left.
     """
     options = {"logits_to_keep": 1} if "logits_to_keep" in _taken(type(base).forward) else {}
-    output = _read_on(base, ids, mask, cache, **options)
+    with own_states(base):
+        output = _read_on(base, ids, mask, cache, **options)
     return output.logits[:, -1].float(), output.past_key_values
 
 
@@ -288,6 +289,7 @@ def greedily(base: Any, max_new_tokens: int, ends: list[int], pad_id: int) -> It
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=ends or None, pad_token_id=pad_id
     )
     try:
-        yield
+        with own_states(base):
+            yield
     finally:
         base.generation_config = own

@@ -51,6 +51,21 @@ def test_greedy_is_greedy_whatever_the_models_own_generation_config_says(model, 
     assert model.generation_config is config and config.repetition_penalty == 5.0
 
 
+def test_the_output_embedding_gets_no_cut_of_other_memory(model, tokenizer):
+    base = base_of(model)
+    output, strides = base.get_output_embeddings(), []
+    prompts = [Prompt("Who is Ida?"), Prompt("Who is Noor, and where does she dive?")]
+    handle = output.register_forward_hook(lambda _module, inputs, _out: strides.append(inputs[0].stride()))
+    try:
+        generate(model, tokenizer, prompts)
+        next_logits(base, *encoded(base, tokenizer, prompts[:1]), None)
+    finally:
+        handle.remove()
+    hidden = base.config.hidden_size
+    assert len(strides) > 2 and set(strides) == {(hidden, hidden, 1)}  # as strides of (rows, 1, hidden) are
+    assert not output._forward_pre_hooks
+
+
 def test_answers_that_go_on_from_one_reading_of_their_prompt_have_the_log_probabilities_of_a_whole_pass(
     model, tokenizer
 ):

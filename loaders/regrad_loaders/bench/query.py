@@ -20,6 +20,7 @@ from regrad_loaders.data.folders import Question
 from regrad_qdrant.answer.generation import encoded
 from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.bank.documents import Hit, relevances
+from regrad_qdrant.model.head import own_states
 from regrad_qdrant.model.prompts import Prompt
 
 ANSWER_TOKENS = 20
@@ -57,7 +58,7 @@ class Bench:
             do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id or 0,
             eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
-        with torch.inference_mode():
+        with torch.inference_mode(), own_states(model):
             said: Tensor = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
         return said[:, ids.shape[1] :]
 
