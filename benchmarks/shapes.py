@@ -31,6 +31,7 @@ from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.atoms.codecs.registry import DEFAULT_CODEC
 from regrad_qdrant.atoms.record import Record, make_records
 from regrad_qdrant.model.gradients import BATCH_TOKENS, EncodedDocument
+from regrad_qdrant.model.head import own_states
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.space import LoraModule
@@ -102,7 +103,7 @@ def forget(device: str) -> None:
 
 
 def speak(model: Any, ids: torch.Tensor) -> None:
-    with torch.inference_mode():
+    with torch.inference_mode(), own_states(model):
         model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=ANSWER,
             min_new_tokens=ANSWER, pad_token_id=0,
