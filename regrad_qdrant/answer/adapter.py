@@ -99,6 +99,7 @@ class Adapter:
         # A notebook's cell that is run again, or another bank. They go when this one is there; all have one turn.
         before = [holder for holder in holders if not holder._released] if beside is None else []
         self.initialization = initialization
+        self.check_free()
         with before[0].disabled() if before else contextlib.nullcontext(), self._turns.lock:
             self.model = plug_in(model, initialization)
             self.space = live_space(self.model, initialization)
@@ -120,6 +121,15 @@ class Adapter:
     def gradients(self, tokenizer: Any) -> GradientComputer:
         """What computes atoms with this model, each batch in a turn of its own."""
         return GradientComputer(self.model, tokenizer, self.space, self.initialization.max_length, self.initial)
+
+    def check_free(self) -> None:
+        """Refuse what would wait for this thread itself.
+
+        Raises:
+            AdapterInUseError: if this thread is inside a block of this model's adapters.
+        """
+        if self._turns.owner == threading.get_ident():
+            raise AdapterInUseError("an update is applied already in this thread: leave its block before the next one")
 
     def release(self) -> None:
         """Take the plug-in out of the model, once the answer that is being given is done; again changes nothing."""
@@ -263,9 +273,8 @@ class Adapter:
 
     @contextlib.contextmanager
     def _turn(self, *, plugged: bool = True) -> Iterator[None]:
-        me, turns = threading.get_ident(), self._turns
-        if turns.owner == me:
-            raise AdapterInUseError("an update is applied already in this thread: leave its block before the next one")
+        self.check_free()
+        turns = self._turns
         with turns.lock:
             if self._released:
                 raise AdapterError(
@@ -273,7 +282,7 @@ class Adapter:
                     "beside=OTHER, where both are to be used)"
                 )
             try:
-                turns.owner = me
+                turns.owner = threading.get_ident()
                 if plugged:
                     self._seats.put_in()
                 yield

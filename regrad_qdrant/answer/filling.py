@@ -165,6 +165,8 @@ class Filling:
                 spans.append([window.span for window in windows])
             else:
                 refused[hit.id] = "can have no atom: its gradient is not finite"
+        if not kept:
+            return [], refused
         texts, layout = [hit.text for hit in kept], self.adapter.space.layout
         records = make_records(flat[finite], texts, self.bank.space, self.policy.codec, layout, spans)
         return list(zip(kept, records, strict=True)), refused

@@ -232,6 +232,7 @@ class ReGrad:
         Raises:
             RegradError, ValueError: as `answer`: of the search at once, of the model while iterating.
         """
+        self.adapter.check_free()  # the model runs in another thread, which would wait for this one
         asked = _query(question)
         started = time.perf_counter()
         [found] = self.retrieval.retrieve([asked], top_k, using, seed)
@@ -292,6 +293,7 @@ class ReGrad:
         The search never blocks the event loop (`Retrieval.aretrieve`). Questions that wait at the same time share
         forward passes, on one thread of their own (`batch_size`, `batch_wait`). The answers are those of `answer`.
         """
+        self.adapter.check_free()
         asked = _query(
             question, mode=mode, type=type, choices=choices, query_filter=query_filter, query=query, hits=hits,
             max_new_tokens=max_new_tokens, grounded=grounded, style=style,
@@ -313,6 +315,7 @@ class ReGrad:
         """`answer_many` for asyncio: in batches of at most `batch_size`, together with what else is asked meanwhile."""
         import asyncio
 
+        self.adapter.check_free()
         asked = _queries(questions, mode, grounded, style)
         found = await self.retrieval.aretrieve(asked, top_k, using, seed) if asked else []
         return list(await asyncio.gather(*(self._batcher.ask(one) for one in found)))

@@ -137,8 +137,8 @@ class Retrieval:
         if asked.query_filter is not None:
             everything = [hit.id for hit in self.bank.points(asked.query_filter)]
         else:
-            if (count := self.bank.store.count()) != self._all_ids[0]:
-                self._all_ids = (count, [hit.id for hit in self.bank.points()])
+            if (points := self.bank.store.count()) != self._all_ids[0]:
+                self._all_ids = (points, [hit.id for hit in self.bank.points()])
             everything = self._all_ids[1]
         retrieved = {hit.id for hit in hits}
         others = [key for key in everything if key not in retrieved]

@@ -8,6 +8,7 @@ from conftest import state_of, tiny_initialization, tiny_model
 from qdrant_client import QdrantClient, models
 
 from regrad_qdrant import Bm25, Document, GradientBank, MergeRule, ReGrad
+from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.filling import FillPolicy
 from regrad_qdrant.answer.generation import generate
 from regrad_qdrant.answer.query import MODES, Query
@@ -21,6 +22,7 @@ from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.stores.base import PayloadWrite
 from regrad_qdrant.errors import (
     AdapterError,
+    AdapterInUseError,
     BankError,
     DataError,
     RecordError,
@@ -29,6 +31,7 @@ from regrad_qdrant.errors import (
     WrongModelError,
     WrongSpaceError,
 )
+from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.model.prompts import Prompt
 
 TEXTS = (
@@ -478,6 +481,28 @@ def test_documents_that_were_read_without_atoms_are_applied(regrad):
     assert (found.text, found.weights) == (expected.text, expected.weights)
 
 
+def test_where_no_gradient_is_finite_the_answer_says_so(regrad, monkeypatch):
+    atoms = regrad.gradients.atoms_in_batches
+    monkeypatch.setattr(regrad.gradients, "atoms_in_batches", lambda *given: atoms(*given) * float("inf"))
+    with pytest.warns(UserWarning, match="its gradient is not finite"):
+        answer = regrad.answer(QUESTIONS[0], mode="online", top_k=1)
+    assert not answer.weights and list(answer.skipped.values()) == ["can have no atom: its gradient is not finite"]
+
+
+def test_what_would_wait_for_its_own_thread_is_refused(regrad, initialization):
+    for block in (regrad.adapter.initial(), regrad.adapter.disabled()):
+        with block:
+            with pytest.raises(AdapterInUseError):
+                regrad.stream(QUESTIONS[0])
+            with pytest.raises(AdapterInUseError):
+                asyncio.run(regrad.aanswer(QUESTIONS[0]))
+            with pytest.raises(AdapterInUseError):
+                asyncio.run(regrad.aanswer_many(QUESTIONS[:1]))
+            with pytest.raises(AdapterInUseError):
+                Adapter(base_of(regrad.adapter.model), initialization, beside=regrad.adapter)
+    assert "".join(regrad.stream(QUESTIONS[0])) == regrad.answer(QUESTIONS[0]).text
+
+
 def test_what_goes_in_a_list_is_not_taken_for_letters(regrad):
     with pytest.raises(DataError, match="questions go in a list"):
         regrad.answer_many("Who is Ida?")
@@ -488,6 +513,7 @@ def test_what_goes_in_a_list_is_not_taken_for_letters(regrad):
 def test_random_draws_from_what_is_there_now(regrad):
     question = "Is Ida a baker?"
     assert len(regrad.answer(question, mode="random", top_k=3).hits) == 3  # all but Ida's
+    assert len(regrad.answer(question, mode="random", top_k=1).hits) == 1
     regrad.bank.remove(["d1", "d2"])
     assert [hit.key for hit in regrad.answer(question, mode="random", top_k=3).hits] == ["d3"]
     regrad.bank.add([Document("new", {"id": "new", "text": "Elin Marsk plays chess."})])
