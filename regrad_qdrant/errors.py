@@ -3,6 +3,7 @@
 RegradError
 ├── MissingExtraError         a part whose optional dependencies are not installed
 ├── DataError                 a corpus, a question or a text that can't be used
+│   └── ContextLengthError    … or a prompt and an answer that are more than the model's context
 ├── InitializationError       a meta-initialization that is missing or damaged
 │   ├── WrongModelError       … or that was trained for another base model
 │   └── UnsupportedModelError … or a base model whose losses or layers can't be followed
@@ -36,6 +37,10 @@ class MissingExtraError(RegradError, ImportError):
 
 class DataError(RegradError, ValueError):
     """A corpus, a question or a text, or a setting that goes with it, that can't be used."""
+
+
+class ContextLengthError(DataError):
+    """A prompt, with the longest answer that may follow it, has more tokens than the model's context."""
 
 
 class InitializationError(RegradError):

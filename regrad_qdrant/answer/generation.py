@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from regrad_qdrant.errors import DataError
+from regrad_qdrant.errors import ContextLengthError
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.gradients import answer_losses, mean_losses, pad
 from regrad_qdrant.model.head import head_of, own_states
@@ -70,7 +70,7 @@ def encoded(
     """Token ids and mask (prompts, longest), padded on the left.
 
     Raises:
-        DataError: as `read`.
+        ContextLengthError: as `read`.
     """
     return padded_left(
         read(base, tokenizer, prompts, asking or Asking()), tokenizer.pad_token_id or 0, input_device(base)
@@ -97,7 +97,7 @@ def read(base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], askin
     """The token ids of each prompt's text, for which the model has room.
 
     Raises:
-        DataError: for one that has more tokens, with the longest answer, than the model's context.
+        ContextLengthError: for one that has more tokens, with the longest answer, than the model's context.
     """
     found = token_ids(tokenizer, prompts, asking)
     for prompt, ids in zip(prompts, found, strict=True):
@@ -109,13 +109,15 @@ def check_length(base: PreTrainedModel, prompt: int, answer: int) -> None:
     """Refuse so many tokens of a prompt and of an answer where they are more than the model's context.
 
     Raises:
-        DataError: where they are.
+        ContextLengthError: where they are.
     """
     context = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     if context is not None and prompt + answer > context:
-        raise DataError(
+        left = context - prompt
+        raise ContextLengthError(
             f"the prompt has {prompt} tokens and the answer may have {answer}: more than the {context} of the model's "
-            "context; retrieve fewer documents, or shorter ones"
+            f"context; {f'ask for {left} at most, or ' if left > 0 else ''}let less stand in the prompt (a shorter "
+            "question, fewer turns, or documents where they stand in it)"
         )
 
 
@@ -138,7 +140,7 @@ def generate(
         stopping: a stopping criterion, as `transformers` has it.
 
     Raises:
-        DataError: for a prompt that is longer than the model's context.
+        ContextLengthError: for a prompt that is longer than the model's context.
     """
     import torch
 

@@ -23,7 +23,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from regrad_qdrant import __version__
-from regrad_qdrant.errors import DataError, RegradError, StoreUnavailableError, UnindexedFilterError
+from regrad_qdrant.errors import (
+    ContextLengthError,
+    DataError,
+    RegradError,
+    StoreUnavailableError,
+    UnindexedFilterError,
+)
 from regrad_qdrant.serve.job import DeadlineError, Outcome, QueueFullError, StoppedError
 from regrad_qdrant.serve.metrics import Metrics
 from regrad_qdrant.serve.protocol import (
@@ -81,6 +87,8 @@ def refusal_of(error: Exception) -> Refusal:
     if isinstance(error, StoreUnavailableError):
         log.warning("the bank can't be reached: %s", said)
         return Refusal(503, "the documents can't be searched now", "store_unavailable", retry=True)
+    if isinstance(error, ContextLengthError):
+        return Refusal(400, said, "context_length_exceeded")
     if isinstance(error, DataError | UnindexedFilterError | ValueError):
         return Refusal(400, said)
     if isinstance(error, RegradError):
@@ -117,7 +125,7 @@ def make_app(service: Service[Any], metrics: Metrics, *, log_questions: bool = F
         if first["type"] == "json_invalid":
             reason = first.get("ctx", {}).get("error", first["msg"])
             return Refusal(400, f"the body is no JSON: {reason} at character {first['loc'][-1]}").response()
-        where = ".".join(str(part) for part in first["loc"][1:])
+        where = ".".join(str(part) for part in first["loc"][1:] if not _names_a_type(part))
         return Refusal(400, ": ".join(filter(None, (where, str(first["msg"])))), param=where or None).response()
 
     @app.exception_handler(HTTPException)
@@ -133,14 +141,14 @@ def make_app(service: Service[Any], metrics: Metrics, *, log_questions: bool = F
     async def answered(request: Request, asked: ChatRequest | CompletionRequest, client: Client) -> Response:
         request.state.model = asked.model if asked.model in service.offers else "unknown"
         if log_questions:
-            request.state.question = asked.question if isinstance(asked, CompletionRequest) else asked.messages[-1].text
+            request.state.question = asked.prompt if isinstance(asked, CompletionRequest) else asked.messages[-1].text
         shape = Shape(request.state.id, asked.model, chat=isinstance(asked, ChatRequest))
         try:
             job = await _while_there(request, service.job(client, asked))
             if asked.stream:
                 pieces = service.engine.answer(job)
                 first = await _while_there(request, anext(pieces))
-                stream = _streamed(first, pieces, shape, asked, metrics)
+                stream = _streamed(first, pieces, shape, asked, metrics, request.state)
                 return StreamingResponse(stream, media_type="text/event-stream", headers={"cache-control": "no-cache"})
             outcome = await _while_there(request, _whole(service.engine.answer(job)))
         except Exception as error:
@@ -289,8 +297,13 @@ async def _streamed(
     shape: Shape,
     asked: ChatRequest | CompletionRequest,
     metrics: Metrics,
+    state: Any,
 ) -> AsyncIterator[str]:
-    """The events of a stream; what goes wrong after its first piece is an event too."""
+    """The events of a stream; what goes wrong after its first piece is an event too.
+
+    Args:
+        state: of the request, which its line in the log is written from.
+    """
     try:
         yield event(shape.chunk("", first=True))
         piece = first
@@ -298,6 +311,7 @@ async def _streamed(
             yield event(shape.chunk(piece))
             piece = await anext(pieces)
         metrics.answered(piece)
+        state.tokens = piece.completion_tokens
         if asked.regrad.sources and piece.answer.hits:
             yield event(shape.chunk(listed(piece.answer.hits)))
         yield event(shape.last(piece))
@@ -308,6 +322,11 @@ async def _streamed(
     finally:
         await pieces.aclose()  # type: ignore[attr-defined] # a generator
     yield event("[DONE]")
+
+
+def _names_a_type(part: str | int) -> bool:
+    """Whether a part of pydantic's path is no field, but which of several types was tried."""
+    return isinstance(part, str) and (part in ("str", "bool") or "[" in part)
 
 
 async def _while_there(request: Request, work: Awaitable[Result]) -> Result:

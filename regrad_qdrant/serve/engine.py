@@ -51,10 +51,17 @@ class Place:
         self.row: Row | None = None
         self.shown = ""
 
-    def put(self, event: str | Outcome | Exception) -> None:
-        """Hand on a piece of the answer, the whole one, or why there is none."""
+    def put(self, event: str | Outcome | BaseException) -> None:
+        """Hand on a piece of the answer, the whole one, or why there is none: a panic below us is no `Exception`."""
+        if isinstance(event, BaseException) and not isinstance(event, Exception):
+            event = RegradError(f"the answer failed: {event!r}")
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether it is answered otherwise than token by token: with a span, or with the likeliest option."""
+        return bool(self.found.asked.grounded) or self.found.asked.type != "open"
 
     @property
     def over(self) -> bool:
@@ -156,7 +163,7 @@ class Engine:
                 self._answer_at_once()
                 self._join()
                 self._step()
-            except BaseException as error:  # a fault of ours, or a panic below us: nobody may wait for ever
+            except BaseException as error:  # a fault of ours: nobody may wait for ever
                 log.exception("the engine begins anew")
                 self._fail(RegradError(f"the engine had to begin anew: {error!r}"))
 
@@ -176,7 +183,7 @@ class Engine:
         """Those of the waiting that are no rows of a running batch: of each ReGrad as many as fit together."""
         groups: dict[int, list[Place]] = {}
         for place in self._waiting:
-            if place.found.asked.grounded or place.found.asked.type != "open":
+            if place.at_once:
                 groups.setdefault(id(place.regrad), []).append(place)
         for group in groups.values():
             part = group[: self.batch]
@@ -190,7 +197,7 @@ class Engine:
             place.started_at = started
         try:
             answers = places[0].context.run(places[0].regrad.answered, [place.found for place in places], 0.0)
-        except Exception as error:  # whatever it is, its caller gets it
+        except BaseException as error:  # whatever it is, its caller gets it
             if len(places) == 1:
                 places[0].put(error)
             else:
@@ -214,6 +221,9 @@ class Engine:
         ready: dict[tuple[int, bool], list[Place]] = {}
         left = []
         for place in self._waiting:
+            if place.at_once:  # more of them than are answered together
+                left.append(place)
+                continue
             key = (id(place.regrad), place.found.asked.mode in BARE)
             if key not in self._running:
                 self._running[key] = _Lane(place.regrad)
@@ -241,7 +251,7 @@ class Engine:
             prompt = asked.prompt(place.found.hits)
             place.row = Row(prompt, regrad.tokenizer, regrad.asking, place.merged.total, bare, place.sampling)
             check_length(base_of(regrad.adapter.model), len(place.row.prompt_ids), place.row.length)
-        except Exception as error:  # whatever it is, its caller gets it
+        except BaseException as error:  # whatever it is, its caller gets it
             place.put(error)
             return False
         return True
@@ -275,7 +285,7 @@ class _Lane:
     def join(self, places: Sequence[Place]) -> None:
         try:
             self.batch.join([place.row for place in places if place.row is not None])
-        except Exception as error:  # memory that is short, say: of several, each is tried by itself
+        except BaseException as error:  # memory that is short, say: of several, each is tried by itself
             if not self.batch.rows:
                 self._lost(error)
             if len(places) == 1:
@@ -293,12 +303,12 @@ class _Lane:
         """Let every row say a token; returns whether one has left."""
         try:
             self.batch.step()
-        except Exception as error:  # whatever it is, its callers get it
+        except BaseException as error:  # whatever it is, its callers get it
             self._lost(error)
             return True
         return self._hand_on()
 
-    def _lost(self, error: Exception) -> None:
+    def _lost(self, error: BaseException) -> None:
         """Tell those that have rows that they have none any more."""
         for place in self.places:
             place.put(error)
@@ -312,7 +322,7 @@ class _Lane:
             self.places = [place for place in self.places if place not in gone]
             try:
                 self.batch.leave([place.row for place in gone if place.row is not None])
-            except Exception as error:  # those that are left can't go on
+            except BaseException as error:  # those that are left can't go on
                 self._lost(error)
         return bool(gone)
 
@@ -363,7 +373,7 @@ def _fits(place: Place) -> bool:
     try:
         prompt = asked.prompt(place.found.hits)
         read(base_of(regrad.adapter.model), regrad.tokenizer, [prompt], regrad.asking)
-    except Exception as error:  # whatever it is, its caller gets it
+    except BaseException as error:  # whatever it is, its caller gets it
         place.put(error)
         return False
     return True

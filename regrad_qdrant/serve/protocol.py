@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from regrad_qdrant.answer.running import Sampling
 
@@ -100,12 +101,17 @@ class ChatRequest(Generation):
         return self.max_completion_tokens or self.max_tokens
 
 
-class CompletionRequest(Generation):
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+def _one_text(prompt: Any) -> Any:
+    """A prompt, or the one of a list."""
+    if not isinstance(prompt, list):
+        return prompt
+    if len(prompt) == 1 and isinstance(prompt[0], str):
+        return prompt[0]
+    raise PydanticCustomError("one_text", "one text is answered a request, neither several nor token ids")
 
-    @property
-    def question(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+class CompletionRequest(Generation):
+    prompt: Annotated[str, BeforeValidator(_one_text)]
 
 
 class SearchRequest(BaseModel):

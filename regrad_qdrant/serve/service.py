@@ -247,7 +247,7 @@ class Service(Generic[Source]):
 def _read(request: ChatRequest | CompletionRequest) -> tuple[str | None, tuple[tuple[str, str], ...], str]:
     """The system's message, the turns before, and the last message, which is the question."""
     if isinstance(request, CompletionRequest):
-        return None, (), request.question
+        return None, (), request.prompt
     system = [message.text for message in request.messages if message.role in ("system", "developer")]
     spoken = [(message.role, message.text) for message in request.messages if message.role in ("user", "assistant")]
     turns = [(role, text) for role, text in spoken if role == "user" or text.strip()]  # a call of a tool has no text

@@ -13,7 +13,7 @@ from conftest import regrad_over, state_of, tiny_model
 
 from regrad_qdrant import Prompt, Query, ReGrad
 from regrad_qdrant.answer.generation import Asking, choose, encoded, generate, mean_log_probabilities, next_logits
-from regrad_qdrant.errors import DataError, RegradError
+from regrad_qdrant.errors import ContextLengthError, DataError, RegradError
 from regrad_qdrant.model.gradients import answer_losses
 from regrad_qdrant.model.plugin import base_of
 from regrad_qdrant.model.prompts import PromptFormat
@@ -281,8 +281,10 @@ def test_a_stream_goes_on_over_lines_where_the_system_message_is_ones_own(regrad
 @pytest.mark.parametrize("grounded", [False, True])
 def test_a_prompt_that_the_model_has_no_room_for_is_refused(regrad, grounded):
     before = state_of(regrad.adapter)
-    with pytest.raises(DataError, match="more than the 512 of the model's context; retrieve fewer documents"):
+    with pytest.raises(DataError, match="more than the 512 of the model's context; let less stand"):
         regrad.answer("Who is it? " * 300, grounded=grounded)
     with pytest.raises(DataError, match="more than the 512"):
         regrad.answer_many(["Who is it? " * 300], mode="direct")
+    with pytest.raises(ContextLengthError, match=r"ask for 4\d\d at most, or let less"):
+        regrad.answer("Who is it?", max_new_tokens=5000)
     assert state_of(regrad.adapter) == before

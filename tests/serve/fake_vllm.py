@@ -98,7 +98,8 @@ class FakeClient:
                 wanted = getattr(params, "logprob_token_ids", ())
                 logprobs = [{t: SimpleNamespace(logprob=float(logits.log_softmax(0)[t])) for t in (*wanted, token)}]
                 done = token in getattr(params, "stop_token_ids", [2]) or i + 1 == params.max_tokens
-                yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=logprobs)], finished=done)
+                said = SimpleNamespace(token_ids=[token], logprobs=logprobs, finish_reason="stop" if done else None)
+                yield SimpleNamespace(outputs=[said], finished=done)
                 if done:
                     return
         finally:

@@ -62,12 +62,16 @@ def test_it_answers_until_it_is_ended(folder):
     body = {"messages": [{"role": "user", "content": "What is Ida's job?"}]}
     said = httpx.post(f"{url}/v1/chat/completions", json=body, headers={"authorization": "Bearer secret"}, timeout=60)
     assert said.json()["regrad"]["documents"][0]["id"] == "d0"
+    streamed = body | {"stream": True}
+    httpx.post(f"{url}/v1/chat/completions", json=streamed, headers={"authorization": "Bearer secret"}, timeout=60)
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=30)
     assert process.returncode in (0, -signal.SIGTERM)  # uvicorn raises the signal again when it is done
     lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
-    asked = next(line for line in lines if line.get("route") == "/v1/chat/completions")
-    assert (asked["status"], asked["model"]) == (200, "regrad") and "Ida" not in errors and "secret" not in errors
+    asked = [line for line in lines if line.get("route") == "/v1/chat/completions"]
+    assert [(line["status"], line["model"]) for line in asked] == [(200, "regrad")] * 2
+    assert {line["tokens"] for line in asked} == {said.json()["usage"]["completion_tokens"]}  # of a stream too
+    assert "Ida" not in errors and "secret" not in errors
 
 
 @pytest.mark.parametrize(

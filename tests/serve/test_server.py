@@ -11,7 +11,7 @@ import transformers
 from conftest import TINY, tiny_initialization
 from openai import NotFoundError, OpenAI
 from qdrant_client import models
-from servers import filled, running_server, served, server, start  # noqa: F401 # fixtures
+from servers import TEXTS, filled, running_server, served, server, start  # noqa: F401 # fixtures
 
 from regrad_qdrant import Query
 from regrad_qdrant.serve.service import Keys
@@ -121,6 +121,18 @@ def test_a_list_of_one_prompt_is_a_prompt(server, client):
     assert client.completions.create(model="regrad", prompt=[QUESTION]).choices[0].text == own
 
 
+@pytest.mark.parametrize("prompt", [["a", "b"], [1, 2], [[1]], []])
+def test_several_prompts_are_refused(server, prompt):
+    error = httpx.post(f"{server.url}/v1/completions", json={"prompt": prompt})
+    assert error.status_code == 400 and error.json()["error"]["param"] == "prompt"
+    assert error.json()["error"]["message"] == "prompt: one text is answered a request, neither several nor token ids"
+
+
+def test_an_answer_that_there_is_no_room_for_has_openais_code(server):
+    error = chat(server.url, model="direct", max_tokens=5000).json()["error"]
+    assert error["code"] == "context_length_exceeded" and "at most" in error["message"]
+
+
 def test_a_temperature_next_to_nothing_is_greedy(server):
     assert chat(server.url, temperature=1e-300).json()["choices"] == chat(server.url).json()["choices"]
 
@@ -203,6 +215,24 @@ def test_many_clients_at_once_get_each_their_own(server):
         assert answer["choices"][0]["message"]["content"] == single
 
 
+@pytest.mark.parametrize("asked", [{"model": "regrad/grounded"}, {"regrad": {"type": "yesno"}}], ids=["span", "option"])
+def test_more_than_a_batch_of_those_that_are_answered_at_once(start, served, monkeypatch, asked):
+    answered, waiting = type(served[0]).answered, threading.Event()
+
+    def together(regrad, found, search):  # the first waits until the others have come
+        waiting.wait(20)
+        return answered(regrad, found, search)
+
+    monkeypatch.setattr(type(served[0]), "answered", together)
+    with start(batch=2) as running:
+        futures = in_threads(7, lambda: chat(running.url, **asked))
+        until(lambda: running.engine.waiting >= 5)
+        waiting.set()
+        said = {future.result().json()["choices"][0]["message"]["content"] for future in futures}
+    [one] = said
+    assert one in ("yes", "no") or any(one in text for text in TEXTS)
+
+
 def test_metrics_count_and_tell_nothing_of_what_was_asked(server):
     chat(server.url, "Who is the secret Ida Corvand?")
     text = httpx.get(f"{server.url}/metrics").text
@@ -236,6 +266,7 @@ REFUSED = {
         400,
         "model's context",
     ),
+    "a stop that is no text": ({"stop": [1]}, 400, "stop: "),
     "half a letter": ({"messages": [{"role": "user", "content": "\ud83d"}]}, 400, "no valid Unicode"),
     "half a letter before": (
         {"messages": [{"role": "user", "content": "\ud83d"}, {"role": "user", "content": "x"}]},
@@ -467,6 +498,26 @@ def test_a_fault_of_the_models_own_is_told_and_the_server_goes_on(server, monkey
         assert failed.status_code == 500 and failed.json()["error"]["code"] == "internal_error"
         assert "memory" not in failed.text
     assert chat(server.url).status_code == 200
+
+
+class Panic(BaseException):
+    """As those of libraries in Rust."""
+
+
+def test_a_panic_below_us_is_the_requests_own(start, served, monkeypatch):
+    answered = type(served[0]).answered
+
+    def panicking(regrad, found, search):
+        if any(one.asked.question == "Panic?" for one in found):
+            raise Panic("no luck")
+        return answered(regrad, found, search)
+
+    monkeypatch.setattr(type(served[0]), "answered", panicking)
+    with start(batch=4) as running:
+        asked = {question: in_threads(1, lambda question=question: chat(running.url, question, model="regrad/grounded"))
+                 for question in ("Panic?", QUESTION)}  # fmt: skip
+        statuses = {question: future.result().status_code for question, [future] in asked.items()}
+    assert statuses == {"Panic?": 500, QUESTION: 200}
 
 
 def test_rows_that_share_a_recurrent_state_end_one_by_one(tokenizer, tmp_path):

@@ -139,6 +139,30 @@ def test_a_grounded_answer_is_asked_for_by_a_grammar_and_says_where_it_stands(ru
     assert running.ask(QUESTIONS[0], regrad={"grounded": "auto"}).status_code == 400
 
 
+def test_a_span_heeds_no_stop(running, monkeypatch):
+    whole = text(running.ask(QUESTIONS[0], "regrad/grounded"))
+    assert len(whole) > 1
+    assert text(running.ask(QUESTIONS[0], "regrad/grounded", stop=[whole[1]])) == whole
+
+
+def test_usage_counts_the_tokens_of_an_option(running):
+    answer = running.ask(QUESTIONS[0], regrad={"type": "choice", "choices": ["baker", "diver"]}).json()
+    assert answer["usage"]["completion_tokens"] > 0
+
+
+def test_what_vllm_ends_for_want_of_room_says_so(running, tokenizer, monkeypatch):
+    async def short(*_, **__):
+        for token in tokenizer("Ida is", add_special_tokens=False).input_ids:
+            yield output_of(token)
+        yield output_of(token, "length")
+
+    def output_of(token, reason=None):
+        return SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=[{}], finish_reason=reason)])
+
+    monkeypatch.setattr(running.engine, "generate", short)
+    assert running.ask(QUESTIONS[0]).json()["choices"][0]["finish_reason"] == "length"
+
+
 def test_whoever_leaves_early_ends_the_work_in_vllm_too(running, monkeypatch):
     response = running.ask(QUESTIONS[0], stop=["e", "a", "i", "o", " "])
     assert response.status_code == 200 and running.engine.running == 0
@@ -159,7 +183,7 @@ def test_late_ones_are_told_and_a_full_queue_refuses(running, monkeypatch):
 def test_a_stream_that_stalls_after_its_beginning_ends_in_time_too(running, tokenizer, monkeypatch):
     async def stalling(*_, **__):
         for token in tokenizer("Ida is a baker", add_special_tokens=False).input_ids:
-            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=[{}])])
+            yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[token], logprobs=[{}], finish_reason=None)])
         await asyncio.sleep(30)
 
     monkeypatch.setattr(running.engine, "generate", stalling)

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 from regrad_qdrant.answer.generation import Generated
 from regrad_qdrant.answer.pipeline import answer_of
 from regrad_qdrant.answer.query import BARE, Timings
-from regrad_qdrant.answer.running import Row
+from regrad_qdrant.answer.running import Row, Sampling
 from regrad_qdrant.serve.job import DeadlineError, Job, Outcome, QueueFullError
 from regrad_qdrant.serve.vllm.grammar import grammar_of, source_of
 from regrad_qdrant.serve.vllm.updates import Updates
 
 if TYPE_CHECKING:
+    from regrad_qdrant.answer.running import Finish
     from regrad_qdrant.model.prompts import Prompt
 
 ID_BITS = 62  # of a LoRA's id: drawn, for several API processes of vLLM's share an engine
@@ -95,7 +96,8 @@ class VllmEngine:
             lora = LoRARequest(f"regrad-{drawn:x}", drawn, update.path)
             await self.client.add_lora(lora)  # an update that fails here fails alone; in a step it would end the engine
         decoded = time.perf_counter()
-        row = Row(prompt, updates.tokenizer, updates.asking, None, asked.mode in BARE, job.sampling)
+        sampling = Sampling() if asked.grounded else job.sampling  # a span is whole
+        row = Row(prompt, updates.tokenizer, updates.asking, None, asked.mode in BARE, sampling)
         source, first = None, decoded
         if prompt.options:
             row.text, row.finish = await self._likeliest(prompt, row.prompt_ids, updates, lora), "stop"
@@ -112,7 +114,8 @@ class VllmEngine:
             source = source_of(row.text, job.found.sources) if grammar else None
         timings = Timings(job.search, decoded - started, generate=time.perf_counter() - decoded)
         said = answer_of(Generated(row.text, len(row.prompt_ids)), job.found, merged, timings)
-        yield Outcome(replace(said, source=source), row.finish or "stop", len(row.tokens), 0.0, first - decoded)
+        count = len(row.tokens or updates.tokenizer(row.text, add_special_tokens=False).input_ids)
+        yield Outcome(replace(said, source=source), row.finish or "stop", count, 0.0, first - decoded)
 
     async def _said(self, row: Row, job: Job[Updates], lora: Any, grammar: str | None) -> AsyncIterator[None]:
         """Let vLLM say an answer token by token into the row; whoever leaves early ends it in vLLM too."""
@@ -130,14 +133,17 @@ class VllmEngine:
             structured_outputs=StructuredOutputsParams(grammar=grammar) if grammar else None,
         )
         outputs = self.client.generate(_prompt(row.prompt_ids), params, _request_id(), lora_request=lora)
+        ended: Finish = "stop"
         try:
             async for output in outputs:
+                if output.outputs[0].finish_reason == "length":  # no room is left in the model's context
+                    ended = "length"
                 for token in output.outputs[0].token_ids:
                     row.add(int(token), self.ends)
                     yield None
                     if row.finish is not None:
                         return
-            row.finish = "stop"
+            row.finish = ended
         finally:
             await outputs.aclose()
 
