@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.answer.atom_cache import AtomCache
-from regrad_qdrant.atoms.record import decode_sum, weighted
+from regrad_qdrant.atoms.record import decode_sum, finite, weighted
 from regrad_qdrant.errors import AdapterError, AdapterInUseError, WrongShapeError
 from regrad_qdrant.model.gradients import GradientComputer
 from regrad_qdrant.model.plugin import (
@@ -155,7 +155,7 @@ class Adapter:
         total = decode_sum([], None, fingerprint, layout, device)
         for atom, weight in [(self.cache.get(one, decoded), weight) for one, weight in weighted(records, weights)]:
             total.add_(atom, alpha=weight)
-        return total
+        return finite(total)
 
     @contextlib.contextmanager
     def applied(self, records: Sequence[Record], weights: Sequence[float] | None = None) -> Iterator[None]:

@@ -124,7 +124,7 @@ class Record:
         windows = self.windows()
         if len(windows) > 1:
             return decode_sum([self], [1.0], fingerprint, layout)
-        return _finite(get_codec(self.codec).decode(self.parts(fingerprint, layout), layout))
+        return finite(get_codec(self.codec).decode(self.parts(fingerprint, layout), layout))
 
     def recoded(self, codec: str, fingerprint: str, layout: AtomLayout) -> Record:
         """The same atom in another codec.
@@ -178,10 +178,15 @@ def decode_sum(
     for name, atoms in by_codec.items():
         parts, of_parts = zip(*atoms, strict=True)
         total += get_codec(name).decode_sum(parts, of_parts, layout, device)
-    return _finite(total)
+    return finite(total)
 
 
-def _finite(atom: Tensor) -> Tensor:
+def finite(atom: Tensor) -> Tensor:
+    """The same atom, or sum of atoms.
+
+    Raises:
+        CorruptRecordError: if a number of it is not finite.
+    """
     if not bool(atom.isfinite().all()):
         raise CorruptRecordError("the atom decodes to numbers that are not finite: ingest its document again")
     return atom
@@ -261,16 +266,29 @@ def _decompress(data: bytes, limit: int) -> bytes:
         raise kind(f"the atom holds no zstd frame ({len(data)} bytes): {error}") from error
     if declared.content_size > limit or declared.window_size > max(2 * limit, 1024):
         raise OversizedRecordError(f"the atom declares {declared.content_size} bytes, its space needs at most {limit}")
-    decompressor = zstandard.ZstdDecompressor().decompressobj()
-    try:
-        content = decompressor.decompress(data)
+    try:  # into as many bytes as are declared: a frame that holds more ends there
+        content: bytes = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
-        raise CorruptRecordError(f"the atom does not match its checksum or is no zstd frame: {error}") from error
-    if not decompressor.eof or len(content) != declared.content_size:
+        raise _reason(data, declared.content_size) from error
+    if len(content) != declared.content_size:
         raise TruncatedRecordError(f"the atom ends after {len(content)} of {declared.content_size} bytes")
-    if decompressor.unused_data:
-        raise CorruptRecordError(f"{len(decompressor.unused_data)} bytes follow the atom's zstd frame")
     return content
+
+
+def _reason(data: bytes, size: int) -> RecordError:
+    """Why a frame that declares so many bytes can't be decompressed; no more than that many are made."""
+    corrupt = CorruptRecordError("the atom does not match its checksum, or is no zstd frame of the size it declares")
+    try:
+        content = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
+        if len(content) > size:
+            return corrupt
+        decompressor = zstandard.ZstdDecompressor().decompressobj()
+        decompressor.decompress(data)
+    except zstandard.ZstdError:
+        return corrupt
+    if decompressor.unused_data:
+        return CorruptRecordError(f"{len(decompressor.unused_data)} bytes follow the atom's zstd frame")
+    return TruncatedRecordError(f"the atom ends after {len(content)} of {size} bytes")
 
 
 def _unpack(content: bytes, limit: int) -> dict[str, bytes]:

@@ -90,6 +90,15 @@ def test_nested_use_is_refused_and_harms_nothing(adapter):
     assert state_of(adapter) == before
 
 
+@pytest.mark.parametrize("cache_bytes", [0, 10**7])
+def test_a_sum_that_overflows_is_refused(model, initialization, cache_bytes):
+    adapter = Adapter(model, initialization, cache_bytes=cache_bytes)
+    huge = torch.full((2, adapter.space.numel), 3e38)
+    stored = make_records(huge, ["a", "b"], initialization.fingerprint, "fp32")
+    with pytest.raises(CorruptRecordError, match="not finite"):
+        adapter.decode(stored)
+
+
 def test_threads_take_turns(adapter):
     before = state_of(adapter)
     seen, errors = {}, []

@@ -1,4 +1,5 @@
 import base64
+import tracemalloc
 
 import msgpack
 import pytest
@@ -108,6 +109,19 @@ def test_a_bomb_is_refused_before_it_is_decompressed(record):
     assert len(bomb) < 100_000
     with pytest.raises(errors.OversizedRecordError):
         with_atom(record, bomb).decode(SPACE, LAYOUT)
+
+
+def test_a_frame_that_holds_more_than_it_declares_is_never_held_whole(record):
+    block = (1 << 1 | 1024 << 3).to_bytes(3, "little") + b"0"  # a kibibyte of zeros in four bytes
+    header = zstandard.FRAME_HEADER + bytes([0x80, 0]) + (500).to_bytes(4, "little")  # 500 bytes, a window of 1 KiB
+    blocks = block * 250
+    liar = with_atom(record, base64.b64encode(header + blocks + b"0" * (-len(header + blocks) % 3)).decode())
+    tracemalloc.start()
+    with pytest.raises(errors.CorruptRecordError):
+        liar.decode(SPACE, LAYOUT)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100_000
 
 
 def test_a_frame_that_hides_its_size_is_refused(record):
