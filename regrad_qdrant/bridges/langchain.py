@@ -26,7 +26,8 @@ QUESTION_KEYS = ("question", "input", "query")  # of a dict that a chain hands o
 
 def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str | dict[str, Any], dict[str, Any]]:
     """A Runnable from a question to `{"answer": str, "documents": [Document]}`; a grounded answer also has its
-    `"source": {"document_id", "start", "end"}`, the characters of that document's text.
+    `"source": {"document_id", "point_id", "start", "end"}`, the characters of the text of the document whose id is that
+    point's.
 
     The question is a text, or a dict with it under "question", "input" or "query". Options can be given when it is
     made, and for one call by LangChain's own ways, the later before the earlier: `config={"configurable": {"top_k":
@@ -55,19 +56,23 @@ def regrad_runnable(regrad: ReGrad, **options: Any) -> Runnable[str | dict[str, 
 
     def answer(given: str | dict[str, Any], config: RunnableConfig, **call: Any) -> dict[str, Any]:
         question, chosen = asked(given, config, call)
-        return _output(regrad.answer(question, **chosen))
+        return _output(regrad.answer(question, **chosen), regrad.bank.store.name)
 
     async def aanswer(given: str | dict[str, Any], config: RunnableConfig, **call: Any) -> dict[str, Any]:
         question, chosen = asked(given, config, call)
-        return _output(await regrad.aanswer(question, **chosen))
+        return _output(await regrad.aanswer(question, **chosen), regrad.bank.store.name)
 
     return RunnableLambda(answer, aanswer, name="ReGrad")
 
 
-def _output(given: Answer) -> dict[str, Any]:
+def _output(given: Answer, collection: str) -> dict[str, Any]:
     """Documents as LangChain's own store returns them: `metadata` of its collections, the whole payload of others."""
     documents = [
-        Document(page_content=hit.text, metadata=fields_of(hit.payload, "metadata"), id=str(hit.id))
+        Document(
+            page_content=hit.text,
+            metadata=fields_of(hit.payload, "metadata") | {"_id": hit.id, "_collection_name": collection},
+            id=str(hit.id),
+        )
         for hit in given.hits
     ]
     return {"answer": given.text, "documents": documents, **source_of(given)}

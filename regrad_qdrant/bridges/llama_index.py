@@ -17,7 +17,17 @@ from llama_index.core.schema import BaseNode, NodeWithScore, TextNode
 from llama_index.core.vector_stores.types import FilterCondition, FilterOperator, MetadataFilters
 from llama_index.core.vector_stores.utils import metadata_dict_to_node
 from pydantic import Field, SkipValidation
-from qdrant_client.models import FieldCondition, Filter, MatchAny, MatchExcept, MatchText, MatchValue, Range
+from qdrant_client.models import (
+    FieldCondition,
+    Filter,
+    IsEmptyCondition,
+    MatchAny,
+    MatchExcept,
+    MatchText,
+    MatchValue,
+    PayloadField,
+    Range,
+)
 
 from regrad_qdrant.answer.pipeline import ReGrad
 from regrad_qdrant.answer.query import Answer
@@ -60,33 +70,41 @@ def _filter_of(filters: MetadataFilters | None) -> dict[str, Any]:
 
 
 def qdrant_filter(filters: MetadataFilters) -> Filter:
-    """LlamaIndex's metadata filters as a filter of Qdrant's, on the fields where LlamaIndex keeps metadata.
+    """LlamaIndex's metadata filters as its own Qdrant store asks them, on the fields where LlamaIndex keeps metadata.
 
     Raises:
         ValueError: for an operator that has no counterpart.
     """
     parts: list[Any] = [
-        qdrant_filter(part) if isinstance(part, MetadataFilters) else _condition(part) for part in filters.filters
+        qdrant_filter(part) if isinstance(part, MetadataFilters) else _condition(part)
+        for part in filters.filters
+        if not (isinstance(part, MetadataFilters) and not part.filters)  # which would pass everything
     ]
     if filters.condition == FilterCondition.OR:
         return Filter(should=parts)
     return Filter(must_not=parts) if filters.condition == FilterCondition.NOT else Filter(must=parts)
 
 
-def _condition(one: Any) -> FieldCondition | Filter:
+def _condition(one: Any) -> FieldCondition | IsEmptyCondition | Filter:
     key, value, operator = one.key, one.value, FilterOperator(one.operator)
-    if operator in (FilterOperator.EQ, FilterOperator.NE):
-        if isinstance(value, float):
-            equal = FieldCondition(key=key, range=Range(gte=value, lte=value))
-        else:
-            equal = FieldCondition(key=key, match=MatchValue(value=value))
-        return equal if operator == FilterOperator.EQ else Filter(must_not=[equal])
+    values = value if isinstance(value, list) else str(value).split(",")
+    if operator == FilterOperator.IS_EMPTY:
+        return IsEmptyCondition(is_empty=PayloadField(key=key))
+    if operator in (FilterOperator.EQ, FilterOperator.NE) and isinstance(value, float):
+        equal = FieldCondition(key=key, range=Range(gte=value, lte=value))
+        if operator == FilterOperator.EQ:
+            return equal
+        return Filter(must_not=[equal, IsEmptyCondition(is_empty=PayloadField(key=key))])
+    if operator == FilterOperator.EQ:
+        return FieldCondition(key=key, match=MatchValue(value=value))
+    if operator == FilterOperator.NE:  # a point without the field does not pass
+        return FieldCondition(key=key, match=MatchExcept(**{"except": [value]}))
     if operator.value in OPERATORS:
         return FieldCondition(key=key, range=Range(**{OPERATORS[operator.value]: value}))
     if operator in (FilterOperator.IN, FilterOperator.ANY):
-        return FieldCondition(key=key, match=MatchAny(any=value))
+        return FieldCondition(key=key, match=MatchAny(any=values))
     if operator == FilterOperator.NIN:
-        return FieldCondition(key=key, match=MatchExcept(**{"except": value}))
+        return FieldCondition(key=key, match=MatchExcept(**{"except": values}))
     if operator in (FilterOperator.TEXT_MATCH, FilterOperator.TEXT_MATCH_INSENSITIVE):
         return FieldCondition(key=key, match=MatchText(text=value))
     raise ValueError(

@@ -47,5 +47,9 @@ def fields_of(payload: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def source_of(answer: Answer) -> dict[str, Any]:
-    """`{"source": {"document_id", "start", "end"}}` of a grounded answer, nothing of another."""
-    return {} if answer.source is None else {"source": asdict(answer.source)}
+    """`{"source": {"document_id", "point_id", "start", "end"}}` of a grounded answer, nothing of another: frameworks
+    name documents by the point."""
+    if answer.source is None:
+        return {}
+    points = {hit.document_id: str(hit.id) for hit in answer.hits}
+    return {"source": asdict(answer.source) | {"point_id": points.get(answer.source.document_id)}}

@@ -3,6 +3,7 @@
 import asyncio
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -148,7 +149,9 @@ def test_questions_are_answered_from_a_frameworks_collection_and_by_its_bridge(a
         chain = regrad_runnable(regrad, **options)
         given, again = chain.invoke(question), asyncio.run(chain.ainvoke(question))
         assert again == given
-        assert given["documents"][0].page_content == TEXTS[7] and given["documents"][0].metadata == {"source": "s7"}
+        assert given["documents"][0].page_content == TEXTS[7] and given["documents"][0].metadata == {
+            "source": "s7", "_id": expected.hits[0].id, "_collection_name": "langchain"
+        }  # fmt: skip
         found = given["answer"]
     elif layout == "LlamaIndex":
         from regrad_qdrant.bridges.llama_index import ReGradQueryEngine
@@ -180,6 +183,7 @@ class Recorder:
 
     def __init__(self):
         self.asked = []
+        self.bank = SimpleNamespace(store=SimpleNamespace(name="docs"))
 
     def answer(self, question, **options):
         self.asked.append((question, options))
@@ -241,11 +245,49 @@ def test_llama_index_gives_its_own_filters():
     )
     first, second, third, fourth = qdrant_filter(several).should
     assert fourth.must[0].must_not[0].range.gte == fourth.must[0].must_not[0].range.lte == 1.5
-    assert first.range.gte == 2020 and second.match.any == ["a", "b"] and third.must[0].must_not[0].key == "draft"
+    assert first.range.gte == 2020 and second.match.any == ["a", "b"] and third.must[0].key == "draft"
     with pytest.raises(ValueError, match="contains"):
         qdrant_filter(MetadataFilters(filters=[MetadataFilter(key="a", value="b", operator=FilterOperator.CONTAINS)]))
     with pytest.raises(TypeError, match="'filter' is no option"):
         ReGradQueryEngine(regrad, filter=of_tenant)
+
+
+def test_llama_indexs_filters_find_what_its_own_store_finds():
+    from llama_index.core.vector_stores.types import FilterOperator, MetadataFilter, MetadataFilters
+    from llama_index.vector_stores.qdrant import QdrantVectorStore
+
+    from regrad_qdrant.bridges.llama_index import qdrant_filter
+
+    client = QdrantClient(":memory:")
+    client.create_collection("docs", vectors_config={})
+    payloads = [{"a": "p", "n": 1}, {"a": "q", "n": 2}, {"n": 3}, {"a": ["p", "q"], "n": 4}]
+    client.upsert("docs", [models.PointStruct(id=i, vector={}, payload=payload) for i, payload in enumerate(payloads)])
+    own = QdrantVectorStore(collection_name="docs", client=client)
+
+    def one(key, value, operator):
+        return MetadataFilter(key=key, value=value, operator=operator)
+
+    nothing = MetadataFilters(filters=[])
+    asked = [
+        MetadataFilters(filters=[one(key, value, operator)])
+        for operator in FilterOperator
+        for key, value in (("a", "p"), ("a", "p,q"), ("a", ["p", "q"]), ("n", 2), ("n", 2.0), ("nosuch", "p"))
+    ]
+    asked += [
+        MetadataFilters(filters=[nothing, *of], condition=condition)
+        for condition in ("and", "or", "not")
+        for of in ([one("a", "p", "==")], [MetadataFilters(filters=[one("a", "q", "!=")], condition="not")])
+    ]
+    compared = 0
+    for filters in asked:
+        try:
+            expected = own._build_subfilter(filters)
+        except Exception:  # an operator that it does not have, or a value that the operator does not take
+            continue
+        found, theirs = (client.scroll("docs", of)[0] for of in (qdrant_filter(filters), expected))
+        assert [point.id for point in found] == [point.id for point in theirs], filters
+        compared += 1
+    assert compared > 30
 
 
 def test_haystack_gives_its_own_filters_at_run():
