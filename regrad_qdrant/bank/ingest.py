@@ -183,15 +183,32 @@ def check_space(bank: GradientBank, space: AtomSpace, *, replace: bool) -> None:
     bank.describe(space)
 
 
-def check_others(bank: GradientBank, *, replace: bool) -> None:
+def check_others(bank: GradientBank, *, replace: bool, index: bool = True) -> None:
     """Refuse a collection with atoms of another space under the same key, before a document of it is changed.
+
+    Args:
+        index: make the index first by which they are counted.
 
     Raises:
         BankError: if it has some, and they are not to be replaced.
+        UnindexedFilterError: where there is no index and the server counts by none other.
     """
     if not replace and bank.atoms.exists():
-        bank.index()
+        if index:
+            bank.index()
         _refuse_others(bank)
+
+
+def windows_of(gradients: GradientComputer, text: str, long_texts: str) -> list[EncodedDocument]:
+    """What a text's atoms are computed from: one window or several; none of a long text that is skipped.
+
+    Raises:
+        DataError: for a text that can have no atom.
+    """
+    if long_texts == "window":
+        return gradients.windows(text)
+    document = gradients.encode(text)
+    return [] if document.truncated and long_texts == "skip" else [document]
 
 
 def _refuse_others(bank: GradientBank) -> None:
@@ -303,19 +320,14 @@ class Ingestion:
             self.report.without_text += 1
             return []
         try:
-            if self.long_texts == "window":
-                windows = self.gradients.windows(hit.text)
-                self.report.windowed += len(windows) > 1
-                return windows
-            document = self.gradients.encode(hit.text)
+            windows = windows_of(self.gradients, hit.text, self.long_texts)
         except DataError as error:
             self.report.skipped[str(hit.document_id)] = str(error)
             return []
-        if document.truncated and self.long_texts == "skip":
-            self.report.too_long += 1
-            return []
-        self.report.truncated += document.truncated
-        return [document]
+        self.report.too_long += not windows
+        self.report.windowed += len(windows) > 1
+        self.report.truncated += any(window.truncated for window in windows) and self.long_texts == "truncate"
+        return windows
 
     def _put(self, whole: Sequence[_Open]) -> list[PointId]:
         size = 0

@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from regrad_qdrant.answer.query import Source
     from regrad_qdrant.bank.documents import Hit
 
+_WHOLE, _NUMBER = re.compile(r"-?[0-9]+"), re.compile(r"-?[0-9]+(\.[0-9]+)?")
+
 
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
@@ -121,11 +123,12 @@ def ask(
             grounded="auto" if auto else grounded,
             style=answer_style,
         )
-    console.print(answer.text, style="bold", markup=False)
+    console.print(answer.text, style="bold", markup=False, soft_wrap=True)
     if answer.source is not None:
-        console.print(f"  {_place(answer.source, answer.hits)}", markup=False, highlight=False)
+        console.print(f"  {_place(answer.source, answer.hits)}", markup=False, highlight=False, soft_wrap=True)
     for hit in answer.hits:
-        console.print(f"  {hit.score:8.3f}  {hit.document_id}  {hit.text[:90]!r}", markup=False, highlight=False)
+        line = f"  {hit.score:8.3f}  {hit.document_id}  {hit.text[:90]!r}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     parts = "  ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in asdict(answer.timings).items())
     console.print(f"  {parts}  ({answer.prompt_tokens} prompt tokens)", style="dim")
     write_json(
@@ -170,10 +173,12 @@ def _filter_of(conditions: list[str]) -> Filter | None:
         if not (field and equals):
             raise DataError(f"--filter wants FIELD=VALUE, found {condition!r}")
         values: list[str | int | bool] = [text]
-        if re.fullmatch(r"-?[0-9]+", text):
+        if _WHOLE.fullmatch(text) and -(2**63) <= int(text) < 2**63:
             values.append(int(text))
         if text in ("true", "false"):
             values.append(text == "true")
         either = [models.FieldCondition(key=field, match=models.MatchValue(value=value)) for value in values]
+        if _NUMBER.fullmatch(text) and abs(float(text)) <= 2**53:  # larger ones are no whole numbers any more
+            either.append(models.FieldCondition(key=field, range=models.Range(gte=float(text), lte=float(text))))
         must.append(either[0] if len(either) == 1 else models.Filter(should=list(either)))
     return models.Filter(must=must) if must else None

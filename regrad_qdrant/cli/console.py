@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 if TYPE_CHECKING:
     from regrad_qdrant.bank.ingest import IngestReport
 
-console = Console(width=None if sys.stdout.isatty() else 160)
-errors = Console(stderr=True)
+console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
+errors = Console(stderr=True, emoji=False)
 
 
 @contextmanager
@@ -59,4 +59,4 @@ def print_report(report: IngestReport) -> None:
     written = f"; {decimal(report.bytes_written)} written" if report.bytes_written else ""
     console.print(f"{said}; {report.documents_per_second:.1f} documents/s{written}", highlight=False)
     for key, reason in list(report.skipped.items())[:20]:
-        errors.print(f"skipped {key}: {reason}", style="yellow", markup=False)
+        errors.print(f"skipped {key}: {reason}", style="yellow", markup=False, soft_wrap=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +45,7 @@ from regrad_qdrant.cli.options import (
     warn_of_codec,
     write_json,
 )
-from regrad_qdrant.errors import DataError
+from regrad_qdrant.errors import DataError, UnindexedFilterError
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
@@ -51,8 +53,9 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.cluster import Cluster
     from regrad_qdrant.bank.corpus import Passage
     from regrad_qdrant.bank.ingest import IngestReport
+    from regrad_qdrant.bank.shard import Shard
     from regrad_qdrant.bank.upkeep import BankStatus
-    from regrad_qdrant.model.gradients import GradientComputer
+    from regrad_qdrant.model.gradients import EncodedDocument, GradientComputer
     from regrad_qdrant.model.initialization import MetaInitialization
 
 IN_PLACE = 20_000  # points from which a sidecar is the better place for atoms
@@ -162,6 +165,8 @@ def ingest(
     check_outputs(json_out)
     if (corpus is None) == (from_collection is None):
         raise DataError("give either --corpus FILE with --collection NAME, or --from-collection NAME")
+    if from_collection is not None and collection is not None:
+        raise DataError("--collection goes with --corpus; --from-collection names the collection that gets atoms")
     if corpus is not None and collection is None:
         raise DataError("--corpus needs --collection NAME to fill")
     if in_place and sidecar is not None:
@@ -208,7 +213,7 @@ def ingest(
         if passages is None and not in_place:
             _choose_place(bank, replace, dry_run)
         if dry_run:
-            _rehearse(regrad, passages, codec, json_out)
+            _rehearse(regrad, passages, codec, options, json_out)
             return
         if passages is not None:
             report = ingest_corpus(regrad, passages, codec, **options)
@@ -319,29 +324,36 @@ def _choose_place(bank: GradientBank, replace: bool, dry_run: bool) -> None:
         console.print(HAYSTACK_ADVICE, highlight=False)
 
 
-def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_out: Path | None) -> None:
-    """What an ingestion would do, from counts and a measured sample; nothing is written."""
+def _rehearse(
+    regrad: ReGrad, passages: list[Passage] | None, codec: str, options: dict[str, Any], json_out: Path | None
+) -> None:
+    """What an ingestion with these options would do, from counts and a measured sample; nothing is written."""
     from regrad_qdrant.atoms.record import make_records
-    from regrad_qdrant.bank.ingest import check_passages, check_texts
+    from regrad_qdrant.bank.ingest import check_others, check_passages, check_texts
     from regrad_qdrant.bank.stores.base import json_bytes
-    from regrad_qdrant.model.gradients import BATCH_TOKENS
 
     bank, there = regrad.bank, regrad.bank.store.exists()
     check_passages(bank, passages or [], regrad.gradients)
     if there:
         bank.check_place()
         check_texts(bank)
+        with contextlib.suppress(UnindexedFilterError):  # the index that an ingestion would make
+            check_others(bank, replace=options["replace"], index=False)
     found = bank.status() if there else None
     new, reworded = _changes(bank, passages or []) if there else (passages or [], 0)
     todo = len(new) + reworded + (found.missing + found.stale + found.damaged if found else 0)
+    shard: Shard | None = options["shard"]
+    if shard is not None:
+        todo = math.ceil(todo / shard.count)
     lacking = (hit.text for hit in bank.missing()) if there else iter(())
     like = itertools.chain(lacking, (passage.text for passage in [*new, *(passages or [])])) if todo else iter(())
-    texts = list(itertools.islice(_able(regrad.gradients, like), SAMPLE))
+    sample = list(itertools.islice(_able(regrad.gradients, like, options["long_texts"]), SAMPLE))
+    texts, windows = [text for text, _ in sample], [of_text for _, of_text in sample]
     seconds, size = 0.0, 0
     if texts:
         started = time.perf_counter()
-        windows = [regrad.gradients.windows(text) for text in texts]
-        atoms = regrad.gradients.atoms_in_batches([window for of_text in windows for window in of_text], BATCH_TOKENS)
+        flat = [window for of_text in windows for window in of_text]
+        atoms = regrad.gradients.atoms_in_batches(flat, options["batch_tokens"])
         seconds = (time.perf_counter() - started) / len(texts)
         spans = [[window.span for window in of_text] for of_text in windows]
         records = make_records(atoms, texts, bank.space, codec, regrad.gradients.space.layout, spans)
@@ -368,14 +380,16 @@ def _rehearse(regrad: ReGrad, passages: list[Passage] | None, codec: str, json_o
     write_json(json_out, said)
 
 
-def _able(gradients: GradientComputer, texts: Iterable[str]) -> Iterator[str]:
-    """Those of the texts that can have a gradient."""
+def _able(
+    gradients: GradientComputer, texts: Iterable[str], long_texts: str
+) -> Iterator[tuple[str, list[EncodedDocument]]]:
+    """Those of the texts that can have a gradient, with what it is computed from."""
+    from regrad_qdrant.bank.ingest import windows_of
+
     for text in texts:
-        try:
-            gradients.encode(text)
-        except DataError:
-            continue
-        yield text
+        with contextlib.suppress(DataError):
+            if windows := windows_of(gradients, text, long_texts):
+                yield text, windows
 
 
 def _changes(bank: GradientBank, passages: list[Passage]) -> tuple[list[Passage], int]:

@@ -563,6 +563,7 @@ def test_a_long_text_gets_its_windows_or_is_truncated_and_counted(run, tmp_path)
         ),
         (["ingest", "--from-collection", "docs", "--path", "bank", "--ray", "local", "--dry-run"], "without --ray"),
         (["ingest", "--from-collection", "docs", "--path", "bank", "--workers", "2"], "go with --ray"),
+        (["ingest", "--from-collection", "docs", "--collection", "b", "--path", "bank"], "goes with --corpus"),
         (["models", "nonesuch"], "no model 'nonesuch' is known"),
         (["eval", "--qa", "none.jsonl", "--collection", "docs"], "no such file"),
         (["eval", "--qa", "qa.jsonl", "--modes", "regrad", "--against", "rag"], "not among the modes"),
@@ -700,6 +701,22 @@ def test_a_dry_run_says_what_would_be_done_and_changes_nothing(run, folder, tmp_
     assert (said["points_to_add"], said["atoms_to_write"]) == (1, 2) and said["seconds"] > 0
 
 
+def test_a_dry_run_is_of_the_run_with_these_options(run, folder, tmp_path):
+    (tmp_path / "long.jsonl").write_text(json.dumps({"id": "long", "text": "Una is a diver. " * 60}))
+    place, corpus = ("--collection", "docs", "--path", "bank"), ("--corpus", "long.jsonl")
+    sizes = {}
+    for long_texts in ("window", "truncate", "skip"):
+        run("ingest", *corpus, *place, "--dry-run", "--long-texts", long_texts, "--json", "dry.json")
+        sizes[long_texts] = json.loads((tmp_path / "dry.json").read_text())["bytes_to_write"]
+    assert sizes["window"] > sizes["truncate"] > sizes["skip"] == 0
+    ingest(run, folder)
+    other = ("ingest", "--from-collection", "docs", "--path", "bank", "--init", folder / "lora", "--dry-run")
+    code, _, err = run(*other, init=False)
+    assert code == 2 and "12 points carry atoms of another space" in err
+    code, _, err = run(*other, "--replace", "--shard", "0/4", "--json", "dry.json", init=False)
+    assert code == 0 and json.loads((tmp_path / "dry.json").read_text())["atoms_to_write"] == 3, err
+
+
 def test_a_refused_corpus_changes_nothing(run, folder, tmp_path):
     wrong = ("ingest", "--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
     assert run(*wrong, "--long-texts", "windw")[0] == 2 and not (tmp_path / "bank").exists()
@@ -711,6 +728,33 @@ def test_a_refused_corpus_changes_nothing(run, folder, tmp_path):
     assert code == 2 and "12 points carry atoms of another space" in err
     run("status", *place, "--json", "status.json")
     assert json.loads((tmp_path / "status.json").read_text())["stale"] == 0
+
+
+def test_what_is_printed_is_what_was_said(run, folder, tmp_path):
+    text = "Una::100:5 is a diver at 10:on:5, " + "and a baker, " * 30
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"id": "doc:id:7", "text": text}))
+    run("ingest", "--corpus", "odd.jsonl", "--collection", "docs", "--path", "bank")
+    _, out, _ = run("ask", "Who is Una?", "-c", "docs", "--path", "bank", "--json", "a.json")
+    first, *hits = out.splitlines()
+    assert first == json.loads((tmp_path / "a.json").read_text())["answer"]
+    assert any("doc:id:7" in line and "10:on:5" in line for line in hits)
+
+
+def test_a_number_in_a_filter_matches_as_a_number():
+    from qdrant_client import QdrantClient, models
+
+    from regrad_qdrant.cli.ask import _filter_of
+
+    client = QdrantClient(":memory:")
+    client.create_collection("docs", vectors_config={})
+    payloads = [{"n": 3, "x": 2.0, "price": 1.5, "id": 2**60 + 1}, {"n": "3", "x": "2", "price": "1.5", "id": 2**60}]
+    client.upsert("docs", [models.PointStruct(id=i, vector={}, payload=payload) for i, payload in enumerate(payloads)])
+    for condition, expected in {
+        "n=3": [0, 1], "x=2": [0, 1], "x=2.0": [0], "price=1.5": [0, 1], f"id={2**60 + 1}": [0], f"id={2**70}": [],
+        "n=nan": [], "n=1e400": [],
+    }.items():  # fmt: skip
+        found, _ = client.scroll("docs", _filter_of([condition]))
+        assert [point.id for point in found] == expected, condition
 
 
 @pytest.mark.filterwarnings("default:nothing was retrieved")
