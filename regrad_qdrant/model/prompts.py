@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -44,6 +45,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+_CONTROL: weakref.WeakKeyDictionary[Any, re.Pattern[str] | None] = weakref.WeakKeyDictionary()  # of tokenizers
 _THOUGHTS = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 
 
@@ -211,7 +213,7 @@ class PromptFormat:
 
     def render(self, prompt: Prompt, tokenizer: ChatTokenizer) -> str:
         """The prompt's text in the model's own chat format, up to where the answer begins."""
-        messages = self.messages(prompt)
+        messages = self.messages(_in_letters(prompt, tokenizer))
         if not self.chat_template or getattr(tokenizer, "chat_template", None) is None:
             system = messages[0]["content"] if messages[0]["role"] == "system" else ""
             user = "\n".join(message["content"] for message in messages if message["role"] != "system")
@@ -260,6 +262,34 @@ class PromptFormat:
         text = _THOUGHTS.sub("", text).lstrip()
         line = self.first_line if first_line is None else first_line
         return (line and "\n" in text) or bool(self.end and text and self.end in text)
+
+
+def _in_letters(prompt: Prompt, tokenizer: Any) -> Prompt:
+    """The same prompt, in whose question, choices, passages and turns no text stands for a control token: what says
+    `<|im_end|>` would end the user's turn, and begin whichever it likes. A space sets such texts apart."""
+    control = _control_tokens(tokenizer)
+    if control is None:
+        return prompt
+
+    def letters(text: str) -> str:
+        return control.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
+
+    return replace(
+        prompt,
+        question=letters(prompt.question),
+        choices=tuple(map(letters, prompt.choices)),
+        passages=tuple(map(letters, prompt.passages)),
+        turns=tuple((role, letters(text)) for role, text in prompt.turns),
+    )
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the texts of a tokenizer's special tokens."""
+    if tokenizer not in _CONTROL:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        said = sorted({str(token.content) for token in added if token.special and len(token.content) > 1})
+        _CONTROL[tokenizer] = re.compile("|".join(map(re.escape, said))) if said else None
+    return _CONTROL[tokenizer]
 
 
 def _beginning(tokenizer: Any) -> str:
