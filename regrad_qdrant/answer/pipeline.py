@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any, Self
 from regrad_qdrant.answer.adapter import Adapter
 from regrad_qdrant.answer.batching import Batcher
 from regrad_qdrant.answer.decoding import Decoder, parts
-from regrad_qdrant.answer.filling import NONE_USABLE, Filling, FillPolicy, OnDamaged, OnMissing, OnStale, Usable
+from regrad_qdrant.answer.filling import (
+    NONE_USABLE,
+    Filling,
+    FillPolicy,
+    OnDamaged,
+    OnMissing,
+    OnStale,
+    Usable,
+    as_stored,
+)
 from regrad_qdrant.answer.generation import Asking, Generated
 from regrad_qdrant.answer.grounding import BEAMS
 from regrad_qdrant.answer.query import BARE, WITHOUT_ATOMS, Answer, Characters, Grounded, Mode, Query, Source, Timings
@@ -26,6 +35,8 @@ from regrad_qdrant.errors import DataError, RecordError, RegradError, WrongSpace
 from regrad_qdrant.model.prompts import Prompt, PromptFormat, QuestionType, Style
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from qdrant_client.models import Filter
     from torch import Tensor, nn
 
@@ -359,6 +370,23 @@ class ReGrad:
                 total.notes.append(NONE_USABLE)
             merged.append(total)
         return merged
+
+    def export(self, folder: str | Path, question: str, hits: Sequence[Hit], base_model: str | None = None) -> None:
+        """Write what answers this question with these documents as an ordinary PEFT LoRA adapter.
+
+        Args:
+            hits: as `GradientBank.search` gives them, best first.
+            base_model: the base model's name where the adapter is served, if it has another one there.
+
+        Raises:
+            DataError: if none of them has a usable atom.
+            RecordError: if one can't be decoded; nothing is written then.
+        """
+        usable = as_stored(hits)
+        if not usable.hits:
+            raise DataError(f"nothing to export: {'; '.join(usable.notes) or 'no document was given'}")
+        weighed = self.weighing.weighed(usable.hits, question)
+        self.adapter.export(folder, weighed.records, weighed.shares, base_model)
 
     def weights(self, hits: Sequence[Hit]) -> list[float]:
         """As `Weighing.weights`."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import state_of, tiny_initialization, tiny_model
+from peft import PeftModel
 from qdrant_client import QdrantClient, models
 
 from regrad_qdrant import Bm25, Document, GradientBank, MergeRule, ReGrad
@@ -479,6 +480,25 @@ def test_documents_that_were_read_without_atoms_are_applied(regrad):
     found = regrad.answer("What is the job of Ida Corvand?", hits=read)
     assert all(hit.record is None for hit in read) and not found.notes
     assert (found.text, found.weights) == (expected.text, expected.weights)
+
+
+def test_an_export_is_what_answers(regrad, tmp_path):
+    question = "What is the job of Ida Corvand, and where does she live?"
+    long = Document("long", {"id": "long", "text": "Noor is a diver. " * 40 + "Ida Corvand lives in Aalborg."})
+    regrad.bank.add([long])
+    attach_atoms(regrad.bank, regrad.gradients, "int8")
+    hits = regrad.bank.search(question, 2)
+    assert any(hit.record.rest for hit in hits)  # of several windows
+    expected = regrad.answer(question, hits=hits)
+    regrad.export(tmp_path / "q", question, hits)
+    plain = PeftModel.from_pretrained(tiny_model(), tmp_path / "q")
+    assert generate(plain, regrad.tokenizer, [Prompt(question)])[0].text == expected.text
+    bare = [replace(hit, record=None) for hit in hits]
+    with pytest.raises(DataError, match="nothing to export: each of the documents .* has no atom"):
+        regrad.export(tmp_path / "none", question, bare)
+    with pytest.raises(DataError, match="no document was given"):
+        regrad.export(tmp_path / "none", question, [])
+    assert not (tmp_path / "none").exists()
 
 
 def test_where_no_gradient_is_finite_the_answer_says_so(regrad, monkeypatch):
