@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from regrad_qdrant.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -35,7 +37,16 @@ class BaseModel:
         return cls(name, hashed if is_quantized(model) else weights_digest(model), sample)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether these are the weights: all of them, or where they are rounded the sample of those that are not."""
+        """Whether these are the weights: all of them, or where they are rounded the sample of those that are not.
+
+        Raises:
+            UnsupportedModelError: if some of them are not there to be compared.
+        """
+        if away := next((name for name, parameter in _parameters(model) if parameter.device.type == "meta"), None):
+            raise UnsupportedModelError(
+                f"{away} is offloaded, so the weights can't be compared with those of {self.name}: load the model with "
+                "a device_map that keeps all of them on a device, or give check_model=False where you know them"
+            )
         coarse = is_coarse(model)
         if not coarse and weights_digest(model) == self.digest:
             return True

@@ -265,8 +265,10 @@ class MetaInitialization:
             adapter_config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
             adapter = load_file(folder / "adapter_model.safetensors")
             own = load_file(folder / "regrad.safetensors")
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise InitializationError(f"{folder}: can't read the meta-initialization: {error}") from error
+        if not isinstance(regrad, dict) or not isinstance(adapter_config, dict):
+            raise InitializationError(f"{folder}: regrad.json and adapter_config.json are objects; restore the folder")
         if regrad.get("format") not in (FORMAT, BYTES_FORMAT):
             raise InitializationError(
                 f"{folder}: format {regrad.get('format')!r}, this version reads formats {FORMAT} and {BYTES_FORMAT}"

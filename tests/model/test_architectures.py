@@ -164,6 +164,14 @@ def test_offloaded_layers_are_refused():
         plug_in(model, initialization)
 
 
+def test_a_model_that_is_offloaded_in_part_is_told_of_before_its_weights_are_compared():
+    model = made("Llama")
+    initialization = initialization_of(model, "Llama")
+    model.model.layers[0].mlp.up_proj.to("meta")
+    with pytest.raises(UnsupportedModelError, match=r"layers.0.mlp.up_proj.weight is offloaded.*check_model=False"):
+        Adapter(model, initialization)
+
+
 def test_heads_are_found_by_what_they_do():
     found = {name: head_of(made(name)) for name in ARCHITECTURES}
     assert {name for name, head in found.items() if head.cap is not None} == {"Gemma2", "Gemma3"}

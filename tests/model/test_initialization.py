@@ -93,6 +93,14 @@ def test_another_model_is_refused_with_both_digests(initialization):
     assert initialization.base.digest in str(caught.value)
 
 
+@pytest.mark.parametrize("content", [b"[]", b'{"author": "Andr\xe9"}', b"7"])
+def test_a_damaged_folder_is_an_error_of_ours(initialization, tmp_path, content):
+    initialization.save(tmp_path)
+    (tmp_path / "regrad.json").write_bytes(content)
+    with pytest.raises(InitializationError, match=str(tmp_path)):
+        MetaInitialization.load(tmp_path)
+
+
 def test_a_model_with_adapters_is_refused(initialization, model):
     adapter = Adapter(model, initialization)
     with pytest.raises(AdapterError, match="already carries adapters"):
