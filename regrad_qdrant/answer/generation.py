@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from regrad_qdrant.errors import ContextLengthError
 from regrad_qdrant.model.base_model import input_device
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from regrad_qdrant.answer.spans import Span
 
 
+Finish = Literal["stop", "length"]  # why an answer ended: it was done, or as long as it may be
+
+
 @dataclass(frozen=True)
 class Generated:
     """What the model said to one prompt."""
@@ -32,6 +35,7 @@ class Generated:
     prompt_tokens: int
     span: Span | None = None  # of a grounded answer, which it is
     log_probability: float | None = None  # … and the mean of its tokens' and its end's
+    finish: Finish = "stop"
 
 
 @dataclass(frozen=True)
@@ -166,8 +170,9 @@ def generate(
     for prompt, length, tokens, found in zip(prompts, lengths, mask.sum(dim=1).tolist(), output, strict=True):
         said = found[longest : longest + length].tolist()
         at = next((i for i, token in enumerate(said) if token in ends), len(said))  # what follows is padding
-        text = asking.said(prompt, tokenizer.decode(said[:at], skip_special_tokens=True))
-        answers.append(Generated(text, tokens))
+        text = tokenizer.decode(said[:at], skip_special_tokens=True)
+        cut = at == length and not asking.is_over(prompt, text)
+        answers.append(Generated(asking.said(prompt, text), tokens, finish="length" if cut else "stop"))
     return answers
 
 

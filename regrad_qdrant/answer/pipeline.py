@@ -445,6 +445,7 @@ def answer_of(said: Generated, found: Found, merged: Merged, timings: Timings) -
         skipped=merged.skipped,
         windows=merged.windows,
         source=_source(said, found),
+        finish=said.finish,
     )
 
 

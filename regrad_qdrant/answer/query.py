@@ -20,6 +20,7 @@ from regrad_qdrant.model.prompts import Prompt, QuestionType, Style
 if TYPE_CHECKING:
     from qdrant_client.models import Filter
 
+    from regrad_qdrant.answer.generation import Finish
     from regrad_qdrant.bank.documents import Hit
     from regrad_qdrant.bank.stores.base import PointId, Vector
 
@@ -112,3 +113,4 @@ class Answer:
     skipped: dict[PointId, str] = field(default_factory=dict)  # of each retrieved point without an atom applied, why
     windows: dict[PointId, dict[Characters, float]] = field(default_factory=dict)  # shares of a text's applied parts
     source: Source | None = None  # of a grounded answer
+    finish: Finish = "stop"  # "length" of one that was cut at `max_new_tokens`

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from regrad_qdrant.answer.generation import Asking, can_fork, ends_of, next_logits, padded_left, token_ids
+from regrad_qdrant.answer.generation import Asking, Finish, can_fork, ends_of, next_logits, padded_left, token_ids
 from regrad_qdrant.errors import RegradError
 from regrad_qdrant.model.base_model import input_device
 from regrad_qdrant.model.plugin import base_of
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from regrad_qdrant.answer.adapter import Adapter, RowChange
     from regrad_qdrant.model.prompts import Prompt
 
-Finish = Literal["stop", "length"]
 GREEDY = 1e-3  # a temperature below which the likeliest token is chosen
 THOUGHT = "<think>"
 UNFINISHED = "�"  # what a text ends with whose last letter has tokens to come

@@ -124,6 +124,8 @@ def ask(
             style=answer_style,
         )
     console.print(answer.text, style="bold", markup=False, soft_wrap=True)
+    if answer.finish == "length":
+        console.print("  (cut here: --max-new-tokens lets it be longer)", style="dim")
     if answer.source is not None:
         console.print(f"  {_place(answer.source, answer.hits)}", markup=False, highlight=False, soft_wrap=True)
     for hit in answer.hits:
@@ -137,6 +139,7 @@ def ask(
             "question": question,
             "mode": answer.mode,
             "answer": answer.text,
+            "finish": answer.finish,
             "hits": [{"id": hit.document_id, "score": hit.score, "text": hit.text} for hit in answer.hits],
             "weights": {str(key): weight for key, weight in answer.weights.items()},
             "windows": {

@@ -27,7 +27,6 @@ from regrad_qdrant.serve.job import DeadlineError, Job, Outcome, QueueFullError,
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import Merged, ReGrad
-    from regrad_qdrant.answer.running import Finish
 
 log = logging.getLogger(__name__)
 READ_TOKENS = 4096  # of prompts that are read at once: a long one alone
@@ -71,8 +70,8 @@ class Place:
             self.put(DeadlineError("the answer was not done in time"))
         return self.cancelled
 
-    def outcome(self, answer: Answer, finish: Finish, tokens: int) -> Outcome:
-        return Outcome(answer, finish, tokens, self.started_at - self.asked_at, self.first_at - self.started_at)
+    def outcome(self, answer: Answer, tokens: int) -> Outcome:
+        return Outcome(answer, tokens, self.started_at - self.asked_at, self.first_at - self.started_at)
 
 
 class Engine:
@@ -212,9 +211,7 @@ class Engine:
             timed = replace(answer, timings=replace(answer.timings, search=place.search))
             tokens = len(place.regrad.tokenizer(answer.text, add_special_tokens=False).input_ids)
             place.put(answer.text)
-            most = place.regrad.asking.length(place.found.asked.prompt([]))
-            cut = answer.source is None and place.found.asked.type == "open" and tokens >= most
-            place.put(place.outcome(timed, "length" if cut else "stop", tokens))
+            place.put(place.outcome(timed, tokens))
 
     def _join(self) -> None:
         """Give rows to those that wait, as far as there is room."""
@@ -342,12 +339,12 @@ def _handed_on(place: Place) -> bool:
         return True
     generate = time.perf_counter() - place.started_at - place.decode
     answer = answer_of(
-        Generated(row.text, len(row.prompt_ids)),
+        Generated(row.text, len(row.prompt_ids), finish=row.finish),
         place.found,
         merged,
         Timings(place.search, place.decode, generate=generate),
     )
-    place.put(place.outcome(answer, row.finish, len(row.tokens)))
+    place.put(place.outcome(answer, len(row.tokens)))
     return True
 
 

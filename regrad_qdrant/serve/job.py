@@ -11,7 +11,7 @@ from regrad_qdrant.errors import RegradError
 if TYPE_CHECKING:
     from regrad_qdrant.answer.query import Answer
     from regrad_qdrant.answer.retrieval import Found, Retrieval
-    from regrad_qdrant.answer.running import Finish, Sampling
+    from regrad_qdrant.answer.running import Sampling
     from regrad_qdrant.bank.bank import GradientBank
 
 
@@ -57,7 +57,6 @@ class Outcome:
     """A whole answer, and how it came about."""
 
     answer: Answer
-    finish: Finish
     completion_tokens: int
     queued: float  # seconds that it waited
     first_token: float  # seconds from there to its first token

@@ -128,7 +128,7 @@ class Shape:
         self.created = int(time.time())
 
     def whole(self, outcome: Outcome, text: str) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": outcome.finish, "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": outcome.answer.finish, "logprobs": None}
         if self.chat:
             message = {"role": "assistant", "content": text, "refusal": None, "annotations": citations(outcome)}
             choice["message"] = message
@@ -146,7 +146,7 @@ class Shape:
         return self._framed(self._chunk_name, [choice])
 
     def last(self, outcome: Outcome) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "finish_reason": outcome.finish, "logprobs": None}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": outcome.answer.finish, "logprobs": None}
         choice |= {"delta": {"annotations": citations(outcome)}} if self.chat else {"text": ""}
         return self._framed(self._chunk_name, [choice]) | {"regrad": told(outcome)}
 

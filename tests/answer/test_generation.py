@@ -39,6 +39,7 @@ def test_an_answer_ends_at_every_token_that_the_model_names(model, tokenizer):
     model.generation_config.eos_token_id = [2, third]
     [found] = generate(model, tokenizer, [prompt])
     assert found.text == tokenizer.decode(said[: said.index(third)], skip_special_tokens=True).strip().split("\n")[0]
+    assert found.finish == "stop"
     assert model.generation_config.eos_token_id == [2, third]
 
 
@@ -191,7 +192,11 @@ def test_what_fails_while_streaming_reaches_the_reader(regrad, monkeypatch):
 
 def test_the_answers_length_and_the_whole_prompt_can_be_ones_own(model, tokenizer, regrad):
     longest = regrad.answer("Who?", mode="direct", max_new_tokens=40).text
-    assert longest.startswith(regrad.answer("Who?", mode="direct", max_new_tokens=3).text)
+    short = regrad.answer("Who?", mode="direct", max_new_tokens=3)
+    assert longest.startswith(short.text) and short.finish == "length"
+    [again] = regrad.answer_many([Query("Who?", "direct", max_new_tokens=3)])
+    assert (again.text, again.finish) == (short.text, "length")
+    assert regrad.answer("Who?", mode="direct", type="yesno").finish == "stop"
     asked = []
     own = ReGrad(
         model, tokenizer, regrad.bank, regrad.initialization, prompt=lambda p: asked.append(p) or "Q:" + p.question

@@ -20,7 +20,7 @@ from regrad_qdrant.serve.vllm.grammar import grammar_of, source_of
 from regrad_qdrant.serve.vllm.updates import Updates
 
 if TYPE_CHECKING:
-    from regrad_qdrant.answer.running import Finish
+    from regrad_qdrant.answer.generation import Finish
     from regrad_qdrant.model.prompts import Prompt
 
 ID_BITS = 62  # of a LoRA's id: drawn, for several API processes of vLLM's share an engine
@@ -113,9 +113,10 @@ class VllmEngine:
                     shown = row.shown
             source = source_of(row.text, job.found.sources) if grammar else None
         timings = Timings(job.search, decoded - started, generate=time.perf_counter() - decoded)
-        said = answer_of(Generated(row.text, len(row.prompt_ids)), job.found, merged, timings)
+        generated = Generated(row.text, len(row.prompt_ids), finish=row.finish or "stop")
+        said = answer_of(generated, job.found, merged, timings)
         count = len(row.tokens or updates.tokenizer(row.text, add_special_tokens=False).input_ids)
-        yield Outcome(replace(said, source=source), row.finish or "stop", count, 0.0, first - decoded)
+        yield Outcome(replace(said, source=source), count, 0.0, first - decoded)
 
     async def _said(self, row: Row, job: Job[Updates], lora: Any, grammar: str | None) -> AsyncIterator[None]:
         """Let vLLM say an answer token by token into the row; whoever leaves early ends it in vLLM too."""
