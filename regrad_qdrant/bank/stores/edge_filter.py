@@ -1,4 +1,5 @@
-"""Filters of the Qdrant client as those of an embedded Edge shard: every condition that a server knows."""
+"""Filters of the Qdrant client as those of an embedded Edge shard: every condition that a server knows, but for true
+and false as values."""
 
 from __future__ import annotations
 
@@ -77,6 +78,10 @@ def _match(match: Any) -> Any:
     import qdrant_edge as edge
     from qdrant_client import models
 
+    if isinstance(getattr(match, "value", None), bool):  # it would match the numbers 1 and 0 instead
+        raise BankError(
+            f"an embedded Edge shard can't match true and false: {match!r}; keep the field as text, or use a server"
+        )
     makers: dict[type, Callable[[Any], Any]] = {
         models.MatchValue: lambda m: edge.MatchValue(m.value),
         models.MatchAny: lambda m: edge.MatchAny(m.any),
