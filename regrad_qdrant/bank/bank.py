@@ -184,6 +184,20 @@ class GradientBank(AtomCollection):
             self.store.upsert(batch)
         return len(points)
 
+    def _add_new(self, page: Sequence[Document]) -> set[PointId]:
+        """Write the points of these documents, but those that have come since they were looked for; which it wrote."""
+        written: set[PointId] = set()
+        for batch in bounded(self.max_request_bytes, sized(self._points(page)), lambda point: point.id):
+            there = self._there(batch)
+            if batch := [point for point in batch if point.id not in there]:
+                self.store.upsert(batch, only_new=True)
+            written |= {point.id for point in batch}
+        return written
+
+    def _there(self, points: Sequence[Point]) -> set[PointId]:
+        """Which of these points the collection has now."""
+        return {point.id for point in self.store.retrieve([point.id for point in points], False)}
+
     def sync(self, documents: Iterable[Document]) -> tuple[int, int]:
         """Add the documents that are new, and bring those that differ up to date; returns how many of each.
 
@@ -201,7 +215,12 @@ class GradientBank(AtomCollection):
             ids = [point_id(document.id) for document in page]
             found = {point.id: point.payload for point in self.store.retrieve(ids, Without((self.payload_key,)))}
             there = [(document, found.get(point_id(document.id))) for document in page]
-            added += self._add([document for document, payload in there if payload is None])
+            new = [document for document, payload in there if payload is None]
+            written = self._add_new(new)
+            added += len(written)
+            if late := [document for document in new if point_id(document.id) not in written]:
+                counts = self.sync(late)
+                added, updated = added + counts[0], updated + counts[1]
             differing = [
                 (document, payload, payload | dict(document.payload))
                 for document, payload in there
@@ -213,7 +232,9 @@ class GradientBank(AtomCollection):
                 if self.layout.text_of(payload) != self.layout.text_of(merged)
             ]
             for batch in bounded(self.max_request_bytes, sized(self._points(reworded)), lambda point: point.id):
-                self.store.update_vectors(batch)
+                there_still = self._there(batch)
+                if batch := [point for point in batch if point.id in there_still]:
+                    self.store.update_vectors(batch)
             writes = (PayloadWrite(point_id(document.id), document.payload) for document, _, _ in differing)
             of_size = ((write, json_bytes(write.payload)) for write in writes)
             for changes in bounded(self.max_request_bytes, of_size, lambda write: write.id):
@@ -222,16 +243,18 @@ class GradientBank(AtomCollection):
         return added, updated
 
     def remove(self, ids: Iterable[str | int]) -> int:
-        """Take documents out of the collection, vectors, atoms and all, by the ids that `add` was given, or the points'
-        own (`hit.id`); returns how many were there.
+        """Take documents out of the collection, vectors, atoms and all, and out of every sidecar that ingestion noted
+        of it, by the ids that `add` was given, or the points' own (`hit.id`); returns how many were there.
 
         Raises:
             BankError: for one id that is in no list.
         """
         check_ids(ids)
         removed = 0
+        given = [self.atoms] if self.in_sidecar and self.atoms.exists() else []
+        sidecars = {store.name: store for store in [*self._sidecars(), *given]}.values()
         for page in pages(map(point_id, ids), PAGE):
-            for store in (self.store, self.atoms) if self.in_sidecar and self.atoms.exists() else (self.store,):
+            for store in (self.store, *sidecars):
                 if there := [point.id for point in store.retrieve(page, False)]:
                     store.delete_points(there)
                 removed += len(there) if store is self.store else 0

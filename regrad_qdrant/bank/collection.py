@@ -178,7 +178,7 @@ class AtomCollection(AtomPlace):
         """The points of the sidecar that have an atom of this space, and whose document is gone."""
         if not self.in_sidecar or not self.atoms.exists():
             return
-        for page in pages(self.scroll(self.has_atom, [], store=self.atoms), PAGE):
+        for page in pages(self.in_this_space([self.space_path]), PAGE):
             there = {point.id for point in self.store.retrieve([point.id for point in page], False)}
             yield from (point.id for point in page if point.id not in there)
 
@@ -186,15 +186,35 @@ class AtomCollection(AtomPlace):
         """Whether a point carries an atom of another space under the bank's key, as its payload says."""
         if self.in_sidecar and not self.atoms.exists():
             return False
-        found = self.scroll(self._of_other_spaces, [self.space_path], store=self.atoms)
-        return any(self.payload_key in point.payload and not self.belongs(point) for point in found)
+        return any(True for _ in self._in_other_spaces())
 
     def count_of_other_spaces(self) -> int:
         """Points that carry an atom of another space under the bank's key; an estimate where a server in strict mode
         counts no other way."""
         if self.in_sidecar and not self.atoms.exists():
             return 0
-        return self.atoms.count(self._of_other_spaces)
+        try:
+            return self.atoms.count(self._of_other_spaces)
+        except UnindexedFilterError:
+            return sum(1 for _ in self._in_other_spaces())
+
+    def in_this_space(self, fields: list[str], page: int = PAGE) -> Iterator[StoredPoint]:
+        """Where the atoms are, the points that have one of this space, with these fields, its space among them."""
+        return filter(self.belongs, self._where_atoms_are(self.has_atom, fields, page))
+
+    def _in_other_spaces(self) -> Iterator[StoredPoint]:
+        for point in self._where_atoms_are(self._of_other_spaces, [self.space_path]):
+            value = point.payload.get(self.payload_key)
+            if isinstance(value, Mapping) and "space" in value and not self.belongs(point):
+                yield point
+
+    def _where_atoms_are(self, query_filter: Filter, fields: list[str], page: int = PAGE) -> Iterator[StoredPoint]:
+        """Where the atoms are, the points that pass; all of them where strict mode refuses the filter for want of an
+        index, as before the first ingestion."""
+        try:
+            yield from self.scroll(query_filter, fields, page, self.atoms)
+        except UnindexedFilterError:
+            yield from self.scroll(None, fields, page, self.atoms)
 
     @property
     def _of_other_spaces(self) -> Filter:
@@ -236,8 +256,12 @@ class AtomCollection(AtomPlace):
 
     def with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
         """The points with what the sidecar holds for them, as if it stood in their payload."""
-        if not self.in_sidecar and not any(map(self.belongs, points)):
-            self._look_again()
+        found = self._with_atoms_here(points)
+        if not any(map(self.belongs, found)) and self._look_again():
+            return self._with_atoms_here(points)
+        return found
+
+    def _with_atoms_here(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
         if not self.in_sidecar or not points:
             return list(points)
         try:

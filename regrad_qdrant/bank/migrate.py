@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
@@ -45,7 +45,8 @@ def migrate(
     max_request_bytes: int = MAX_REQUEST_BYTES,
 ) -> MigrationReport:
     """Copy every point; where the target is not there it is made as the source is: its vectors, their storage and
-    quantization, its payload indexes and metadata, as far as the target's engine holds them (`left_out`).
+    quantization, its payload indexes and metadata, as far as the target's engine holds them (`left_out`). A copy of
+    another name is not led to the source's sidecar.
 
     Points that the target alone has stay, and a target that is there keeps its own settings.
 
@@ -62,7 +63,11 @@ def migrate(
             "another name for the copy"
         )
     if not target.exists() or not target.count():  # or it was stopped before its indexes were made
-        report.left_out = target.create_as(source.configuration())
+        configuration = source.configuration()
+        if source.name != target.name:
+            metadata = {key: value for key, value in configuration.metadata.items() if not _leads_to_sidecar(value)}
+            configuration = replace(configuration, metadata=metadata)
+        report.left_out = target.create_as(configuration)
         if source.has_shard_keys:
             report.left_out.append("the shard keys")
     offset: PointId | None = None
@@ -72,8 +77,15 @@ def migrate(
         on_progress(len(points))
         if offset is None:
             break
+    for key, noted in target.read_metadata().items():
+        if isinstance(noted, Mapping) and "shapes" in noted:  # an embedded source has no index to be copied
+            target.create_keyword_index(f"{key.rpartition('.')[0]}.space")
     target.optimize()
     return report
+
+
+def _leads_to_sidecar(noted: object) -> bool:
+    return isinstance(noted, Mapping) and "sidecar" in noted
 
 
 def _copy(points: Sequence[Point], target: Store, report: MigrationReport, max_request_bytes: int) -> None:

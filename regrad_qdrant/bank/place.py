@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -169,14 +170,21 @@ class AtomPlace:
         that made the collection did, or as ingestion noted it of another space; None where nothing does."""
         if found := self.noted().get(what):
             return found
-        metadata = {key: entry for key, entry in self.store.read_metadata().items() if isinstance(entry, Mapping)}
-        others = [entry for entry in metadata.values() if "shapes" in entry]
-        return next((found for entry in (metadata.get(MADE, {}), *others) if (found := entry.get(what))), None)
+        metadata = _entries(self.store)
+        places = itertools.chain((metadata,), map(_entries, self._sidecars()))
+        others = (entry for of_place in places for entry in of_place.values() if "shapes" in entry)
+        entries = itertools.chain((metadata.get(MADE, {}),), others)
+        return next((found for entry in entries if (found := entry.get(what))), None)
+
+    def _sidecars(self) -> Iterator[Store]:
+        """The sidecars that the documents' metadata names, of any space, as far as they are there."""
+        for name in sorted({str(entry["sidecar"]) for entry in _entries(self.store).values() if "sidecar" in entry}):
+            if (sidecar := self.store.sibling(name)).exists():
+                yield sidecar
 
     def _entry(self, store: Store) -> dict[str, Any]:
         """What stands about this space in the metadata of the documents' collection, or of the sidecar."""
-        value = store.read_metadata().get(self.metadata_key)
-        return dict(value) if isinstance(value, Mapping) else {}
+        return _entries(store).get(self.metadata_key, {})
 
     @property
     def metadata_key(self) -> str:
@@ -190,19 +198,22 @@ class AtomPlace:
 
     def notes_other_spaces(self) -> bool:
         """Whether ingestion noted another space whose atoms are in the documents' own points under the bank's key."""
-        entries = self.store.read_metadata().items()
         return any(
             key.startswith(f"{self.payload_key}.") and key != self.metadata_key and "sidecar" not in entry
-            for key, entry in entries
-            if isinstance(entry, Mapping)
+            for key, entry in _entries(self.store).items()
         )
 
-    def _look_again(self) -> None:
-        """Find the sidecar of an ingestion that came after this bank was opened."""
-        if self._looked is not None and time.monotonic() - self._looked > LOOK_AGAIN:
-            self._looked = time.monotonic()
-            if (sidecar := self._entry(self.store).get("sidecar")) is not None:
-                self.keep_atoms_in(sidecar)
+    def _look_again(self) -> bool:
+        """Find where an ingestion keeps the atoms that came after this bank was opened, or an alias was switched;
+        whether that is elsewhere."""
+        if self._looked is None or time.monotonic() - self._looked <= LOOK_AGAIN:
+            return False
+        self._looked = time.monotonic()
+        sidecar = self._entry(self.store).get("sidecar")
+        if sidecar == (self.atoms.name if self.in_sidecar else None):
+            return False
+        self.keep_atoms_in(sidecar)
+        return True
 
     def index(self) -> None:
         """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar, on as many shards and
@@ -240,7 +251,8 @@ class AtomPlace:
                 f"collection {self.atoms.name!r} is sharded by keys of its own, which every write would have to name: "
                 "keep the atoms in a sidecar (--sidecar NAME)"
             )
-        key_is_ours = self.noted() or self.notes_other_spaces()
+        noted = self.noted()
+        key_is_ours = (noted and "sidecar" not in noted) or self.notes_other_spaces()
         if not key_is_ours and (foreign := self._foreign()):
             raise BankError(
                 f"point {foreign[0].id!r} has a field {self.payload_key!r} that is no atom, and it would be written "
@@ -286,8 +298,20 @@ class AtomPlace:
             self.store.write_metadata({self.metadata_key: found})
         return self._entry(self.store) == found
 
+    def forget(self) -> None:
+        """Take away what ingestion noted of this space, where its atoms are and where they are looked up."""
+        for store in (self.store, self.atoms) if self.in_sidecar else (self.store,):
+            entry = self._entry(store)
+            if entry and (self.in_sidecar or "sidecar" not in entry):  # which leads to atoms that are elsewhere
+                store.write_metadata({self.metadata_key: None})
+
     def optimize(self) -> None:
         """Let an embedded engine put its segments in order, after a bulk load; a server does so by itself."""
         self.store.optimize()
         if self.in_sidecar:
             self.atoms.optimize()
+
+
+def _entries(store: Store) -> dict[str, dict[str, Any]]:
+    """What stands in a collection's metadata, key by key, as far as it can be of ours."""
+    return {key: dict(entry) for key, entry in store.read_metadata().items() if isinstance(entry, Mapping)}

@@ -76,8 +76,7 @@ def status(bank: AtomCollection) -> BankStatus:
     codecs: set[str] = set()
     atoms = states["current"] + states["stale"] + states["damaged"]
     if atoms:
-        values = filter(bank.belongs, bank.scroll(bank.has_atom, [bank.payload_key], page=32, store=bank.atoms))
-        for point in itertools.islice(values, STATUS_SAMPLE):
+        for point in itertools.islice(bank.in_this_space([bank.payload_key], page=32), STATUS_SAMPLE):
             value = point.payload[bank.payload_key]
             sizes.append(json_bytes(value))
             codecs.add(str(value.get("codec")))
@@ -146,8 +145,8 @@ def count_finer(bank: AtomCollection, codec: str, layout: AtomLayout) -> int:
 def _with_codec(bank: AtomCollection, codecs: set[str]) -> Iterator[PointId]:
     """The points whose atom of this space is in one of these codecs: read, not filtered by, for it has no index."""
     fields = [bank.space_path, f"{bank.payload_key}.codec"]
-    for point in bank.scroll(bank.has_atom, fields, store=bank.atoms):
-        if bank.belongs(point) and point.payload[bank.payload_key].get("codec") in codecs:
+    for point in bank.in_this_space(fields):
+        if point.payload[bank.payload_key].get("codec") in codecs:
             yield point.id
 
 
@@ -160,16 +159,15 @@ def drop(bank: AtomCollection) -> int:
     """
     if not bank.atoms.exists():
         return 0
-    points = bank.scroll(bank.has_atom, [bank.space_path], store=bank.atoms)
-    count = sum(bank.belongs(point) for point in points)
-    bank.atoms.delete_keys([bank.space_path, bank.payload_key], bank.has_atom)
+    count = sum(1 for _ in bank.in_this_space([bank.space_path]))
+    if count:
+        bank.atoms.create_keyword_index(bank.space_path)  # by which strict mode deletes
+        bank.atoms.delete_keys([bank.space_path, bank.payload_key], bank.has_atom)
     if bank.in_sidecar:
         for page in pages(bank.scroll(None, True, store=bank.atoms), PAGE):
             if empty := [point.id for point in page if not point.payload]:
                 bank.atoms.delete_points(empty)
-    for store in (bank.store, bank.atoms) if bank.in_sidecar else (bank.store,):
-        if bank.metadata_key in store.read_metadata():
-            store.write_metadata({bank.metadata_key: None})
+    bank.forget()
     if not bank.has_other_spaces():
         bank.atoms.delete_index(bank.space_path)
     return count

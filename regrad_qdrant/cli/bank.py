@@ -179,7 +179,8 @@ def migrate(
     for setting in report.left_out:
         console.print(f"not copied, for the target's engine does not hold it: {setting}", highlight=False, markup=False)
     for sidecar in sidecars:
-        console.print(f"its atoms are in {sidecar!r}: migrate that too", highlight=False, markup=False)
+        named = "" if name == collection else ", and name its copy wherever the copy is used (--sidecar NAME)"
+        console.print(f"its atoms are in {sidecar!r}: migrate that too{named}", highlight=False, markup=False)
     write_json(json_out, asdict(report))
     if report.differing:
         errors.print(f"differing: {report.differing[:20]}", style="yellow", markup=False)
@@ -206,8 +207,8 @@ def drop(
             if not sys.stdin.isatty():
                 raise DataError(f"drop removes {count} atoms: give --yes where there is no terminal to ask on")
             typer.confirm(f"Remove {count} atoms of space {bank.space} from {collection!r}?", abort=True)
+        others = bank.count_of_other_spaces()  # while there is an index to count by
         removed = bank.drop()
-        others = bank.count_of_other_spaces()
     console.print(f"{removed} atoms removed from {collection!r}; texts, vectors and other fields are as they were")
     if others:
         console.print(f"{others} points carry atoms of another initialization, which stay", highlight=False)

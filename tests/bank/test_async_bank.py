@@ -107,6 +107,8 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "count_current",
         "open",
         "in_space",
+        "in_this_space",
+        "forget",
         "scroll",
         "joined",
         "with_atoms",

@@ -4,6 +4,7 @@ import json
 import uuid
 from dataclasses import replace
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -751,6 +752,112 @@ def test_a_field_of_the_users_under_the_banks_key_is_never_written_over(store, v
         store.delete_keys(["regrad"], models.Filter(must=[models.HasIdCondition(has_id=[point_id("d2")])]))
     fill(first)
     first.check_place()
+
+
+def test_a_field_of_the_users_is_safe_where_the_atoms_were_in_a_sidecar_before(store):
+    beside = GradientBank(store, store.name, SPACE, sidecar="regrad_test_atoms")
+    beside.create()
+    beside.add(documents())
+    store.set_payload([PayloadWrite(point_id("d2"), {"regrad": {"mine": 1}})])
+    beside.index()
+    beside.note_sidecar()
+    with pytest.raises(BankError, match="'regrad' that is no atom"):
+        GradientBank(store, store.name, SPACE, sidecar=False).check_place()
+
+
+def test_dropping_in_place_leaves_the_way_to_atoms_in_a_sidecar(beside):
+    beside.index()
+    fill(beside)
+    if not beside.note_sidecar():
+        pytest.skip("no metadata")
+    assert GradientBank(beside.store, beside.store.name, SPACE, sidecar=False).drop() == 0
+    assert GradientBank(beside.store, beside.store.name, SPACE).status().atoms == 4
+
+
+def test_documents_go_from_every_sidecar_that_is_noted(beside):
+    other = GradientBank(beside.store, beside.store.name, OTHER, sidecar="regrad_test_atoms")
+    for bank in (beside, other):
+        bank.index()
+        fill(bank)
+    if not (beside.note_sidecar() and other.note_sidecar()):
+        pytest.skip("no metadata")
+    told_nothing = GradientBank(beside.store, beside.store.name, "c" * 16)
+    assert told_nothing.remove(["d1", "d2", "nosuch"]) == 2
+    assert beside.atoms.count() == other.atoms.count() == 2
+
+
+def test_another_space_reads_the_text_where_the_first_did_in_a_sidecar_too(store):
+    first = GradientBank(store, store.name, SPACE, sidecar="regrad_test_atoms", layout=Layout("mine", "clean"))
+    first.create()
+    first.add([Document(1, {"text": "short", "clean": "the long clean text"})])
+    first.index()
+    space = SimpleNamespace(kind="lora", shapes={})
+    first.describe(space, {"bm25": {"kind": "bm25", "language": "german"}})
+    if not store.read_metadata():
+        pytest.skip("no metadata")
+    store.write_metadata({MADE: None})
+    second = GradientBank(store, store.name, OTHER)
+    assert second.layout.text == first.layout.text
+    assert second.known("embedders") == {"bm25": {"kind": "bm25", "language": "german"}}
+
+
+def test_a_bank_follows_where_atoms_are_kept_from_one_sidecar_to_another(beside, monkeypatch):
+    monkeypatch.setattr("regrad_qdrant.bank.place.LOOK_AGAIN", 0.0)
+    beside.index()
+    fill(beside)
+    if not beside.note_sidecar():
+        pytest.skip("no metadata")
+    early = GradientBank(beside.store, beside.store.name, SPACE)
+    assert early.search("Noor", 1)[0].record is not None
+    beside.keep_atoms_in("regrad_test_atoms")
+    beside.index()
+    fill(beside)
+    beside.note_sidecar()
+    beside.store.sibling("atoms").delete_points([point_id(f"d{i}") for i in range(4)])
+    assert early.search("Noor", 1)[0].record is not None and early.atoms.name == "regrad_test_atoms"
+
+
+class Meanwhile(Letters):
+    """An embedder that takes its time: something happens meanwhile."""
+
+    def documents(self, texts):
+        self.happens()
+        return super().documents(texts)
+
+
+def test_sync_keeps_a_point_that_came_and_passes_over_one_that_went_while_it_embedded(store):
+    embedder = Meanwhile()
+    embedder.happens = lambda: None
+    bank = GradientBank(store, store.name, SPACE, embedders={"letters": embedder})
+    bank.create()
+    bank.add(documents()[:2])
+
+    def happens():
+        embedder.happens = lambda: None
+        store.delete_points([point_id("d0")])
+        vectors = {"letters": [float(i) for i in range(embedder.size)]}
+        store.upsert([Point(point_id("d2"), vectors, {"id": "d2", "text": "something else", "app": "its own"})])
+
+    embedder.happens = happens
+    changed = [replace(one, payload=one.payload | {"text": f"{one.payload['text']} of old"}) for one in documents()]
+    added, updated = bank.sync(changed[1:])
+    found = payloads(bank)
+    assert (added, updated) == (1, 2) and found[point_id("d2")]["app"] == "its own"
+    assert found[point_id("d2")]["text"] == "Galen Zimuken the potter of old"
+    embedder.happens = lambda: store.delete_points([point_id("d3")])
+    reworded = [replace(one, payload=one.payload | {"text": f"{one.payload['text']} and new"}) for one in documents()]
+    bank.sync(reworded[1:])
+    left = payloads(bank)
+    assert {payload["text"][-3:] for payload in left.values()} == {"new"} and point_id("d3") not in left
+
+
+def test_an_embedded_shard_says_that_it_matches_no_true_and_false(tmp_path):
+    store = EdgeStore(tmp_path / "docs")
+    store.create(VectorNames({}, ("bm25",)))
+    private = models.FieldCondition(key="private", match=models.MatchValue(value=True))
+    with pytest.raises(BankError, match="can't match true and false"):
+        store.scroll(models.Filter(must_not=[private]), 10, None, True)
+    store.close()
 
 
 def test_once_ingestion_has_noted_the_key_what_is_no_atom_under_it_is_damage(bank):

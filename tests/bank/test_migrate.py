@@ -109,6 +109,21 @@ def test_distances_and_modifiers_are_kept(tmp_path):
     source.close()
 
 
+def test_a_copy_of_another_name_is_not_led_to_the_sources_sidecar():
+    client = QdrantClient(":memory:")
+    bank = GradientBank(client, "docs", SPACE, sidecar="atoms")
+    bank.create()
+    bank.add([Document(1, {"text": "Ida is a baker."})])
+    bank.index()
+    bank.put([(1, make_records(torch.randn(1, 300), ["Ida is a baker."], SPACE, "sign")[0])])
+    assert bank.note_sidecar()
+    migrate(bank.store, ClientStore(client, "copy"))
+    copy = GradientBank(client, "copy", SPACE)
+    assert not copy.in_sidecar and copy.drop() == 0
+    assert GradientBank(client, "docs", SPACE).status().atoms == 1
+    migrate(bank.store, ClientStore(QdrantClient(":memory:"), "docs"))  # the same name elsewhere is
+
+
 def test_a_sidecar_is_copied_and_the_copy_can_be_taken_up_again(tmp_path):
     bank = GradientBank(QdrantClient(":memory:"), "docs", SPACE, sidecar="atoms")
     bank.create()

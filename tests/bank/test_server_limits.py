@@ -8,6 +8,7 @@ import math
 import os
 import re
 import uuid
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -94,6 +95,8 @@ class Strict:
             raise refusal("Exact count is not allowed. Help: set exact to false.")
         if name == "create_payload_index":
             self.indexed.add(arguments[1])
+        if name == "delete_payload_index":
+            self.indexed.discard(arguments[1])
         if not self.unindexed:
             given = options.get("scroll_filter") or options.get("count_filter")
             if name == "batch_update_points":
@@ -139,15 +142,33 @@ def test_before_anything_is_indexed_status_looks_at_all_points(monkeypatch):
     status = bank.status()
     assert (status.points, status.atoms, status.missing) == (COUNT, 0, COUNT)
     assert len(list(bank.missing())) == COUNT and bank.count_atoms() == 0
+    assert bank.count_of_other_spaces() == 0 and not bank.has_other_spaces() and bank.drop() == 0
 
 
 def test_in_strict_mode_everything_that_filters_by_the_index_works(monkeypatch):
-    bank = bank_over(Strict(unindexed=False), monkeypatch)
+    client = Strict(unindexed=False)
+    bank = bank_over(client, monkeypatch)
     fill(bank)
     assert bank.status().atoms == COUNT and bank.count_of_other_spaces() == 0
     assert bank.recode("sparse", NUMBERS).recoded == COUNT and bank.status().codec == "sparse"
     assert bank.recode("sparse", NUMBERS).recoded == 0
     assert bank.drop() == COUNT and bank.status().atoms == 0
+    assert not client.indexed and bank.count_of_other_spaces() == 0 and bank.drop() == 0
+
+
+def test_a_copy_of_an_embedded_bank_has_the_index_that_a_strict_server_asks_for(monkeypatch, tmp_path):
+    source = EdgeStore(tmp_path / "docs")
+    bank = GradientBank(source, "docs", SPACE)
+    bank.create()
+    bank.add(Document(f"d{i}", {"id": f"d{i}", "text": text}) for i, text in enumerate(TEXTS))
+    fill(bank)
+    bank.describe(SimpleNamespace(kind="lora", shapes={}))
+    monkeypatch.setattr(ClientStore, "in_process", False)
+    client = Strict(unindexed=False)
+    migrate(source, ClientStore(client, "docs"))
+    source.close()
+    copy = GradientBank(ClientStore(client, "docs"), "docs", SPACE)
+    assert client.indexed == {"regrad.space"} and copy.status().atoms == COUNT == copy.drop()
 
 
 @pytest.mark.parametrize("limits", [{"limit": 5}, {"capacity": 3}], ids=["max_query_limit", "read_rate_limit"])
