@@ -36,7 +36,10 @@ RIVALS = ("random", "direct", "ft-direct", "rag", "ft-rag")
 MODES = (
     "direct", "rag", "ft-direct", "ft-rag", "random", "regrad", "random/grounded", "regrad/grounded", "ft-rag/grounded",
 )  # fmt: skip
-PAIRS = (*(("regrad", rival) for rival in RIVALS), ("regrad/grounded", "random/grounded"))
+PAIRS = (
+    *(("regrad", rival) for rival in RIVALS),
+    *(("regrad/grounded", rival) for rival in ("random/grounded", "rag")),
+)
 
 COSTS = (
     ("time of an atom ÷ the bare passes, float32", "gradients.time_over_float32_floor", "{:.2f}"),
@@ -83,7 +86,7 @@ def section(runs: dict[str, list[Runs]], cost: Path) -> str:
     parts = [table(["model", "mode", *heads, *averaged], rows)]
     for model, (own, *_) in runs.items():
         if model != SMALLEST:
-            parts.append(table([model, *heads, "average of its sets"], differences(own, shown)))
+            parts.append(table([model, *heads, "average of these"], differences(own, shown)))
     parts.append(table(["", *MODELS], [*shares(runs), *costs(cost)]))
     return "\n".join(parts) + "\n"
 
@@ -140,12 +143,16 @@ def draw(runs: dict[str, list[Runs]], path: Path) -> None:
 
 
 def differences(runs: Runs, shown: list[str]) -> list[list[str]]:
-    """Paired differences of F1 with their 95 % intervals, of each set and of their average."""
+    """Paired differences of F1 with their 95 % intervals, of each set that has both modes and of their average."""
     alike([run["settings"] for run in runs.values()], ("init", "space", "merge", "codec", "dtype", "sample"))
     rows = []
     for mode, minus in PAIRS:
-        if all({mode, minus} <= set(run["settings"]["modes"]) for run in runs.values()):
-            found = {name: difference(run, mode, minus) for name, run in runs.items()}
+        found = {
+            name: difference(run, mode, minus)
+            for name, run in runs.items()
+            if {mode, minus} <= set(run["settings"]["modes"])
+        }
+        if found:
             each = [signed(found[name]) if name in found else "" for name in shown]
             rows.append([f"{mode} − {minus}", *each, signed(pooled([*found.values()]))])
     return rows
