@@ -77,9 +77,9 @@ def section(runs: dict[str, list[Runs]], cost: Path) -> str:
         [
             model,
             mode,
-            *("" if value is None else f"{value:.1f}" for value in [*values, *([average] if averaged else [])]),
+            *("" if value is None else f"{value:.1f}" for value in [*values, *([of_all] if averaged else [])]),
         ]
-        for model, mode, values, average in answers(runs, shown)
+        for model, mode, values, of_all in answers(runs, shown)
         if any(value is not None for value in values)
     ]
     heads = [SETS[name] for name in shown]
@@ -98,21 +98,29 @@ def answers(
     averaged = common(runs)
     for model, folders in runs.items():
         by_set = {name: scores(folders, name) for name in sets}
+        of_averaged = [by_set[name] for name in averaged]
         for mode in MODES:
-            known = [by_set[name][mode] for name in averaged if mode in by_set[name]]
-            average = mean(known) if len(known) == len(averaged) else None
-            yield model, mode, [by_set[name].get(mode) for name in sets], average
+            yield model, mode, [by_set[name].get(mode) for name in sets], average(of_averaged, mode)
 
 
 def shares(runs: dict[str, list[Runs]]) -> list[list[str]]:
-    """What gradients reach of the fine-tuned reader's average, a column a model."""
-    sets = common(runs)
-    average = {(model, mode): found for model, mode, _, found in answers(runs, sets)}
-    of_sets, rows = ", ".join(SETS[name] for name in sets), []
-    for mode in ("regrad", "regrad/grounded"):
-        of = [(average[model, mode], average[model, "ft-rag"]) for model in runs]
-        rows.append([f"{mode} ÷ ft-rag, {of_sets}", *(f"{own / rag:.2f}" if own and rag else "" for own, rag in of)])
+    """What gradients reach of the average of a reader with the passages in its prompt, fine-tuned and as it is, a
+    column a model: of the sets that all were asked, and of the four without phantomwiki."""
+    of_sets = {", ".join(SETS[name] for name in common(runs)): common(runs), "four sets": [*SETS][:4]}
+    rows = []
+    for what, sets in of_sets.items():
+        found = {model: [scores(folders, name) for name in sets] for model, folders in runs.items()}
+        for mode, reader in (("regrad", "ft-rag"), ("regrad/grounded", "ft-rag"), ("regrad/grounded", "rag")):
+            of = [(average(of_model, mode), average(of_model, reader)) for of_model in found.values()]
+            shown = [f"{own / read:.2f}" if own and read else "" for own, read in of]
+            rows.append([f"{mode} ÷ {reader}, {what}", *shown])
     return rows
+
+
+def average(of_sets: list[dict[str, float]], mode: str) -> float | None:
+    """F1 over all of these sets; None where one lacks the mode."""
+    known = [found[mode] for found in of_sets if mode in found]
+    return mean(known) if len(known) == len(of_sets) else None
 
 
 def costs(folder: Path) -> list[list[str]]:
@@ -133,7 +141,7 @@ def draw(runs: dict[str, list[Runs]], path: Path) -> None:
     sets = common(runs)
     found, width = list(answers(runs, sets)), 0.8 / len(runs)
     for number, model in enumerate(runs):
-        bars = {mode: average for of, mode, _, average in found if of == model and average is not None}
+        bars = {mode: of_all for of, mode, _, of_all in found if of == model and of_all is not None}
         places = [MODES.index(mode) + width * (number - (len(runs) - 1) / 2) for mode in bars]
         panel.bar(places, list(bars.values()), width=0.95 * width, label=model)
     panel.set(ylabel=f"F1, {', '.join(SETS[name] for name in sets)}", xticks=range(len(MODES)))
