@@ -191,7 +191,6 @@ def check_others(bank: GradientBank, *, replace: bool, index: bool = True) -> No
 
     Raises:
         BankError: if it has some, and they are not to be replaced.
-        UnindexedFilterError: where there is no index and the server counts by none other.
     """
     if not replace and bank.atoms.exists():
         if index:

@@ -178,7 +178,7 @@ class AtomPlace:
 
     def _sidecars(self) -> Iterator[Store]:
         """The sidecars that the documents' metadata names, of any space, as far as they are there."""
-        for name in sorted({str(entry["sidecar"]) for entry in _entries(self.store).values() if "sidecar" in entry}):
+        for name in sidecars_of(self.store):
             if (sidecar := self.store.sibling(name)).exists():
                 yield sidecar
 
@@ -310,6 +310,11 @@ class AtomPlace:
         self.store.optimize()
         if self.in_sidecar:
             self.atoms.optimize()
+
+
+def sidecars_of(store: Store) -> list[str]:
+    """The names of the sidecars to which a collection's metadata leads, of any space."""
+    return sorted({str(entry["sidecar"]) for entry in _entries(store).values() if "sidecar" in entry})
 
 
 def _entries(store: Store) -> dict[str, dict[str, Any]]:

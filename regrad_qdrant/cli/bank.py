@@ -152,6 +152,7 @@ def migrate(
     Safe to stop and to start again. Nothing is removed from the source; copy a sidecar by its own name.
     """
     from regrad_qdrant.bank.migrate import migrate as copy
+    from regrad_qdrant.bank.place import sidecars_of
 
     check_outputs(json_out)
     if (to_url is None) == (to_path is None):
@@ -163,8 +164,7 @@ def migrate(
         raise DataError("source and target are the same collection")
     source = existing_store(collection, url, path)
     target = store_of(name, to_url, to_path, to_api_key)
-    entries = source.read_metadata().values()
-    sidecars = sorted({str(entry["sidecar"]) for entry in entries if isinstance(entry, dict) and "sidecar" in entry})
+    sidecars = sidecars_of(source)
     try:
         with progress("Copying", source.count()) as advance:
             report = copy(source, target, advance)

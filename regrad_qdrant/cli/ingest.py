@@ -45,7 +45,7 @@ from regrad_qdrant.cli.options import (
     warn_of_codec,
     write_json,
 )
-from regrad_qdrant.errors import DataError, UnindexedFilterError
+from regrad_qdrant.errors import DataError
 
 if TYPE_CHECKING:
     from regrad_qdrant.answer.pipeline import ReGrad
@@ -337,8 +337,7 @@ def _rehearse(
     if there:
         bank.check_place()
         check_texts(bank)
-        with contextlib.suppress(UnindexedFilterError):  # the index that an ingestion would make
-            check_others(bank, replace=options["replace"], index=False)
+        check_others(bank, replace=options["replace"], index=False)
     found = bank.status() if there else None
     new, reworded = _changes(bank, passages or []) if there else (passages or [], 0)
     todo = len(new) + reworded + (found.missing + found.stale + found.damaged if found else 0)
