@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from regrad_qdrant.atoms.record import VERSIONS, Record, text_sha
 from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bank.layouts import json_path, keys_of, value_at
-from regrad_qdrant.bank.place import AtomPlace
+from regrad_qdrant.bank.place import LOOK_AGAIN, AtomPlace
 from regrad_qdrant.bank.stores.base import (
     PointId,
     Store,
@@ -257,7 +257,7 @@ class AtomCollection(AtomPlace):
     def with_atoms(self, points: Sequence[StoredPoint]) -> list[StoredPoint]:
         """The points with what the sidecar holds for them, as if it stood in their payload."""
         found = self._with_atoms_here(points)
-        if not any(map(self.belongs, found)) and self._look_again():
+        if not any(map(self.belongs, found)) and self.look_again(LOOK_AGAIN):
             return self._with_atoms_here(points)
         return found
 

@@ -58,7 +58,7 @@ class AtomPlace:
             raise BankError("an AsyncQdrantClient goes into an AsyncGradientBank, whose methods are awaited")
         self.store: Store = ClientStore(client, collection_name) if hasattr(client, "query_points") else client  # type: ignore[arg-type,assignment] # told apart by the client's own method
         self._atoms: Store | None = None
-        self._looked: float | None = None  # when no sidecar was noted, of a bank that was told of none
+        self._looked: float | None = None  # when the metadata was asked for a sidecar, of a bank that was told of none
         if sidecar is not None:
             self.keep_atoms_in(sidecar or None)
         self.space = space
@@ -107,6 +107,7 @@ class AtomPlace:
         if sidecar is not None:
             check_name(sidecar)
         self._atoms = self.store if sidecar is None else self.store.sibling(sidecar)
+        self._looked = None
 
     @property
     def in_sidecar(self) -> bool:
@@ -203,17 +204,16 @@ class AtomPlace:
             for key, entry in _entries(self.store).items()
         )
 
-    def _look_again(self) -> bool:
-        """Find where an ingestion keeps the atoms that came after this bank was opened, or an alias was switched;
-        whether that is elsewhere."""
-        if self._looked is None or time.monotonic() - self._looked <= LOOK_AGAIN:
+    def look_again(self, after: float = 0.0) -> bool:
+        """Find where an ingestion keeps the atoms that came after this bank was opened, or an alias was switched,
+        unless it was looked for within so many seconds; whether that is elsewhere."""
+        if self._looked is None or time.monotonic() - self._looked < after or not self.store.exists():
             return False
-        self._looked = time.monotonic()
         sidecar = self._entry(self.store).get("sidecar")
-        if sidecar == (self.atoms.name if self.in_sidecar else None):
-            return False
-        self.keep_atoms_in(sidecar)
-        return True
+        if moved := sidecar != (self.atoms.name if self.in_sidecar else None):
+            self.keep_atoms_in(sidecar)
+        self._looked = time.monotonic()
+        return moved
 
     def index(self) -> None:
         """Index `<key>.space`, which `missing` and `stale` filter on, and make the sidecar, on as many shards and

@@ -122,6 +122,7 @@ def test_the_async_bank_has_every_public_method_of_the_bank():
         "embed_with",
         "note_sidecar",
         "keep_atoms_in",
+        "look_again",
         "absent_fields",
         "check_place",
         "notes_other_spaces",

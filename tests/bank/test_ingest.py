@@ -206,7 +206,7 @@ def test_an_unknown_codec_is_refused_before_anything_is_computed(bank, gradients
 
 def test_pages_and_batches_lose_nothing(bank, gradients, monkeypatch):
     monkeypatch.setattr(ingest, "PAGE", 7)
-    monkeypatch.setattr("regrad_qdrant.bank.bank.PAGE", 3)
+    monkeypatch.setattr("regrad_qdrant.bank.writing.PAGE", 3)
     add_corpus(bank, PASSAGES, gradients)
     assert attach_atoms(bank, gradients, "int4", batch_tokens=200).atoms_written == 20
 
