@@ -106,7 +106,8 @@ def answers(
 def shares(runs: dict[str, list[Runs]]) -> list[list[str]]:
     """What gradients reach of the average of a reader with the passages in its prompt, fine-tuned and as it is, a
     column a model: of the sets that all were asked, and of the four without phantomwiki."""
-    of_sets = {", ".join(SETS[name] for name in common(runs)): common(runs), "four sets": [*SETS][:4]}
+    every = common(runs)
+    of_sets = {f"all {len(every)} sets" if len(every) > 1 else SETS[every[0]]: every, "four sets": [*SETS][:4]}
     rows = []
     for what, sets in of_sets.items():
         found = {model: [scores(folders, name) for name in sets] for model, folders in runs.items()}

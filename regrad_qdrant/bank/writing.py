@@ -6,7 +6,7 @@ Atoms are attached with `set_payload` in requests bounded by bytes, and found ag
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,7 @@ from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.place import MADE
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
+    Payload,
     PayloadWrite,
     Point,
     PointId,
@@ -123,27 +124,12 @@ class WritableCollection(AtomCollection):
             BankError: for a document without a text, with a field of the name of the bank's own key, or with something
                 that has no JSON; dates, UUIDs and the like are written as their texts.
         """
-        return sum(map(self._add, pages(map(as_json, documents), PAGE)))
-
-    def _add(self, page: Sequence[Document]) -> int:
-        points = self._points(page)
-        for batch in bounded(self.max_request_bytes, sized(points), lambda point: point.id):
-            self.store.upsert(batch)
-        return len(points)
-
-    def _add_new(self, page: Sequence[Document]) -> set[PointId]:
-        """Write the points of these documents, but those that have come since they were looked for; which it wrote."""
-        written: set[PointId] = set()
-        for batch in bounded(self.max_request_bytes, sized(self._points(page)), lambda point: point.id):
-            there = self._there(batch)
-            if batch := [point for point in batch if point.id not in there]:
-                self.store.upsert(batch, only_new=True)
-            written |= {point.id for point in batch}
-        return written
-
-    def _there(self, points: Sequence[Point]) -> set[PointId]:
-        """Which of these points the collection has now."""
-        return {point.id for point in self.store.retrieve([point.id for point in points], False)}
+        added = 0
+        for page in pages(map(as_json, documents), PAGE):
+            for batch in self._batches(page):
+                self.store.upsert(batch)
+                added += len(batch)
+        return added
 
     def sync(self, documents: Iterable[Document]) -> tuple[int, int]:
         """Add the documents that are new, and bring those that differ up to date; returns how many of each.
@@ -156,38 +142,53 @@ class WritableCollection(AtomCollection):
         """
         added, updated = 0, 0
         for given in pages(map(as_json, documents), PAGE):
-            page = list({point_id(document.id): document for document in given}.values())  # of one id the last
-            for document in page:
+            page = {point_id(document.id): document for document in given}  # of one id the last
+            for document in page.values():
                 self.check_fields(document)
-            ids = [point_id(document.id) for document in page]
-            found = {point.id: point.payload for point in self.store.retrieve(ids, Without((self.payload_key,)))}
-            there = [(document, found.get(point_id(document.id))) for document in page]
-            new = [document for document, payload in there if payload is None]
-            written = self._add_new(new)
-            added += len(written)
-            if late := [document for document in new if point_id(document.id) not in written]:
-                counts = self.sync(late)
-                added, updated = added + counts[0], updated + counts[1]
-            differing = [
-                (document, payload, payload | dict(document.payload))
-                for document, payload in there
-                if payload is not None and any(payload.get(key) != value for key, value in document.payload.items())
-            ]
-            reworded = [
-                replace(document, payload=merged)
-                for document, payload, merged in differing
-                if self.layout.text_of(payload) != self.layout.text_of(merged)
-            ]
-            for batch in bounded(self.max_request_bytes, sized(self._points(reworded)), lambda point: point.id):
-                there_still = self._there(batch)
-                if batch := [point for point in batch if point.id in there_still]:
-                    self.store.update_vectors(batch)
-            writes = (PayloadWrite(point_id(document.id), document.payload) for document, _, _ in differing)
-            of_size = ((write, json_bytes(write.payload)) for write in writes)
-            for changes in bounded(self.max_request_bytes, of_size, lambda write: write.id):
-                self.store.set_payload(changes)
-            updated += len(differing)
+            found = {p.id: p.payload for p in self.store.retrieve([*page], Without((self.payload_key,)))}
+            late = self._add_new([document for key, document in page.items() if key not in found])
+            counts = self.sync(late) if late else (0, 0)
+            added += len(page) - len(found) - len(late) + counts[0]
+            updated += self._update([(document, found[key]) for key, document in page.items() if key in found])
+            updated += counts[1]
         return added, updated
+
+    def _add_new(self, documents: Sequence[Document]) -> list[Document]:
+        """Write the points of these documents, but of those that have come since they were looked for: these it gives
+        back."""
+        late: set[PointId] = set()
+        for batch in self._batches(documents):
+            there = self._there(batch)
+            late |= there
+            if batch := [point for point in batch if point.id not in there]:
+                self.store.upsert(batch, only_new=True)
+        return [document for document in documents if point_id(document.id) in late]
+
+    def _update(self, there: Sequence[tuple[Document, Payload]]) -> int:
+        """Bring points that differ from their documents up to date, given what they hold; returns how many did."""
+        differing = [
+            (document, payload, payload | dict(document.payload))
+            for document, payload in there
+            if any(payload.get(key) != value for key, value in document.payload.items())
+        ]
+        reworded = [
+            replace(document, payload=merged)
+            for document, payload, merged in differing
+            if self.layout.text_of(payload) != self.layout.text_of(merged)
+        ]
+        for batch in self._batches(reworded):
+            there_still = self._there(batch)
+            if batch := [point for point in batch if point.id in there_still]:
+                self.store.update_vectors(batch)
+        writes = (PayloadWrite(point_id(document.id), document.payload) for document, _, _ in differing)
+        of_size = ((write, json_bytes(write.payload)) for write in writes)
+        for changes in bounded(self.max_request_bytes, of_size, lambda write: write.id):
+            self.store.set_payload(changes)
+        return len(differing)
+
+    def _there(self, points: Sequence[Point]) -> set[PointId]:
+        """Which of these points the collection has now."""
+        return {point.id for point in self.store.retrieve([point.id for point in points], False)}
 
     def remove(self, ids: Iterable[str | int]) -> int:
         """Take documents out of the collection, vectors, atoms and all, and out of every sidecar that ingestion noted
@@ -287,6 +288,10 @@ class WritableCollection(AtomCollection):
                 f"document {document.id!r} has a field {self.payload_key!r}, where atoms stand: leave it out, or "
                 "choose another key (--payload-key NAME)"
             )
+
+    def _batches(self, documents: Sequence[Document]) -> Iterator[list[Point]]:
+        """The points of documents with their vectors, as many at a time as a request holds."""
+        return bounded(self.max_request_bytes, sized(self._points(documents)), lambda point: point.id)
 
     def _points(self, documents: Sequence[Document]) -> list[Point]:
         """The points of new documents with their vectors."""
