@@ -23,9 +23,9 @@ done
 
 # What an atom and an answer take of each.
 for of in smollm2-135m-instruct "$name"; do
-    for part in "gradients --limit 32" "query --rounds 8"; do
+    for part in "gradients --limit 32 --dtype float32" "query --rounds 8 --dtype bfloat16"; do
         file="$out/cost/${part%% *}-$of.json"
         [ "$of" = "$name" ] && asked=$init || asked=$of
-        [ -f "$file" ] || regrad-qdrant bench $part --set "$data/squad2_dev" --init "$asked" --dtype bfloat16 --json "$file"
+        [ -f "$file" ] || regrad-qdrant bench $part --set "$data/squad2_dev" --init "$asked" --json "$file"
     done
 done

@@ -1,6 +1,6 @@
 """The tables and the plot of docs/models.md: the same questions by several models.
 
-sh benchmarks/models.sh NAME
+sh benchmarks/models.sh NAME INIT FT_DIRECT FT_RAG
 python benchmarks/models_page.py
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -25,12 +24,11 @@ SETS = {
     "squadshifts_wiki": "SQuAD's new Wikipedia",
     "phantomwiki": "phantomwiki",
 }
-Runs = dict[str, dict[str, Any]]  # by set
-SMALLEST = "SmolLM2-135M"
-MODELS = {  # where their answers are, the first that has a mode; and the name
-    SMALLEST: (("default", "grounded", "."), "smollm2-135m-instruct"),
-    "Gemma 3 270M": (("models/gemma-3-270m",), "gemma-3-270m"),
-    "Qwen2.5-Coder-0.5B": (("models/qwen2.5-coder-0.5b-instruct",), "qwen2.5-coder-0.5b-instruct"),
+Runs = dict[str, dict[str, Any]]  # of a model, by set
+MODELS = {  # the folder of their answers
+    "SmolLM2-135M": "smollm2-135m-instruct",
+    "Gemma 3 270M": "gemma-3-270m",
+    "Qwen2.5-Coder-0.5B": "qwen2.5-coder-0.5b-instruct",
 }
 RIVALS = ("random", "direct", "ft-direct", "rag", "ft-rag")
 MODES = (
@@ -49,85 +47,50 @@ COSTS = (
 )
 
 
-def read(results: Path, model: str) -> list[Runs]:
-    """The runs of a model's folders, set by set."""
-    paths = [[results / folder / f"{name}.json" for name in SETS] for folder in MODELS[model][0]]
-    return [{path.stem: json.loads(path.read_text(encoding="utf-8")) for path in of if path.is_file()} for of in paths]
+def read(folder: Path) -> Runs:
+    """A model's runs, all of the same questions.
+
+    Raises:
+        SystemExit: for a set that was not asked.
+    """
+    if missing := [name for name in SETS if not (folder / f"{name}.json").is_file()]:
+        raise SystemExit(f"{folder} lacks {', '.join(missing)}: sh benchmarks/models.sh {folder.name} …")
+    runs = {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in SETS}
+    alike([run["settings"] for run in runs.values()], ("init", "space", "merge", "codec", "dtype", "sample"))
+    return runs
 
 
-def scores(folders: list[Runs], name: str) -> dict[str, float]:
-    """F1 by mode, in hundredths, of one set: of the first run that has it."""
-    found: dict[str, float] = {}
-    for runs in folders:
-        for row in runs[name]["intervals"] if name in runs else ():
-            found.setdefault(row["mode"], 100 * row["f1"])
-    return found
+def scores(runs: Runs, mode: str) -> list[float]:
+    """F1, in hundredths, set by set."""
+    return [100 * row["f1"] for run in runs.values() for row in run["intervals"] if row["mode"] == mode]
 
 
-def common(runs: dict[str, list[Runs]]) -> list[str]:
-    """The sets that every model was asked, over which all averages are."""
-    return [name for name in SETS if all(any(name in folder for folder in folders) for folders in runs.values())]
-
-
-def section(runs: dict[str, list[Runs]], cost: Path) -> str:
-    """The tables: answers, differences of each model but the smallest, and what an atom and an answer take."""
-    shown = [name for name in SETS if any(name in own for model, (own, *_) in runs.items() if model != SMALLEST)]
-    averaged = [f"average of {len(sets)}"] if len(sets := common(runs)) > 1 else []
-    rows = [
-        [
-            model,
-            mode,
-            *("" if value is None else f"{value:.1f}" for value in [*values, *([of_all] if averaged else [])]),
-        ]
-        for model, mode, values, of_all in answers(runs, shown)
-        if any(value is not None for value in values)
-    ]
-    heads = [SETS[name] for name in shown]
-    parts = [table(["model", "mode", *heads, *averaged], rows)]
-    for model, (own, *_) in runs.items():
-        if model != SMALLEST:
-            parts.append(table([model, *heads, "average of these"], differences(own, shown)))
+def section(runs: dict[str, Runs], cost: Path) -> str:
+    """The tables: answers, differences of each model, and what an atom and an answer take."""
+    heads = [*SETS.values()]
+    found = [(model, mode, scores(of_model, mode)) for model, of_model in runs.items() for mode in MODES]
+    rows = [[model, mode, *(f"{value:.1f}" for value in [*of_sets, mean(of_sets)])] for model, mode, of_sets in found]
+    parts = [table(["model", "mode", *heads, "average"], rows)]
+    parts += [table([model, *heads, "average"], differences(of_model)) for model, of_model in runs.items()]
     parts.append(table(["", *MODELS], [*shares(runs), *costs(cost)]))
     return "\n".join(parts) + "\n"
 
 
-def answers(
-    runs: dict[str, list[Runs]], sets: list[str]
-) -> Iterator[tuple[str, str, list[float | None], float | None]]:
-    """Of each model and mode the F1 of every set, where it is known, and the average of those that all were asked."""
-    averaged = common(runs)
-    for model, folders in runs.items():
-        by_set = {name: scores(folders, name) for name in sets}
-        of_averaged = [by_set[name] for name in averaged]
-        for mode in MODES:
-            yield model, mode, [by_set[name].get(mode) for name in sets], average(of_averaged, mode)
-
-
-def shares(runs: dict[str, list[Runs]]) -> list[list[str]]:
+def shares(runs: dict[str, Runs]) -> list[list[str]]:
     """What gradients reach of the average of a reader with the passages in its prompt, fine-tuned and as it is, a
-    column a model: of the sets that all were asked, and of the four without phantomwiki."""
-    every = common(runs)
-    of_sets = {f"all {len(every)} sets" if len(every) > 1 else SETS[every[0]]: every, "four sets": [*SETS][:4]}
+    column a model: of all sets, and of the four without phantomwiki."""
     rows = []
-    for what, sets in of_sets.items():
-        found = {model: [scores(folders, name) for name in sets] for model, folders in runs.items()}
+    for what, count in (("all sets", len(SETS)), ("the first four", 4)):
         for mode, reader in (("regrad", "ft-rag"), ("regrad/grounded", "ft-rag"), ("regrad/grounded", "rag")):
-            of = [(average(of_model, mode), average(of_model, reader)) for of_model in found.values()]
-            shown = [f"{own / read:.2f}" if own and read else "" for own, read in of]
-            rows.append([f"{mode} ÷ {reader}, {what}", *shown])
+            of = [mean(scores(own, mode)[:count]) / mean(scores(own, reader)[:count]) for own in runs.values()]
+            rows.append([f"{mode} ÷ {reader}, {what}", *(f"{share:.2f}" for share in of)])
     return rows
-
-
-def average(of_sets: list[dict[str, float]], mode: str) -> float | None:
-    """F1 over all of these sets; None where one lacks the mode."""
-    known = [found[mode] for found in of_sets if mode in found]
-    return mean(known) if len(known) == len(of_sets) else None
 
 
 def costs(folder: Path) -> list[list[str]]:
     """What an atom and an answer take, a column a model: ratios, each of one run, for machines differ."""
     figures: list[dict[str, Any]] = []
-    for _, name in MODELS.values():
+    for name in MODELS.values():
         files = [file for part in ("gradients", "query") if (file := folder / f"{part}-{name}.json").is_file()]
         figures.append({key: found for file in files for key, found in json.loads(file.read_text())["figures"].items()})
     return [
@@ -135,35 +98,26 @@ def costs(folder: Path) -> list[list[str]]:
     ]
 
 
-def draw(runs: dict[str, list[Runs]], path: Path) -> None:
-    """The averages of the sets that all were asked, a group of bars a mode, a colour a model."""
+def draw(runs: dict[str, Runs], path: Path) -> None:
+    """The averages of all sets, a group of bars a mode, a colour a model."""
     figure = new_figure(8, 3.2)
     panel = figure.subplots()
-    sets = common(runs)
-    found, width = list(answers(runs, sets)), 0.8 / len(runs)
-    for number, model in enumerate(runs):
-        bars = {mode: of_all for of, mode, _, of_all in found if of == model and of_all is not None}
-        places = [MODES.index(mode) + width * (number - (len(runs) - 1) / 2) for mode in bars]
-        panel.bar(places, list(bars.values()), width=0.95 * width, label=model)
-    panel.set(ylabel=f"F1, {', '.join(SETS[name] for name in sets)}", xticks=range(len(MODES)))
+    width = 0.8 / len(runs)
+    for number, (model, of_model) in enumerate(runs.items()):
+        places = [at + width * (number - (len(runs) - 1) / 2) for at in range(len(MODES))]
+        panel.bar(places, [mean(scores(of_model, mode)) for mode in MODES], width=0.95 * width, label=model)
+    panel.set(ylabel=f"F1, average of {len(SETS)} sets", xticks=range(len(MODES)))
     panel.set_xticklabels([mode.replace("/", "/\n") for mode in MODES], fontsize=8)
     panel.legend(ncols=len(runs), loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def differences(runs: Runs, shown: list[str]) -> list[list[str]]:
-    """Paired differences of F1 with their 95 % intervals, of each set that has both modes and of their average."""
-    alike([run["settings"] for run in runs.values()], ("init", "space", "merge", "codec", "dtype", "sample"))
+def differences(runs: Runs) -> list[list[str]]:
+    """Paired differences of F1 with their 95 % intervals, of each set, and of their average."""
     rows = []
     for mode, minus in PAIRS:
-        found = {
-            name: difference(run, mode, minus)
-            for name, run in runs.items()
-            if {mode, minus} <= set(run["settings"]["modes"])
-        }
-        if found:
-            each = [signed(found[name]) if name in found else "" for name in shown]
-            rows.append([f"{mode} − {minus}", *each, signed(pooled([*found.values()]))])
+        found = [difference(run, mode, minus) for run in runs.values()]
+        rows.append([f"{mode} − {minus}", *map(signed, [*found, pooled(found)])])
     return rows
 
 
@@ -172,7 +126,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--page", type=Path, default=Path("docs/models.md"))
     arguments = parser.parse_args()
-    runs = {model: read(arguments.results, model) for model in MODELS}
+    runs = {model: read(arguments.results / "models" / folder) for model, folder in MODELS.items()}
     said = section(runs, arguments.results / "models" / "cost")
     renew(arguments.page, "<!-- benchmarks/models_page.py -->\n", said)
     draw(runs, arguments.page.with_suffix(".png"))

@@ -26,7 +26,7 @@ question is about, by BM25 of the question against the windows, counts in full; 
 lets documents of such scores count. Texts of one window are as they ever were.
 
 Documents of {lengths} tokens were made of passages of {set}, one of which answers the question. It stands
-in every quarter as often, within it nearer the beginning.
+in every quarter about as often (four to eight of 24), within it nearer the beginning.
 The right document alone, {limit} questions a length, F1 with the 95 % interval:
 
 {whole}

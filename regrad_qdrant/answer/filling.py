@@ -173,7 +173,7 @@ class Filling:
 
 
 INGEST = "run regrad-qdrant ingest --from-collection NAME"
-MISSING = f"has no atom of this initialization: {INGEST}"
+MISSING = f"has no atom of this initialization: {INGEST} with the --init and --payload-key of the question"
 STALE = f"has changed since its atom was computed: skipped; {INGEST}"
 NONE_USABLE = "none of the retrieved documents has a usable atom: answering without, with φ₀ alone"
 

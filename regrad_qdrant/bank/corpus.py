@@ -31,16 +31,24 @@ def read_corpus(path: Path) -> list[Passage]:
             in several ways); the error names the file and the line.
     """
     passages: dict[PointId, Passage] = {}
+    empty: list[str] = []
     for place, row in json_rows(path):
         key, text = string_field(row, "id", place), string_field(row, "text", place)
         if not text.strip():
-            raise DataError(f"{place}: the text of {key!r} is empty; give it a text or remove the line")
+            empty.append(f"the text of {key!r} is empty ({place})")
         if (point := point_id(key)) in passages:
             raise DataError(f"{place}: the id {key!r} is there twice; ids must be unique")
         passages[point] = Passage(key, CORPUS.text_of(row) or text, row)
+    if empty:
+        raise DataError(f"{listed(empty)}: give each a text, or remove the line")
     if not passages:
         raise DataError(f"{path}: no passages; expected one JSON object a line with 'id' and 'text'")
     return list(passages.values())
+
+
+def listed(found: list[str], shown: int = 5) -> str:
+    """What was found, the first ones in words."""
+    return "; ".join(found[:shown]) + (f"; and {len(found) - shown} more" if len(found) > shown else "")
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -6,11 +6,15 @@ import json
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from regrad_qdrant.atoms.record import Record, text_sha
 from regrad_qdrant.bank.relevance import by_rank
 from regrad_qdrant.bank.stores.base import Payload, PointId
 from regrad_qdrant.errors import BankError, DataError
+
+if TYPE_CHECKING:
+    from qdrant_client.models import Filter
 
 _ID_NAMESPACE = uuid.UUID("5b1d0f3e-6f0e-5d0a-9c51-7a3f6f1c2b90")
 
@@ -37,6 +41,22 @@ def as_json(document: Document) -> Document:
         return replace(document, payload=payload)
     except (PydanticSerializationError, ValueError) as error:
         raise BankError(f"document {document.id!r}: its payload can't be written as JSON: {error}") from error
+
+
+def as_filter(given: Any) -> Filter:
+    """A filter, or one as Qdrant's REST interface has it.
+
+    Raises:
+        BankError: for anything else.
+    """
+    from qdrant_client import models
+
+    if isinstance(given, models.Filter):
+        return given
+    try:
+        return models.Filter.model_validate(given)
+    except ValueError as error:
+        raise BankError(f"a filter is a models.Filter of qdrant_client, or its JSON, found {given!r}") from error
 
 
 def check_ids(ids: object) -> None:

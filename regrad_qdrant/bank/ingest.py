@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, get_args
 from regrad_qdrant.atoms.codecs.registry import get_codec
 from regrad_qdrant.atoms.record import make_records
 from regrad_qdrant.bank.bank import GradientBank
-from regrad_qdrant.bank.corpus import Passage
+from regrad_qdrant.bank.corpus import Passage, listed
 from regrad_qdrant.bank.documents import Document, Hit
 from regrad_qdrant.bank.place import SAMPLE
 from regrad_qdrant.bank.stores.base import PointId, Without, json_bytes, pages
@@ -80,12 +80,16 @@ def check_passages(bank: GradientBank, passages: Sequence[Passage], gradients: G
     Raises:
         DataError, BankError: as `add_corpus`.
     """
+    unfit: list[str] = []
     for passage in passages:
         try:
             gradients.encode(passage.text)
         except DataError as error:
-            raise DataError(f"passage {passage.id!r}: {error}") from error
+            unfit.append(f"passage {passage.id!r}: {error}")
+            continue
         bank.check_document(Document(passage.id, passage.payload))
+    if unfit:
+        raise DataError(f"{listed(unfit)}. Give each a text that can have an atom, or leave it out")
 
 
 def attach_atoms(

@@ -81,7 +81,7 @@ for _point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
 def main() -> None:
     """Entry point: turns the library's errors into one line and exit code 2."""
     warnings.showwarning = lambda message, *_args, **_kwargs: errors.print(
-        f"warning: {message}", style="yellow", markup=False
+        f"warning: {message}", style="yellow", markup=False, soft_wrap=True
     )
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, for their own callers
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses a package that nothing here needs
@@ -93,5 +93,5 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stopped:
         if stopped.code == 130:  # what typer makes of Ctrl-C
-            errors.print("stopped: start the same command again to go on", style="yellow")
+            errors.print("stopped: start the same command again to go on (train with --resume)", style="yellow")
         raise

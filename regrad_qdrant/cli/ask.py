@@ -85,7 +85,7 @@ def ask(
         bool, typer.Option("--grounded", help="Answer an open question with a span of the retrieved texts.")
     ] = False,
     auto: Annotated[
-        bool, typer.Option("--auto", help="Likewise, unless the question wants a count, a list or the like.")
+        bool, typer.Option("--auto", help="The span or a free answer, whichever the model is surer of.")
     ] = False,
     prompt_file: PromptFile = None,
     json_out: JsonOut = None,

@@ -47,6 +47,7 @@ def status(
     json_out: JsonOut = None,
 ) -> None:
     """Points, atoms, missing and stale ones, and what an atom takes."""
+    from regrad_qdrant.bank.ingest import check_texts
     from regrad_qdrant.model.initialization import MetaInitialization
 
     check_outputs(json_out)
@@ -54,6 +55,8 @@ def status(
     with bank_of(
         existing_store(collection, url, path), initialization, payload_key, None, text_path, sidecar=sidecar
     ) as bank:
+        if text_path is not None:
+            check_texts(bank)
         found = bank.status()
         others = bank.count_of_other_spaces() if found.missing else 0
     table = Table("points", "atoms", "missing", "stale", "space", "codec", "bytes per atom, median", "max")

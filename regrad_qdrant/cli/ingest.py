@@ -157,6 +157,7 @@ def ingest(
     """
     from regrad_qdrant.bank.cluster import Cluster
     from regrad_qdrant.bank.corpus import read_corpus
+    from regrad_qdrant.bank.embed import Bm25
     from regrad_qdrant.bank.ingest import check_options
     from regrad_qdrant.bank.shard import Shard
     from regrad_qdrant.model.initialization import MetaInitialization
@@ -180,8 +181,10 @@ def ingest(
         "batch_tokens": batch_tokens, "long_texts": long_texts, "replace": replace, "shard": of_shard,
     }  # fmt: skip
     passages = read_corpus(corpus) if corpus is not None else None
+    if language is not None:
+        Bm25(language).query("")  # refused before a collection is made
     opened = store_of if passages is not None else existing_store
-    store = opened(str(collection or from_collection), url, path)
+    store = opened(str(from_collection if collection is None else collection), url, path)
     place: str | Literal[False] | None = False if in_place else sidecar
     if gradients is not None:
         if passages is not None or ray is not None or of_shard is not None or dry_run:
@@ -346,7 +349,7 @@ def _rehearse(
         todo = math.ceil(todo / shard.count)
     lacking = (hit.text for hit in bank.missing()) if there else iter(())
     like = itertools.chain(lacking, (passage.text for passage in [*new, *(passages or [])])) if todo else iter(())
-    sample = list(itertools.islice(_able(regrad.gradients, like, options["long_texts"]), SAMPLE))
+    sample = _sampled(_able(regrad.gradients, like, options["long_texts"]))
     texts, windows = [text for text, _ in sample], [of_text for _, of_text in sample]
     seconds, size = 0.0, 0
     if texts:
@@ -377,6 +380,18 @@ def _rehearse(
     for remark in remarks:
         console.print(remark, highlight=False, markup=False)
     write_json(json_out, said)
+
+
+def _sampled(able: Iterable[tuple[str, list[EncodedDocument]]]) -> list[tuple[str, list[EncodedDocument]]]:
+    """The first of the documents, as many as make a sample, of long ones fewer."""
+    sample: list[tuple[str, list[EncodedDocument]]] = []
+    for text, windows in able:
+        if sample and sum(len(of_text) for _, of_text in sample) + len(windows) > 2 * SAMPLE:
+            break
+        sample.append((text, windows))
+        if len(sample) == SAMPLE:
+            break
+    return sample
 
 
 def _able(

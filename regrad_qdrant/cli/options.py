@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -116,8 +117,11 @@ def existing_store(collection: str, url: str | None, path: Path | None) -> Store
 
     store = store_of(collection, url, path)
     if not store.exists():
+        address = None if path else url or os.environ.get("QDRANT_URL")
+        where = f"at {address}" if address else f"in the folder {path or DEFAULT_PATH}"
         raise BankError(
-            f"there is no collection {collection!r}: make it with regrad-qdrant ingest, or check --url and --path"
+            f"there is no collection {collection!r} {where}: make it with regrad-qdrant ingest, or check --url or "
+            "--path"
         )
     return store
 
@@ -276,6 +280,15 @@ def check_outputs(*paths: Path | None) -> None:
             )
 
 
+def check_plot(path: Path | None) -> None:
+    """Refuse a plot that can't be drawn before the long work begins."""
+    check_outputs(path)
+    if path is not None and path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise DataError(f"can't draw {path}: name a file that ends in .png, .svg or .pdf")
+    if path is not None and importlib.util.find_spec("matplotlib") is None:
+        raise DataError("drawing a plot needs matplotlib: pip install 'regrad-qdrant[loaders]'")
+
+
 def write_json(path: Path | None, value: dict[str, Any]) -> None:
     if path is not None:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -295,8 +308,8 @@ def style_of(name: str) -> Style:
     return found
 
 
-def whole_numbers(text: str, option: str) -> list[int]:
-    """The positive numbers of a comma-separated option, rising.
+def whole_numbers(text: str, option: str, least: int = 0) -> list[int]:
+    """The positive numbers of a comma-separated option, rising, at least so many.
 
     Raises:
         DataError: for anything else.
@@ -305,6 +318,6 @@ def whole_numbers(text: str, option: str) -> list[int]:
         numbers = sorted({int(part) for part in text.split(",")} if text.strip() else set())
     except ValueError:
         numbers = [0]
-    if numbers and numbers[0] < 1:
+    if (numbers and numbers[0] < 1) or len(numbers) < least:
         raise DataError(f"{option} wants positive whole numbers with commas between, found {text!r}")
     return numbers

@@ -255,9 +255,10 @@ def test_eval_goes_on_from_what_was_answered_before_it_was_stopped(run, folder, 
     assert code == 0 and (tmp_path / "kept.jsonl").read_bytes() == again
     code, _, err = run(*shared, "--modes", "regrad", "--codec", "fp32", "--resume", "kept.jsonl")
     assert code == 2 and "of other settings (asked_codec)" in err
-    (tmp_path / "other.jsonl").write_text("{}\n")
-    code, _, err = run(*shared, "--modes", "regrad", "--resume", "other.jsonl")
-    assert code == 2 and "is no journal" in err
+    for other in ("{}\n", '{"my": "data"}'):
+        (tmp_path / "other.jsonl").write_text(other)
+        code, _, err = run(*shared, "--modes", "regrad", "--resume", "other.jsonl")
+        assert code == 2 and "is no journal" in err and (tmp_path / "other.jsonl").read_text() == other
 
 
 def test_what_was_made_of_the_corpus_is_not_made_again_for_answers_that_are_there(run, folder, tmp_path, monkeypatch):
@@ -507,6 +508,18 @@ def test_a_bad_corpus_is_one_line_and_changes_nothing(run, tmp_path, line, messa
     assert not (tmp_path / "bank" / "docs").exists()
 
 
+def test_a_corpus_is_refused_with_all_that_is_wrong_and_leaves_no_collection(run, folder, tmp_path):
+    rows = [{"id": f"p{i}", "text": text} for i, text in enumerate(["Ida is a baker", "a", "b", "c", "d", "e", "f"])]
+    (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, _, err = run("ingest", "--corpus", "short.jsonl", "--collection", "few", "--path", "bank")
+    assert code == 2 and all(f"'p{i}'" in err for i in (1, 5)) and "and 1 more" in err
+    arguments = ("--corpus", folder / "corpus.jsonl", "--collection", "few", "--path", "bank")
+    code, _, err = run("ingest", "--corpus", folder / "corpus.jsonl", "--collection", "", "--path", "bank")
+    assert code == 2 and "'' is no collection name" in err
+    code, _, err = run("ingest", *arguments, "--language", "klingon")
+    assert code == 2 and "klingon" in err and not (tmp_path / "bank" / "few").exists()
+
+
 def test_two_shards_fill_a_collection(run, folder):
     run("ingest", "--corpus", folder / "corpus.jsonl", "--collection", "docs", "--path", "bank")
     run("drop", "--collection", "docs", "--path", "bank", "--yes")
@@ -582,6 +595,11 @@ def test_a_long_text_gets_its_windows_or_is_truncated_and_counted(run, tmp_path)
             "none of the points has a text",
         ),
         (["ingest", "--corpus", ".", "--collection", "docs"], "a folder, where a file was expected"),
+        (["status", "--collection", "none", "--path", "bank"], "in the folder bank"),
+        (["status", "--collection", "docs", "--path", "bank", "--text-path", "nope"], "none of the points has a text"),
+        (["ingest", "--from-collection", "docs", "--path", "bank", "--language", "klingon"], "klingon"),
+        (["eval", "--qa", "qa.jsonl", "--modes", "direct", "--plot", "bars.gif2"], "ends in .png, .svg or .pdf"),
+        (["bench", "atoms", "--top-k", ""], "--top-k wants positive whole numbers"),
     ],
 )
 def test_errors_of_use_are_one_line_and_exit_code_2(run, folder, command, message):

@@ -78,6 +78,7 @@ class Floor:
 def bench_gradients(
     initialization: MetaInitialization,
     load: Callable[[str], tuple[Any, Any]],
+    dtype: str,
     texts: Sequence[str],
     on_round: Callable[[int], None] = lambda _: None,
 ) -> tuple[dict[str, Figure], dict[str, Any]]:
@@ -85,9 +86,10 @@ def bench_gradients(
 
     Args:
         load: gives a base model in a dtype, and its tokenizer.
+        dtype: of the model that atoms are computed with.
         texts: of the documents; each is computed once by every party.
     """
-    model, tokenizer = load("float32")
+    model, tokenizer = load(dtype)
     peft_model = plug_in(model, initialization)
     gradients = GradientComputer(
         peft_model, tokenizer, live_space(peft_model, initialization), initialization.max_length
@@ -126,7 +128,7 @@ def bench_gradients(
         ),
         "gradients.time_over_floor": Figure.ratio(seconds["batched"], seconds["floor, bfloat16"], 1.0, f"{bare}, bf16"),
         "gradients.time_over_float32_floor": Figure.ratio(
-            seconds["batched"], seconds["floor, float32"], 1.0, f"{bare}, float32, in which atoms are computed"
+            seconds["batched"], seconds["floor, float32"], 1.0, f"{bare}, float32; atoms in {dtype}"
         ),
     }
     tokens = sum(len(document.ids) for document in documents)

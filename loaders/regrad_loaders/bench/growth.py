@@ -124,7 +124,7 @@ def _questions(size: int) -> dict[str, list[str]]:
     names = [" ".join(document.payload["text"].split()[:2]) for document in _documents(size)]
     return {
         "name": [f"What does {rng.choice(names)} do?" for _ in range(QUERIES)],
-        "number": [f"Who is number {rng.randrange(size // TOP_K)}?" for _ in range(QUERIES)],
+        "number": [f"Who is number {rng.randrange(max(1, size // TOP_K))}?" for _ in range(QUERIES)],
     }
 
 

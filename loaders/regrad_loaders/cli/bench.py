@@ -20,6 +20,7 @@ from regrad_qdrant.cli.options import (
     Init,
     JsonOut,
     check_outputs,
+    check_plot,
     load,
     whole_numbers,
     write_json,
@@ -68,8 +69,9 @@ def atoms(
     names, chosen = [name.strip() for name in codecs.split(",")], inits or [DEFAULT_INIT]
     for name in names:
         get_codec(name)
-    ks = whole_numbers(top_k, "--top-k")
-    check_outputs(json_out, plot_out)
+    ks = whole_numbers(top_k, "--top-k", 1)
+    check_outputs(json_out)
+    check_plot(plot_out)
     tasks = [_task(name, split, limit, max(ks)) for name in sets or ["facts"]]
     cells: list[Cell] = []
     times: list[Times] = []
@@ -131,7 +133,7 @@ def merge(
     names = [name.strip() for name in rules.split(",")]
     if unknown := [name for name in names if name not in RULES]:
         raise DataError(f"--rules {unknown[0]}: choose from {', '.join(RULES)}")
-    ks, counts = whole_numbers(top_k, "--top-k"), whole_numbers(noise, "--noise")
+    ks, counts = whole_numbers(top_k, "--top-k", 1), whole_numbers(noise, "--noise")
     if not ks:
         raise DataError("--top-k names no k")
     check_outputs(json_out)
@@ -267,7 +269,8 @@ def positions(
     from regrad_qdrant.atoms.codecs.registry import get_codec
 
     get_codec(codec)
-    check_outputs(json_out, plot_out)
+    check_outputs(json_out)
+    check_plot(plot_out)
     dataset = read_folder(data)
     there = {passage.id for passage in dataset.passages}
     chosen = [question for question in select(dataset.questions, split) if question.kind == "open"]
@@ -284,10 +287,10 @@ def positions(
         whole = {row.way: row.f1 for row in rows if row.tokens == tokens and row.part is None}
         table.add_row(str(tokens), *(whole[way].in_percent() for way in WAYS))
     console.print(table)
-    if plot_out is not None:
-        plot(rows, plot_out)
     settings = {"command": "bench positions", "init": init, "set": dataset.name, "split": split, "codec": codec}
     write_json(json_out, report(rows, settings | {"limit": limit, "window_tokens": window_tokens}))
+    if plot_out is not None:
+        plot(rows, plot_out)
 
 
 @bench.command()
@@ -317,11 +320,12 @@ def drift(
     from regrad_loaders.training.start import fresh_like
     from regrad_qdrant.model.initialization import MetaInitialization
 
-    check_outputs(json_out, plot_out)
+    check_outputs(json_out)
+    check_plot(plot_out)
     dataset, others = read_folder(data), read_folder(other)
     asked = select(dataset.questions, split, sample=sample)
     steps = sorted(size for size in whole_numbers(sizes, "--sizes") if size < len(dataset.passages))
-    steps.append(min(len(dataset.passages), max(whole_numbers(sizes, "--sizes"))))
+    steps.append(min(len(dataset.passages), max(whole_numbers(sizes, "--sizes", 1))))
     initialization, model, tokenizer = load(init, None, device, dtype)
     begun = start or Path(__file__).parents[3] / "benchmarks" / "baselines" / "ft-direct"
     first = MetaInitialization.load(begun) if begun.is_dir() else fresh_like(model, initialization, "lora")
@@ -340,11 +344,11 @@ def drift(
         same, perplexity = f"{100 * row.unchanged:.0f}", f"{row.perplexity:.1f}"
         table.add_row(str(row.documents), row.way, row.f1.in_percent(), same, perplexity)
     console.print(table)
-    if plot_out is not None:
-        plot(rows, plot_out)
     settings = {"command": "bench drift", "init": init, "start": str(begun), "set": dataset.name, "other": others.name}
     settings |= {"split": split, "sample": sample, "sizes": sorted({row.documents for row in rows[1:]}), "dtype": dtype}
     write_json(json_out, report(rows, settings))
+    if plot_out is not None:
+        plot(rows, plot_out)
 
 
 @bench.command()

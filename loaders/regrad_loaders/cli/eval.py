@@ -40,6 +40,7 @@ from regrad_qdrant.cli.options import (
     add_passages,
     bank_of,
     check_outputs,
+    check_plot,
     check_vector,
     existing_store,
     ingest_corpus,
@@ -215,7 +216,7 @@ def evaluation(
 
     answer_style = style_of(style)
     chosen = parse_modes(modes, EVALUATION_MODES)
-    further = whole_numbers(sweep, "--sweep")
+    further = [k for k in whole_numbers(sweep, "--sweep") if k != top_k]
     if further and oracle:
         raise DataError("--oracle answers from the gold passages, however many there are: leave --sweep out")
     if oracle and retrieved:
@@ -223,7 +224,8 @@ def evaluation(
     references = parse_modes(against, EVALUATION_MODES) if against else []
     if absent := [mode for mode in references if mode not in chosen]:
         raise DataError(f"--against {absent[0]}: it is not among the modes {', '.join(chosen)}")
-    check_outputs(json_out, predictions, plot_out, resume)
+    check_outputs(json_out, predictions, resume)
+    check_plot(plot_out)
     if protocol not in ("own", "paper"):
         raise DataError(f"--protocol {protocol}: it is own or paper")
     augmented = read_augmented(qa) if qa.suffix == ".json" or qa.is_dir() else None
@@ -334,9 +336,9 @@ def evaluation(
         print_report(report)
     if predictions:
         write_predictions(result, predictions)
+    write_json(json_out, result.as_dict())
     if plot_out is not None:
         plot(result, plot_out)
-    write_json(json_out, result.as_dict())
 
 
 def _check_filter(bank: GradientBank, question: Question, field: str | None) -> None:

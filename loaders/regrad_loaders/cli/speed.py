@@ -23,6 +23,7 @@ from regrad_qdrant.cli.options import (
     Dtype,
     JsonOut,
     check_outputs,
+    check_plot,
     whole_numbers,
     write_json,
 )
@@ -141,7 +142,7 @@ def serving(
     plot_out: PlotOut = None,
 ) -> None:
     """A server under load: requests a second and waiting, beside `answer_many` and the bare model."""
-    counts = whole_numbers(clients, "--clients")
+    counts = whole_numbers(clients, "--clients", 1)
     _run(lambda: _serving(data, counts, seconds, Subject(init, device, dtype), codec), json_out, plot_out)
 
 
@@ -155,7 +156,7 @@ def growth(
     plot_out: PlotOut = None,
 ) -> None:
     """Search, disk, memory and the rate of filling as a bank on the embedded engine grows."""
-    _run(lambda: _growth(whole_numbers(sizes, "--sizes"), Subject(init, device, dtype), codec), json_out, plot_out)
+    _run(lambda: _growth(whole_numbers(sizes, "--sizes", 1), Subject(init, device, dtype), codec), json_out, plot_out)
 
 
 def training(
@@ -183,8 +184,9 @@ def speed(
     plot_out: PlotOut = None,
 ) -> None:
     """All of these but crossover and serving in one run, one after another, into one JSON."""
-    check_outputs(json_out, plot_out)
-    counts, subject = whole_numbers(sizes, "--sizes"), Subject(init, device, dtype)
+    check_outputs(json_out)
+    check_plot(plot_out)
+    counts, subject = whole_numbers(sizes, "--sizes", 1), Subject(init, device, dtype)
     result: dict[str, Any] = {"settings": _settings(subject, data), "figures": {}, "details": {}}
 
     def add(found: dict[str, Any]) -> None:
@@ -211,7 +213,9 @@ def _gradients(data: Path | None, limit: int, subject: Subject) -> dict[str, Any
     texts = [passage.text for passage in _dataset(data).passages[:limit]]
     with progress("Gradients", len(texts) // A_ROUND) as advance:
         initialization = _initialization(subject)
-        found = bench_gradients(initialization, lambda dtype: _load(dtype, subject, initialization), texts, advance)
+        found = bench_gradients(
+            initialization, lambda dtype: _load(dtype, subject, initialization), subject.dtype, texts, advance
+        )
     return _result("gradients", found, subject, data)
 
 
@@ -366,7 +370,8 @@ def _result(
 
 
 def _run(part: Callable[[], dict[str, Any]], json_out: Path | None, plot_out: Path | None) -> None:
-    check_outputs(json_out, plot_out)  # before the long work
+    check_outputs(json_out)
+    check_plot(plot_out)  # before the long work
     _report(part(), json_out, plot_out)
 
 

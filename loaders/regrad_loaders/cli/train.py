@@ -77,7 +77,7 @@ def train(
     if data_dir is not None:
         settings = replace(settings, data_dir=str(data_dir))
     if init is not None:
-        settings = replace(settings, start=init)
+        settings = replace(settings, start=init, averaged_with=None)
     if refit_step_sizes:
         settings = replace(settings, start=settings.start or DEFAULT_INIT, learn="step_sizes")
     settings = settings.fitted_to(load_config(settings.base_model))
@@ -88,6 +88,8 @@ def train(
     if (folder / "checkpoint.pt").exists() and not resume:
         raise DataError(f"{folder} holds a checkpoint: go on from it with --resume, or choose another --out")
     console.quiet = errors.quiet = os.environ.get("RANK", "0") != "0"  # the first of several processes speaks
+    if resume and not (folder / "checkpoint.pt").exists():
+        console.print(f"{folder} holds no checkpoint: the run starts anew", highlight=False, markup=False)
     for name, value in settings.as_dict().items():
         console.print(f"  {name:<24} {value}", highlight=False, markup=False)
     if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
@@ -175,7 +177,7 @@ def import_checkpoint(
     from regrad_qdrant.model.identity import BaseModel
     from regrad_qdrant.model.prompts import PromptFormat
 
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (out.is_file() or any(out.iterdir())):
         raise DataError(f"{out} is not empty: choose another --out")
     name = model or base_model_of(checkpoint)
     with console.status(f"Loading {name}"):

@@ -94,7 +94,10 @@ class EpisodeSource:
         self.texts = {passage.id: passage.text for passage in dataset.passages}
         asked = [question for question in questions if question.gold_ids or retrieved]
         if not asked:
-            raise DataError(f"{dataset.name}: no question names its gold passages (gold_ids): nothing to train on")
+            raise DataError(
+                f"{dataset.name}: no question names its gold passages (gold_ids): nothing to train on, unless the "
+                "recipe says passages: retrieved, and takes what retrieval returns"
+            )
         for question in [] if retrieved else asked:
             unknown = [key for key in question.gold_ids if key not in self.texts]
             if unknown:
@@ -179,8 +182,9 @@ class EpisodeSource:
         chosen: dict[str, list[int]] = {}  # passage id → window
         asked: list[tuple[_Entry, Question]] = []
         seen: set[str] = set()
-        while len(chosen) < min(passages, len(self.golds)):
-            entry = rng.choice(self.entries)
+        in_vain = 0  # draws in a row that brought no passage: few questions can share those that they are cut to
+        while len(chosen) < min(passages, len(self.golds)) and in_vain < DRAWS:
+            before, entry = len(chosen), rng.choice(self.entries)
             negatives = [key for key in entry.hits if key not in entry.question.gold_ids]
             k = max(rng.choice(top_k), len(entry.question.gold_ids))
             wanted = [*entry.question.gold_ids, *negatives][: min(k, max(2, passages - len(chosen)))]
@@ -188,6 +192,7 @@ class EpisodeSource:
                 if key not in chosen:
                     local = entry if key in entry.question.gold_ids else rng.choice(self.by_gold.get(key) or [entry])
                     chosen[key] = self._window(key, _in_text(local.question), rng)
+            in_vain = in_vain + 1 if len(chosen) == before else 0
         for key in chosen:
             entries = self.by_gold.get(key, ())
             usable = [e for e in entries if self._answerable(e, chosen) and e.question.id not in seen]

@@ -17,6 +17,7 @@ from typing import Literal
 
 from regrad_loaders.data.folders import Dataset, Question
 from regrad_qdrant.bank.corpus import Passage
+from regrad_qdrant.errors import DataError
 
 World = Literal["train", "demo"]
 
@@ -185,6 +186,8 @@ def _families(world: World) -> list[str]:
 def _people(world: World, count: int, rng: random.Random) -> list[str]:
     """`count` different full names; a family name is borne by about three people."""
     families = rng.sample(_families(world), max(1, min(count // 3 + 1, len(_families(world)))))
+    if count > (most := len(families) * len(set(FIRST_NAMES))):
+        raise DataError(f"facts are of at most {most} people, found {count}")
     names: dict[str, None] = {}
     while len(names) < count:
         names[f"{rng.choice(FIRST_NAMES)} {rng.choice(families)}"] = None
@@ -198,11 +201,12 @@ def generate(world: World, people: int, seed: int, questions_per_person: int = 6
     arguments give the same world on every machine.
 
     Raises:
-        ValueError: for a count of people below 1, or more questions a person than attributes.
+        DataError: for a count of people that is below 1 or above what there are names for, or more questions a person
+            than attributes.
     """
     if people < 1 or not 1 <= questions_per_person <= ATTRIBUTES_PER_PERSON:
-        raise ValueError(
-            f"need at least 1 person and 1 to {ATTRIBUTES_PER_PERSON} questions each, found {people} and "
+        raise DataError(
+            f"facts need at least 1 person and 1 to {ATTRIBUTES_PER_PERSON} questions each, found {people} and "
             f"{questions_per_person}"
         )
     rng = random.Random(f"{world}-{seed}")

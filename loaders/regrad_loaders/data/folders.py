@@ -55,8 +55,8 @@ def read_questions(path: Path) -> list[Question]:
     questions: dict[str, Question] = {}
     for place, row in json_rows(path):
         answers = _texts(row, "answers", place)
-        if not answers:
-            raise DataError(f"{place}: 'answers' must be a list with at least one answer, found none")
+        if not any(answer.strip() for answer in answers):
+            raise DataError(f"{place}: 'answers' must be a list with at least one answer, found {list(answers)}")
         if not string_field(row, "question", place).strip():
             raise DataError(f"{place}: the question is empty")
         key = string_field(row, "id", place)
@@ -65,10 +65,10 @@ def read_questions(path: Path) -> list[Question]:
         questions[key] = Question(
             id=key,
             question=string_field(row, "question", place),
-            answers=answers,
+            answers=tuple(answer for answer in answers if answer.strip()),
             gold_ids=_texts(row, "gold_ids", place),
-            split=row.get("split") or "",
-            type=row.get("type") or "open",
+            split=str(row.get("split") or ""),
+            type=str(row.get("type") or "open"),
             choices=_texts(row, "choices", place),
             fields={name: value for name, value in row.items() if name not in known},
         )

@@ -54,7 +54,7 @@ def words_found(prediction: str, answers: Sequence[str]) -> float:
 
 
 def accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction begins with one of the answers (for yes/no and choices), else 0."""
+    """1 if the prediction begins with one of the answers (for yes/no), else 0."""
     said = normalize(prediction)
     return float(any(said == wanted or said.startswith(f"{wanted} ") for wanted in map(normalize, answers)))
 

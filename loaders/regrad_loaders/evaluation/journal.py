@@ -87,6 +87,8 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         lines = content[:whole].splitlines()
         if not lines:
+            if content and not content.startswith(b'{"settings"'[: len(content)]):
+                raise DataError(f"{path} is no journal of an evaluation: choose another --resume file")
             return 0
         try:
             there = json.loads(lines[0])["settings"]

@@ -43,7 +43,8 @@ class OwnProtocol:
     def scores(self, question: Question, text: str) -> Scores:
         said = chosen(text, question.choices)
         gold = tuple(chosen(answer, question.choices) for answer in question.answers)  # letters, or the choices' texts
-        return Scores(said, gold, f1(said, gold), exact_match(said, gold), accuracy(said, gold))
+        em = exact_match(said, gold)
+        return Scores(said, gold, f1(said, gold), em, em if question.choices else accuracy(said, gold))
 
 
 OWN = OwnProtocol()
@@ -84,7 +85,7 @@ class PaperProtocol(OwnProtocol):
             said = found[1] if found else _letter(line, question.choices)
             right = float(bool(said) and said in gold)
             return Scores(said, gold, right, right, right)
-        if self._options.fullmatch(question.answers[0].strip()):
+        if all(self._options.fullmatch(answer.strip()) for answer in question.answers):
             found = self._options.search(line)
             said = found[1].lower() if found else line
             right = float(said in {answer.strip().lower() for answer in question.answers})

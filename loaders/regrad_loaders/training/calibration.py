@@ -11,7 +11,7 @@ from regrad_qdrant.errors import InitializationError
 from regrad_qdrant.model.gradients import document_losses, pad
 from regrad_qdrant.model.plugin import row_updates
 
-STEP_SIZE_GRID = tuple(10 ** (i / 4) for i in range(-8, 13))  # 0.01 to 1000, four a decade
+STEP_SIZE_GRID = tuple(10 ** (i / 4) for i in range(-16, 13))  # 0.0001 to 1000, four a decade
 
 
 def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[float, list[dict[str, float]]]:
@@ -48,6 +48,7 @@ def calibrate(learner: MetaLearner, passages: Sequence[Sequence[int]]) -> tuple[
     trusted = [row for row in table if row["own"] < 0 and row["other"] <= -0.5 * row["own"]]
     if not trusted:
         raise InitializationError(
-            f"no step size lowers the documents' loss; tried {[row['step_size'] for row in table]}"
+            f"no step size from {table[0]['step_size']:g} to {table[-1]['step_size']:g} lowers the documents' loss and "
+            "leaves that of others: give one in the recipe (step_size)"
         )
     return min(trusted, key=lambda row: row["own"])["step_size"], table

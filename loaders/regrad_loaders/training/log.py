@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -36,7 +37,7 @@ class Log:
     def write(self, kind: str, values: Mapping[str, Any]) -> None:
         if not self.is_main:
             return
-        self.file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.file.write(json.dumps(_finite({"kind": kind, **values}), allow_nan=False) + "\n")
         self.file.flush()
         if self.board is None:
             return
@@ -51,6 +52,15 @@ def is_over(out: Path, steps: int) -> bool:
         return True
     rows = map(json.loads, _lines(path))
     return any(row["kind"] == "end" or row.get("step", 0) >= steps for row in rows)
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for every number that is none, which JSON has no word for."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _numbers(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, float]]:
@@ -71,4 +81,6 @@ def _forget_after(metrics: Path, step: int) -> None:
     """Drop what was logged after a checkpoint's step: those steps are done again. A step of −1 drops all."""
     if metrics.is_file():
         lines = [f"{line}\n" for line in _lines(metrics)]
-        metrics.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
+        partial = metrics.with_name(f"{metrics.name}.partial")
+        partial.write_text("".join(line for line in lines if json.loads(line).get("step", 0) <= step), encoding="utf-8")
+        partial.replace(metrics)

@@ -81,7 +81,11 @@ class MetaLearner(nn.Module):
         if start.has_full_step_sizes:
             raise InitializationError("the initialization has a step size for every number: go on in the mode full")
         of_tensors = sizes.new_tensor([start.step_sizes[name] for name in start.space.shapes])
-        return of_tensors.abs().log().mean().exp().unsqueeze(0) if mode == "one" else of_tensors
+        if mode != "one":
+            return of_tensors
+        if bool((of_tensors.sign() != of_tensors[0].sign()).any()):
+            raise InitializationError("step sizes of different signs have no common one: take step_size_mode tensor")
+        return of_tensors[0].sign() * of_tensors.abs().log().mean().exp().unsqueeze(0)
 
     def step_sizes(self) -> dict[str, Tensor]:
         """α of each tensor of the space: one number, or its shape in the mode `full`."""

@@ -78,7 +78,7 @@ def _episodes(
         dataset,
         questions,
         tokenizer,
-        recipe.passage_tokens,
+        min(recipe.passage_tokens, recipe.max_length) if recipe.atoms else recipe.passage_tokens,
         recipe.passages_in_prompt,
         format,
         style,

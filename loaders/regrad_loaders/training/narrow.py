@@ -59,14 +59,14 @@ def narrow(
         kept[name] = LoraModule(right.T @ module.lora_a, module.lora_b @ right, module.scaling, basis)
         sizes[f"{name}.core"] = initialization.step_sizes[tensor]
     lora_alpha = next(iter(kept.values())).scaling * rank
-    if lora_alpha != int(lora_alpha):
+    if abs(lora_alpha - round(lora_alpha)) > 1e-6 * lora_alpha:
         raise InitializationError(f"rank {rank} would need lora_alpha {lora_alpha}: choose another rank")
     return replace(
         initialization,
         kind="core",
         modules=kept,
         step_sizes=sizes,
-        lora_alpha=int(lora_alpha),
+        lora_alpha=round(lora_alpha),
         rank_stabilized=False,
         card={},
     )

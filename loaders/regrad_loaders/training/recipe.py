@@ -39,9 +39,11 @@ class Source:
                 "a source of data is either a `folder`, a dataset of the `hub`, a folder of `data_aug` or a world of "
                 "`facts`"
             )
-        if any(re.match(r"\s*(dev|test|val|eval)", part.lower()) for part in self.split.split("+")):
-            name = self.folder or self.hub or self.data_aug
-            raise DataError(f"{name}: the split {self.split!r} is for evaluation, never for training")
+        name = self.folder or self.hub or self.data_aug or "facts"
+        if not isinstance(self.split, str):
+            raise DataError(f"{name}: a split is a name, found {self.split!r}")
+        if re.search(r"(?<![a-z])(dev|test|val|eval)|^\s*all\s*$", self.split.lower()):
+            raise DataError(f"{name}: the split {self.split!r} is for evaluation, or holds one, never for training")
         if self.style not in STYLES:
             raise DataError(f"the style {self.style!r} is not one of {', '.join(STYLES)}")
         if not isinstance(self.cloze, int) or self.cloze < 0:
@@ -105,7 +107,7 @@ class Recipe:
     data_dir: str = "../shared/data"
     answers: str = "any"  # of a question's answers one at random is learned; first: always the first
     target_end: str | None = None  # what is learned after an answer, and ends one; None: as the prompt format has it
-    passage_tokens: int = 112  # longer passages are cut to a window in training
+    passage_tokens: int = 112  # longer passages are cut to a window in training, as those over max_length are
     # episodes
     passages: int = 16  # of an episode; "retrieved" sets retrieved, and each episode is one question
     retrieved: bool = False  # a question meets what BM25 returns for it, gold or not, and nothing else
@@ -129,7 +131,7 @@ class Recipe:
     autocast: bool = False  # bf16; pays where the processor multiplies bf16 faster than fp32
     checkpoint_every: int = 20
     evaluate_every: int = 50
-    dev_questions: int = 0  # of each source's dev split to evaluate on; 0: on training questions, and no best is kept
+    dev_questions: int = 0  # of each source's dev split to evaluate on; 0: on training questions, no best is kept
     select_by: str = "loss"  # the best on dev questions has the lowest loss, or the highest f1 of what it writes
     patience: int = 0  # evaluations without a better dev loss before the run stops; 0: it never does
 
@@ -137,11 +139,16 @@ class Recipe:
         if isinstance(self.optimizer, dict):
             object.__setattr__(self, "optimizer", Optimizer(**self.optimizer))
         if isinstance(self.step_size, dict):
+            if unknown := sorted(set(self.step_size) - {"kind", "initial"}):
+                raise DataError(f"step_size is a number or {{kind: …, initial: …}}, found {', '.join(unknown)} too")
             object.__setattr__(self, "step_size_kind", self.step_size.get("kind", "log"))
             object.__setattr__(self, "step_size", self.step_size.get("initial"))
         if self.passages == "retrieved":
             object.__setattr__(self, "retrieved", True)
             object.__setattr__(self, "passages", max(self.top_k))
+        for name in ("targets", "top_k", "codecs"):
+            if isinstance(getattr(self, name), str):
+                raise DataError(f"{name} is a list, found {getattr(self, name)!r}")
         for setting in fields(self):
             object.__setattr__(self, setting.name, _checked(setting.name, setting.type, getattr(self, setting.name)))
         if self.layers != UPPER and (len(self.layers) != 2 or self.layers[0] > self.layers[1]):
@@ -154,6 +161,8 @@ class Recipe:
             raise DataError(f"the {self.space} space needs a basis_rank of at least 1")
         if not self.data:
             raise DataError("the recipe names no data")
+        if not any(source.weight for source in self.data):
+            raise DataError("every source of the recipe's data has the weight 0: nothing to draw from")
         if self.learn not in ("all", "step_sizes"):
             raise DataError(f"learn {self.learn!r} is neither 'all' nor 'step_sizes'")
         for name, known in _CHOICES.items():
@@ -177,10 +186,13 @@ class Recipe:
             raise DataError(f"temperature is τ of the merge rule, above 0, found {self.temperature}")
         if not self.top_k or min(self.top_k) < 1:
             raise DataError(f"top_k names the k that questions draw, each at least 1, found {list(self.top_k)}")
-        at_least_one = ("rank", "max_length", "passages", "questions_per_passage", "passage_tokens", "accumulate")
-        for name in (*at_least_one, "shards", "checkpoint_every", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            if not getattr(self, name) >= least:
+                raise DataError(f"{name} must be at least {least}, found {getattr(self, name)}")
+        if not self.clip > 0:
+            raise DataError(f"clip is the largest norm of a step's gradient, above 0 (.inf: any), found {self.clip}")
+        if self.steps == 0 and (self.start is None or self.dev_questions):
+            raise DataError("steps: 0 keeps what `start` is, fitted to the recipe: it needs one, and no dev_questions")
         if self.patience and not self.dev_questions:
             raise DataError("patience needs dev_questions to evaluate on")
         if self.learn == "step_sizes" and not self.atoms:
@@ -222,7 +234,7 @@ class Recipe:
         try:
             values["data"] = tuple(Source(**source) for source in values.get("data") or ())
             for name in ("targets", "layers", "top_k", "codecs"):
-                if name in values and values[name] != UPPER:
+                if isinstance(values.get(name), list):
                     values[name] = tuple(values[name])
             return cls(**values)
         except TypeError as error:
@@ -247,17 +259,26 @@ class Recipe:
 
 
 UPPER = "upper"
+_LEAST = {
+    **dict.fromkeys(("rank", "max_length", "passages", "questions_per_passage", "accumulate", "shards"), 1),
+    **dict.fromkeys(("checkpoint_every", "evaluate_every"), 1),
+    **dict.fromkeys(("steps", "warmup", "dev_questions", "patience", "basis_rank"), 0),
+    **dict.fromkeys(("learning_rate", "step_size_learning_rate", "weight_decay"), 0),
+    "passage_tokens": 2,  # of one token there is no loss
+}
 _CHOICES = {"step_size_kind": ("log", "raw"), "answers": ("any", "first"), "select_by": ("loss", "f1")}
 
 
 def _checked(name: str, kind: Any, value: Any) -> Any:
     """A number as the setting's type has it. YAML reads 1e-3, without a point, as text."""
+    if kind == "bool" and not isinstance(value, bool):
+        raise DataError(f"{name} is true or false, found {value!r}")
     if kind not in ("int", "float", "int | None", "float | None") or (value is None and kind.endswith("None")):
         return value
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} must be a number, found {value!r}") from error
-    if kind.startswith("int") and number != int(number):
+    if kind.startswith("int") and (not math.isfinite(number) or number != int(number)):
         raise DataError(f"{name} must be a whole number, found {value!r}")
     return int(number) if kind.startswith("int") else number

@@ -84,6 +84,11 @@ def begin(
     differing = [name for name, (there, here) in found.items() if there != here]
     if differing:
         raise InitializationError(f"{recipe.start} does not fit the recipe: {', '.join(differing)} differ")
+    if recipe.learn == "step_sizes" and start.fingerprint != MetaInitialization.load(recipe.start).fingerprint:
+        raise InitializationError(
+            f"step sizes alone are learned in the space of {recipe.start}, whose atoms stay valid, and the recipe "
+            "changes it (basis_rank, rank, layers, targets, averaged_with): take the recipe that it was made with"
+        )
     merge = MergeRule(recipe.merge, recipe.temperature or start.merge.temperature)
     passages_in_prompt = recipe.passages_in_prompt > 0
     return replace(start, merge=merge, passages_in_prompt=passages_in_prompt, prompt=prompt_of(recipe))
@@ -148,7 +153,7 @@ def adapted_layers(model: nn.Module, targets: Sequence[str], layers: Sequence[in
     """The linear layers whose name ends in one of `targets`, in the transformer layers `layers`.
 
     Raises:
-        InitializationError: if there is none; the error lists what the model has.
+        InitializationError: if the model lacks one of `targets`, or of `layers`; the error lists what it has.
     """
     from torch import nn
 
@@ -159,10 +164,13 @@ def adapted_layers(model: nn.Module, targets: Sequence[str], layers: Sequence[in
         if name.rsplit(".", 1)[-1] in targets
         and any(part.isdigit() and int(part) in layers for part in name.split("."))
     }
-    if not chosen:
+    numbers = {int(part) for name in linears for part in name.split(".") if part.isdigit()}
+    unmet = [target for target in targets if target not in {name.rsplit(".", 1)[-1] for name in chosen}]
+    if unmet or not chosen or not set(layers) <= numbers:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise InitializationError(
-            f"no layer matches targets {list(targets)} in layers {list(layers)}; the model has {kinds}"
+            f"not every layer of targets {list(targets)} in layers {list(layers)} is there; the model has {kinds} in "
+            f"layers {min(numbers, default=0)} to {max(numbers, default=0)}"
         )
     return chosen
 

@@ -11,7 +11,7 @@ import functools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +38,8 @@ from regrad_qdrant.errors import DataError
 from regrad_qdrant.model.identity import BaseModel
 from regrad_qdrant.model.initialization import MetaInitialization
 from regrad_qdrant.model.memory import available_bytes, keep_freed_memory
+
+SKIPPED = 10  # steps in a row without a finite gradient, after which a run is given up
 
 
 @dataclass(frozen=True)
@@ -101,16 +103,18 @@ class Trainer:
         self.seen: set[str] = set()
         self.best = math.inf  # the lowest mean dev loss, or the highest mean F1 with its sign turned
         self.waited = 0  # evaluations since
+        self.skipped = 0  # steps in a row whose gradient was not finite
         learned = self.learner
         if recipe.learn == "step_sizes":
             for parameter in (*learned.lora_a, *learned.lora_b, *learned.basis):
                 parameter.requires_grad_(False)
         of_step_sizes = recipe.learning_rate if recipe.step_size_kind == "raw" else recipe.step_size_learning_rate
+        kept = {} if recipe.step_size_kind == "raw" else {"weight_decay": 0.0}  # it draws log α and log τ to 0
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": [*learned.lora_a, *learned.lora_b, *learned.basis], "lr": recipe.learning_rate},
-                {"params": [learned.step_size], "lr": of_step_sizes},
-                {"params": [learned.log_temperature], "lr": recipe.step_size_learning_rate},
+                {"params": [learned.step_size], "lr": of_step_sizes, **kept},
+                {"params": [learned.log_temperature], "lr": recipe.step_size_learning_rate, **kept},
             ],
             betas=(recipe.optimizer.beta1, recipe.optimizer.beta2),
             weight_decay=recipe.weight_decay,
@@ -148,7 +152,7 @@ class Trainer:
 
     def calibrate(self) -> list[dict[str, float]]:
         """Set the initial step size, unless the recipe gives one; returns the table it was chosen from."""
-        if self.recipe.step_size is not None or self.recipe.start is not None:
+        if self.recipe.step_size is not None or self.recipe.start is not None or not self.recipe.atoms:
             return []
         rng = random.Random(self.recipe.seed + 1)
         with self._precision():
@@ -204,6 +208,9 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.learner.parameters(), recipe.clip)
         if math.isfinite(float(norm)):
             self.optimizer.step()
+            self.skipped = 0
+        else:
+            self.skipped += 1
         self.schedule.step()
         self.step += 1
         return StepMetrics(
@@ -276,15 +283,19 @@ class Trainer:
         several questions, with those of other passages; where the best is selected by it, the F1 of what is written.
         But for recipes of retrieved passages, the gold passages are always there: scores come from
         `regrad-qdrant eval`, with what retrieval returns.
+
+        Args:
+            episodes: at least so many a source; of dev questions as many as put as many questions as there are.
         """
         results = {}
         layout = self.learner.space.layout
         codec = min(self.recipe.codecs, key=lambda name: get_codec(name).size(layout))  # the coarsest
-        for source in self.dev_sources or self.sources:
+        for name, source in _named(self.dev_sources or self.sources).items():
             rows, scores = [], []
             for episode in self._evaluated(source, episodes):
                 # The right ones, and those of other questions' passages; retrieved passages all are the one question's.
-                shifts = [0] if self.recipe.retrieved else [0, len(episode.passages) // 2]
+                half = len(episode.passages) // 2
+                shifts = [0] if self.recipe.retrieved or not half else [0, half]
                 updates: list[dict[str, Tensor] | None] = [None] * len(shifts)
                 if self.recipe.atoms:
                     with self._precision():
@@ -301,13 +312,11 @@ class Trainer:
                             mean_f1(self.learner, episode.examples, updates[0], source.tokenizer, source.format)
                         )
             if not rows:
-                raise DataError(
-                    f"{source.name}: no question has a passage that was retrieved, so none can be evaluated"
-                )
-            means = [sum(values) / len(values) for values in zip(*rows, strict=True)]
-            results[source.name] = dict(zip(("loss", "exact", "random_exact"), means, strict=False))
+                raise DataError(f"{name}: no question has a passage that was retrieved, so none can be evaluated")
+            means = [sum(values) / len(values) for values in zip(*rows, strict=False)]
+            results[name] = dict(zip(("loss", "exact", "random_exact"), means, strict=False))
             if scores:
-                results[source.name]["f1"] = sum(scores) / len(scores)
+                results[name]["f1"] = sum(scores) / len(scores)
         [of_main] = broadcast_object_list([results])  # rounding differs between devices, and all have to decide alike
         return of_main
 
@@ -317,8 +326,11 @@ class Trainer:
         if recipe.retrieved and recipe.dev_questions:
             yield from source.each(max(recipe.top_k))
             return
-        for _ in range(count):
-            yield source.episode(rng, recipe.passages, recipe.questions_per_passage, [3])
+        wanted = len(source.entries) if recipe.dev_questions else 0
+        while count > 0 or wanted > 0:
+            episode = source.episode(rng, recipe.passages, recipe.questions_per_passage, [3])
+            count, wanted = count - 1, wanted - len(episode.examples)
+            yield episode
 
     def is_better(self, evaluation: dict[str, dict[str, float]]) -> bool:
         """Whether this is the lowest dev loss so far, or the highest F1 where the recipe selects by that, the mean over
@@ -370,11 +382,18 @@ def run(
             log.write("calibration", {"table": table, "step_size": size})
         on_step(trainer.step)
         if trainer.dev_sources:
-            say("evaluated on dev questions of " + ", ".join(source.name for source in trainer.dev_sources))
+            say("evaluated on dev questions of " + ", ".join(_named(trainer.dev_sources)))
         while trainer.step < recipe.steps and not (recipe.patience and trainer.waited >= recipe.patience):
             metrics = trainer.train_step()
             on_step(1)
             log.write("step", asdict(metrics) | {"tasks_per_second": metrics.tasks_per_second})
+            if trainer.skipped == 1:
+                say(f"step {trainer.step}: the gradient is not finite, and nothing was learned from it")
+            if trainer.skipped == SKIPPED:
+                raise DataError(
+                    f"no gradient of the last {SKIPPED} steps was finite (step {trainer.step}): lower learning_rate, "
+                    "step_size_learning_rate or step_size, and start again in another --out"
+                )
             last = trainer.step == recipe.steps
             if last or trainer.step % recipe.evaluate_every == 0:
                 evaluation = trainer.evaluate()
@@ -391,6 +410,15 @@ def run(
     if trainer.best == math.inf:
         raise DataError(f"no evaluation of {out / 'metrics.jsonl'} is finite, so no step was kept: lower learning_rate")
     return MetaInitialization.load(out / "initialization")
+
+
+def _named(sources: Sequence[EpisodeSource]) -> dict[str, EpisodeSource]:
+    """The sources by their data sets' names, numbered where one set is several."""
+    found: dict[str, EpisodeSource] = {}
+    for source in sources:
+        count = sum(other.name == source.name for other in found.values())
+        found[f"{source.name} {count + 1}" if count else source.name] = source
+    return found
 
 
 def _save(trainer: Trainer, folder: Path) -> MetaInitialization:

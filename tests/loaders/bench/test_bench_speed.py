@@ -43,11 +43,15 @@ def test_matrix_products_are_counted():
 
 
 def test_the_loop_of_plain_autograd_computes_the_same_atoms(kind, tokenizer):
+    asked = []
+
     def load(dtype):
+        asked.append(dtype)
         return tiny_model().to(getattr(torch, dtype)), tokenizer
 
     texts = [passage.text for passage in generate("demo", 32, 1).passages]
-    figures, details = bench_gradients(tiny_initialization(tiny_model(), kind), load, texts)
+    figures, details = bench_gradients(tiny_initialization(tiny_model(), kind), load, "float32", texts)
+    assert asked == ["float32", "bfloat16", "float32"]  # atoms in the type that was asked for, then both floors
     assert {"gradients.speedup_over_one_at_a_time", "gradients.time_over_floor"} <= set(figures)
     assert details["documents"] == 32 and details["largest_relative_difference"] < 1e-4
     counted = details["gflop_a_document"]

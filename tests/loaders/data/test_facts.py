@@ -1,7 +1,10 @@
 import re
 from collections import Counter
 
+import pytest
+
 from regrad_loaders.data.facts import ATTRIBUTES, _families, generate
+from regrad_qdrant.errors import DataError
 
 
 def names_of(world):
@@ -35,3 +38,10 @@ def test_the_worlds_share_no_family_name_and_the_demo_has_values_of_its_own():
 def test_people_share_names_so_that_retrieval_has_near_misses():
     first, family = (Counter(column) for column in zip(*names_of(generate("demo", 60, 1)), strict=True))
     assert max(first.values()) > 1 and max(family.values()) > 1
+
+
+def test_a_world_has_no_more_people_than_names():
+    with pytest.raises(DataError, match="at most 58,?800 people, found 70000"):
+        generate("train", 70_000, 1)
+    with pytest.raises(DataError, match="at least 1 person"):
+        generate("train", 0, 1)

@@ -22,7 +22,8 @@ def scored(question, text, *others):
     [
         (("yes",), "I think yes, of course", 1), (("yes",), "No.\nyes", 0), (("yes",), "maybe", 0),
         (("no",), "It is not known", 0), (("Oslo",), "in Oslo\nor Rome", 2 / 3), (("no way",), "no", 0),
-        (("Oslo",), "noanswer", 0), (("B",), "The answer is B", 0.5),
+        (("Oslo",), "noanswer", 0), (("B",), "The answer is B", 0.5), (("yes", "Oslo"), "Oslo", 1),
+        (("yes", "Oslo"), "yes", 1),
     ],
 )  # fmt: skip
 def test_one_line_counts_and_yes_or_no_alone_earns_nothing_beside_other_words(answers, text, f1):
@@ -46,6 +47,12 @@ def test_choices_are_letters(text, right):
 
 def test_where_no_choice_is_gold_nothing_is_right():
     assert scored(Question("q", "?", ("Paris",), choices=("Oslo", "Rome")), "But why") == (0, 0, 0)
+
+
+def test_a_choice_that_begins_as_the_right_one_does_is_another():
+    question = Question("q", "?", ("no",), choices=("no", "no effect", "yes"))
+    found = [OwnProtocol().scores(question, said) for said in ("no", "no effect", "A")]
+    assert [(one.em, one.accuracy) for one in found] == [(1, 1), (0, 0), (1, 1)]
 
 
 def test_a_pronoun_is_no_letter_of_two_choices():

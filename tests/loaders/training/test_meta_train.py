@@ -95,6 +95,16 @@ def test_an_episode_without_questions_is_drawn_again(tokenizer):
         EpisodeSource(world, many, tokenizer, 60).episode(random.Random(0), 2, 1, [1])
 
 
+def test_questions_that_share_their_first_golds_do_not_fill_an_episode_for_ever(tokenizer):
+    world = generate("train", 5, 1, questions_per_person=1)
+    a, b, *others = [passage.id for passage in world.passages]
+    shared = [
+        replace(question, gold_ids=(a, b, other)) for question, other in zip(world.questions, others, strict=False)
+    ]
+    source = EpisodeSource(world, shared, tokenizer, passage_tokens=60)
+    assert source.episode(random.Random(0), 4, 1, [1]).examples
+
+
 def test_a_window_of_a_long_passage_holds_the_answer(tokenizer):
     world = generate("train", 12, 1)
     source = EpisodeSource(world, world.questions, tokenizer, passage_tokens=30)
@@ -460,6 +470,60 @@ def test_going_on_from_an_initialization_and_learning_step_sizes_alone_keeps_its
     made = run(recipe, model, tokenizer, BaseModel.of(model, "tiny"), tmp_path / "run")
     assert made.fingerprint == MetaInitialization.load(start).fingerprint
     assert made.step_sizes != initialization.step_sizes and made.merge.temperature != initialization.merge.temperature
+    with pytest.raises(InitializationError, match="whose atoms stay valid"):
+        trainer(tokenizer, tmp_path, replace(recipe, basis_rank=2))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")  # the schedule goes on where no step was made
+def test_a_run_whose_gradients_are_not_finite_says_so_and_is_given_up(tokenizer, tmp_path, monkeypatch):
+    said, model = [], tiny_model()
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(DataError, match=r"the last 10 steps was finite \(step 10\): lower learning_rate"):
+        run(replace(RECIPE, steps=20), model, tokenizer, BaseModel.of(model, "t"), tmp_path, say=said.append)
+    assert "step 1: the gradient is not finite, and nothing was learned from it" in said
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["grad_norm"] for row in rows if row["kind"] == "step"] == [None] * 10
+
+
+def test_several_sources_of_one_set_are_evaluated_each_for_itself(tokenizer, tmp_path):
+    data = tuple(Source(weight=1.0, facts={"people": 12, "seed": seed}) for seed in (1, 2))
+    found = trainer(tokenizer, tmp_path, replace(RECIPE, data=data)).evaluate()
+    assert list(found) == ["facts-train", "facts-train 2"]
+    assert found["facts-train"]["loss"] != found["facts-train 2"]["loss"]
+
+
+def test_an_evaluation_puts_as_many_dev_questions_as_there_are(tokenizer, tmp_path):
+    made = trainer(tokenizer, tmp_path, replace(RECIPE, dev_questions=20))
+    [source] = made.dev_sources
+    episodes = list(made._evaluated(source, 2))
+    asked = [len(episode.examples) for episode in episodes]
+    assert len(source.entries) == 20 and sum(asked[:-1]) < 20 <= sum(asked)
+
+
+def test_weight_decay_leaves_step_sizes_and_temperature_alone(tokenizer, tmp_path):
+    decays = [
+        group["weight_decay"]
+        for group in trainer(tokenizer, tmp_path, replace(RECIPE, weight_decay=0.1)).optimizer.param_groups
+    ]
+    assert decays == [0.1, 0.0, 0.0]
+
+
+def test_targets_and_layers_that_the_model_lacks_are_named(tokenizer, tmp_path):
+    for wrong in ({"targets": ("gate_proj", "up_prj")}, {"layers": (2, 29)}):
+        with pytest.raises(InitializationError, match=r"not every layer of .* has .*up_proj.* layers 0 to"):
+            trainer(tokenizer, tmp_path, replace(RECIPE, **wrong))
+
+
+def test_one_step_size_for_all_keeps_their_sign():
+    model = tiny_model()
+    start = tiny_initialization(model)
+    names = list(start.step_sizes)
+    down = start.with_step_sizes(dict.fromkeys(names, -0.5), start.merge)
+    sizes = MetaLearner(tiny_model(), down, "sum", "one").step_sizes()
+    assert [float(size.detach()) for size in sizes.values()] == pytest.approx([-0.5] * len(names))
+    mixed = start.with_step_sizes(dict.fromkeys(names, 0.5) | {names[0]: -0.5}, start.merge)
+    with pytest.raises(InitializationError, match="different signs have no common one"):
+        MetaLearner(tiny_model(), mixed, "sum", "one")
 
 
 def test_going_on_from_the_mean_of_two(tokenizer, tmp_path):
@@ -630,6 +694,20 @@ def test_recipes_are_checked(tmp_path):
         ("data: [{hub: x, split: 'train[:10%]+test', weight: 1.0}]\n", "never for training"),
         ("data: [{hub: x, split: validation_matched, weight: 1.0}]\n", "never for training"),
         ("data: [{folder: x, cloze: 2, style: sentence, weight: 1.0}]\n", "answered with a word"),
+        ("data: [{hub: x, split: all, weight: 1.0}]\n", "never for training"),
+        ("data: [{folder: x, split: my_dev, weight: 1.0}]\n", "never for training"),
+        ("data: [{folder: x, split: 1, weight: 1.0}]\n", "a split is a name"),
+        ("data: [{folder: x, weight: 0}]\n", "nothing to draw from"),
+        ("data: [{folder: x, weight: 1.0}]\nstep_size: {kidn: raw, initial: 0.01}\n", "found kidn too"),
+        ("data: [{folder: x, weight: 1.0}]\nclip: 0\n", "above 0"),
+        ("data: [{folder: x, weight: 1.0}]\nlearning_rate: -1\n", "learning_rate must be at least 0"),
+        ("data: [{folder: x, weight: 1.0}]\nlearning_rate: .nan\n", "learning_rate must be at least 0"),
+        ("data: [{folder: x, weight: 1.0}]\nsteps: .inf\n", "steps must be a whole number"),
+        ("data: [{folder: x, weight: 1.0}]\nsteps: 0\n", "keeps what `start` is"),
+        ("data: [{folder: x, weight: 1.0}]\nsteps: -1\n", "steps must be at least 0"),
+        ("data: [{folder: x, weight: 1.0}]\npassage_tokens: 1\n", "passage_tokens must be at least 2"),
+        ("data: [{folder: x, weight: 1.0}]\natoms: 'false'\n", "atoms is true or false"),
+        ("data: [{folder: x, weight: 1.0}]\ncodecs: sign\n", "codecs is a list"),
     ):
         path.write_text(
             good.replace("space: core\n", "") * ("space:" in lines) + good * ("space:" not in lines) + lines

@@ -69,7 +69,7 @@ def test_a_window_holds_what_its_sentence_says(tokenizer):
 def test_a_source_may_teach_sentences(tokenizer):
     recipe = Recipe.load(next(path for path in RECIPES if path.stem == "smollm2-135m-instruct"))
     data = tuple(Source(0.5, facts={"people": 12, "seed": 5}, style=style) for style in ("short", "sentence"))
-    short, sentences = load_sources(replace(recipe, start=None, averaged_with=None, data=data), tokenizer)[0]
+    short, sentences = load_sources(replace(recipe, start=None, averaged_with=None, steps=1, data=data), tokenizer)[0]
     for source, instruction, longest in ((short, "a few words", 6), (sentences, "one sentence", 40)):
         episode = source.episode(random.Random(0), 3, 2, [3])
         assert all(instruction in tokenizer.decode(example.prompt_ids) for example in episode.examples)
