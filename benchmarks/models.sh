@@ -1,10 +1,9 @@
 #!/bin/sh
-# The runs behind docs/models.md: the same dev questions as benchmarks/results.sh asks, by another model; with its fine-tuned
-# baselines, where their folders are given. An hour on two cores with AVX512_BF16; goes on where it was stopped.
-#   regrad-qdrant models qwen2.5-coder-0.5b-instruct
-#   sh benchmarks/models.sh qwen2.5-coder-0.5b-instruct && python benchmarks/models_page.py
+# The runs behind docs/models.md: 80 dev questions of five sets, by a model and, where their folders are given (the page needs
+# them), its fine-tuned baselines. An hour on two cores with AVX512_BF16; goes on where it was stopped.
+#   regrad-qdrant models gemma-3-270m
 #   sh benchmarks/models.sh gemma-3-270m runs/gemma-3-270m-lora/initialization runs/gemma-3-270m-ft-direct/initialization \
-#       runs/gemma-3-270m-ft-rag/initialization
+#       runs/gemma-3-270m-ft-rag/initialization && python benchmarks/models_page.py
 set -eu
 name=$1 init=${2:-$1} ft_direct=${3:-} ft_rag=${4:-}
 data=${DATA:-../shared/data}
