@@ -294,6 +294,11 @@ def write_json(path: Path | None, value: dict[str, Any]) -> None:
         path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def type_of(model: Any) -> str:
+    """The type that a model computes in, as --dtype names it."""
+    return str(model.dtype).removeprefix("torch.")
+
+
 def style_of(name: str) -> Style:
     """The style that --style names.
 

@@ -22,6 +22,7 @@ from regrad_qdrant.cli.options import (
     check_outputs,
     check_plot,
     load,
+    type_of,
     whole_numbers,
     write_json,
 )
@@ -89,7 +90,7 @@ def atoms(
             times += timed
             console.print(_table(found, timed, task.name))
     settings = {"command": "bench atoms", "inits": chosen, "sets": sets or ["facts"], "codecs": names, "top_k": ks}
-    result = report(cells, times, settings | {"split": split, "limit": limit})
+    result = report(cells, times, settings | {"split": split, "limit": limit, "dtype": type_of(model)})
     for init, codec in result["smallest"].items():
         said = f"the smallest codec surely within 1 F1 of fp32 atoms is {codec}"
         if codec == BASELINE:
@@ -155,7 +156,8 @@ def merge(
             rows += found
             console.print(_merge_table(found, name, task))
     settings = {"command": "bench merge", "inits": chosen, "sets": sets or ["facts"], "rules": names, "top_k": ks}
-    write_json(json_out, report(rows, settings | {"noise": counts, "codec": codec, "split": split, "limit": limit}))
+    settings |= {"noise": counts, "codec": codec, "split": split, "limit": limit, "dtype": type_of(model)}
+    write_json(json_out, report(rows, settings))
 
 
 def _merge_table(rows: list[Merged], init: str, task: Task) -> Table:
@@ -214,7 +216,8 @@ def scores(
                 table.add_row(row.kind, row.f1.in_percent(), row.behind.in_percent())
             console.print(table)
     settings = {"command": "bench scores", "inits": chosen, "sets": sets or ["facts"], "top_k": top_k, "dense": dense}
-    write_json(json_out, report(rows, settings | {"codec": codec, "split": split, "limit": limit}))
+    settings |= {"codec": codec, "split": split, "limit": limit, "dtype": type_of(model)}
+    write_json(json_out, report(rows, settings))
 
 
 @bench.command()
@@ -243,7 +246,8 @@ def lengths(
         scores = (found.in_percent() for found in (row.f1, row.unweighted, row.gain))
         table.add_row(str(row.sentences), str(row.tokens), f"{row.norm:.2f}", *scores)
     console.print(table)
-    write_json(json_out, report(rows, {"command": "bench lengths", "init": init, "codec": codec, "limit": limit}))
+    settings = {"command": "bench lengths", "init": init, "codec": codec, "limit": limit, "dtype": type_of(model)}
+    write_json(json_out, report(rows, settings))
 
 
 @bench.command()
@@ -288,7 +292,8 @@ def positions(
         table.add_row(str(tokens), *(whole[way].in_percent() for way in WAYS))
     console.print(table)
     settings = {"command": "bench positions", "init": init, "set": dataset.name, "split": split, "codec": codec}
-    write_json(json_out, report(rows, settings | {"limit": limit, "window_tokens": window_tokens}))
+    settings |= {"limit": limit, "window_tokens": window_tokens, "dtype": type_of(model)}
+    write_json(json_out, report(rows, settings))
     if plot_out is not None:
         plot(rows, plot_out)
 
@@ -345,7 +350,12 @@ def drift(
         table.add_row(str(row.documents), row.way, row.f1.in_percent(), same, perplexity)
     console.print(table)
     settings = {"command": "bench drift", "init": init, "start": str(begun), "set": dataset.name, "other": others.name}
-    settings |= {"split": split, "sample": sample, "sizes": sorted({row.documents for row in rows[1:]}), "dtype": dtype}
+    settings |= {
+        "split": split,
+        "sample": sample,
+        "sizes": sorted({row.documents for row in rows[1:]}),
+        "dtype": type_of(model),
+    }
     write_json(json_out, report(rows, settings))
     if plot_out is not None:
         plot(rows, plot_out)

@@ -48,6 +48,7 @@ from regrad_qdrant.cli.options import (
     regrad_of,
     store_of,
     style_of,
+    type_of,
     vector_names,
     warn_of_codec,
     whole_numbers,
@@ -266,7 +267,7 @@ def evaluation(
             warn_of_codec(codec, initialization)
         settings |= {"base_model": model or initialization.base.name, "space": initialization.fingerprint}
         if dtype == "auto":
-            settings["dtype"] = str(base.dtype).removeprefix("torch.")
+            settings["dtype"] = type_of(base)
         journal = None
         if resume is not None:
             read = [file for file in (qa, corpus, prompt_file) if file is not None]

@@ -43,4 +43,5 @@ def test_the_command_writes_what_it_measured(tiny_bench, tmp_path, capsys):
     tiny_bench("merge", "--rules", "sum,margin", "-k", "3", "--noise", "2", "--limit", "4", "--json", "merge.json")
     result = json.loads((tmp_path / "merge.json").read_text())
     assert len(result["rows"]) == 5 and result["settings"]["command"] == "bench merge"
+    assert result["settings"]["dtype"] == "float32"
     assert "of gold alone" in capsys.readouterr().out
