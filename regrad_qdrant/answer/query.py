@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, get_args
 
-from regrad_qdrant.bank.documents import as_filter, check_unicode
+from regrad_qdrant.bank.documents import check_unicode, filter_of
 from regrad_qdrant.errors import DataError, RegradError
 from regrad_qdrant.model.prompts import Prompt, QuestionType, Style
 
@@ -62,7 +62,7 @@ class Query:
         if self.grounded not in (False, True, "auto"):
             raise RegradError(f"grounded is True, False or 'auto', not {self.grounded!r}")
         if self.query_filter is not None:
-            object.__setattr__(self, "query_filter", as_filter(self.query_filter))
+            object.__setattr__(self, "query_filter", filter_of(self.query_filter))
         if isinstance(self.choices, str):
             raise DataError(f"choices go in a list: [{self.choices!r}]")
         check_unicode(self.question, *self.choices, self.system or "", *(text for _, text in self.turns))

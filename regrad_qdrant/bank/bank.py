@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from regrad_qdrant.atoms.codec import AtomLayout
 from regrad_qdrant.bank import upkeep
-from regrad_qdrant.bank.documents import Hit, as_filter, canonical_id, check_ids, check_unicode
+from regrad_qdrant.bank.documents import Hit, canonical_id, check_ids, check_unicode, filter_of
 from regrad_qdrant.bank.relevance import DEPTH, from_candidates, from_zero
 from regrad_qdrant.bank.stores.base import (
     TEXT_INDEX,
@@ -49,7 +49,7 @@ class Asked:
 
     def __post_init__(self) -> None:
         if self.query_filter is not None:
-            object.__setattr__(self, "query_filter", as_filter(self.query_filter))
+            object.__setattr__(self, "query_filter", filter_of(self.query_filter))
 
 
 class GradientBank(WritableCollection):

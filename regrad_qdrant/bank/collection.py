@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from regrad_qdrant.atoms.record import VERSIONS, Record, text_sha
 from regrad_qdrant.bank.documents import Hit
 from regrad_qdrant.bank.layouts import json_path, keys_of, value_at
-from regrad_qdrant.bank.place import LOOK_AGAIN, AtomPlace
+from regrad_qdrant.bank.place import AtomPlace
 from regrad_qdrant.bank.stores.base import (
     PointId,
     Store,
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from regrad_qdrant.bank.shard import Shard
 
 PAGE = 256
+LOOK_AGAIN = 10.0  # seconds after which a bank that finds no atom looks for a sidecar again
 IDS = 4096  # ids read at a time, where nothing else of a point is
 EXAMINED = ("v", "space", "sha", "codec")  # of a record, what says what it is worth
 AtomState = Literal["current", "stale", "damaged", "gone", "missing"]

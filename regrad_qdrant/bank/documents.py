@@ -43,20 +43,28 @@ def as_json(document: Document) -> Document:
         raise BankError(f"document {document.id!r}: its payload can't be written as JSON: {error}") from error
 
 
-def as_filter(given: Any) -> Filter:
+def filter_of(given: Any, name: str = "query_filter") -> Filter:
     """A filter, or one as Qdrant's REST interface has it.
 
+    Args:
+        name: what an error calls it.
+
     Raises:
-        BankError: for anything else.
+        DataError: for anything else.
     """
+    from pydantic import ValidationError
     from qdrant_client import models
 
     if isinstance(given, models.Filter):
         return given
     try:
         return models.Filter.model_validate(given)
-    except ValueError as error:
-        raise BankError(f"a filter is a models.Filter of qdrant_client, or its JSON, found {given!r}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        said = [".".join(str(part) for part in first["loc"][:2]), first["msg"]]
+        raise DataError(
+            f"{name} is no filter of Qdrant's or its JSON, found {given!r}: {': '.join(filter(None, said))}"
+        ) from error
 
 
 def check_ids(ids: object) -> None:

@@ -1,4 +1,5 @@
-"""Where a collection keeps its text and the atoms of one space, and what ingestion noted of it in the metadata.
+"""Where a collection keeps its text and the atoms of one space, what makes its vectors, and what ingestion noted of
+all that in the metadata.
 
 `collection` says which points have an atom there.
 """
@@ -14,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from regrad_qdrant.atoms.record import DEFAULT_KEY
+from regrad_qdrant.bank.embed import Bm25, Embedder, embedder_of, noted
 from regrad_qdrant.bank.layouts import CORPUS, SUSPECTS, Layout, detect, json_path
 from regrad_qdrant.bank.stores.base import (
     MAX_REQUEST_BYTES,
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 SAMPLE = 64  # points that show the layout
 LOOKED_THROUGH = 100_000  # points up to which all are looked through for a field of the bank's own name
 MADE = "regrad-qdrant"  # the metadata's key for what a collection is like that a bank has made, whatever its spaces
-LOOK_AGAIN = 10.0  # seconds after which a bank without an atom looks for a sidecar again
 OF_SIDECAR = ("shard_number", "replication_factor", "write_consistency_factor", "on_disk_payload")  # as documents have
 
 
@@ -51,6 +52,7 @@ class AtomPlace:
         *,
         payload_key: str = DEFAULT_KEY,
         layout: Layout | None = None,
+        embedders: Mapping[str, Embedder] | None = None,
         max_request_bytes: int = MAX_REQUEST_BYTES,
         sidecar: str | Literal[False] | None = None,
     ) -> None:
@@ -71,6 +73,7 @@ class AtomPlace:
         self._layout: Layout | None = None
         if layout is not None:
             self._use(layout)
+        self._embedders = None if embedders is None else dict(embedders)
         self.max_request_bytes = max_request_bytes
 
     def __enter__(self) -> Self:
@@ -153,6 +156,24 @@ class AtomPlace:
     def name_documents_by(self, path: str) -> None:
         """Take the documents' own ids from another field than the layout's."""
         self._use(replace(self.layout, id=path))
+
+    @property
+    def embedders(self) -> dict[str, Embedder]:
+        """What makes each named vector from text."""
+        if self._embedders is None:
+            if not self.store.exists():
+                return {"bm25": Bm25()}  # until there is something to look at
+            found = {name: embedder_of(spec) for name, spec in (self.known("embedders") or {}).items()}
+            self._embedders = found or {"bm25": Bm25()}
+        return self._embedders
+
+    def _specs(self) -> dict[str, Any]:
+        """What the metadata can say of each vector's embedder."""
+        return {name: found for name, embedder in self.embedders.items() if (found := noted(embedder)) is not None}
+
+    def embed_with(self, name: str, embedder: Embedder) -> None:
+        """Make one vector from text by this embedder, the others as before."""
+        self._embedders = self.embedders | {name: embedder}
 
     def _use(self, layout: Layout) -> None:
         own = [*layout.fields(), "id"]
@@ -277,13 +298,13 @@ class AtomPlace:
         there, and its name in the documents' collection.
 
         Args:
-            embedders: by the vector's name, what `Embedder.noted` says.
+            embedders: by the vector's name, what `Embedder.noted` says; by itself of the bank's own.
         """
         noted = {
             "space": space.kind,
             "shapes": {name: list(shape) for name, shape in space.shapes.items()},
             "layout": self.layout.noted(),
-            "embedders": dict(embedders or {}),
+            "embedders": dict(embedders or self._specs()),
         }
         noted = {name: value for name, value in noted.items() if value is not None}
         if self.noted() != noted:

@@ -8,21 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from regrad_qdrant.atoms.record import DEFAULT_KEY, Record
+from regrad_qdrant.atoms.record import Record
 from regrad_qdrant.bank.collection import PAGE, AtomCollection
 from regrad_qdrant.bank.documents import Document, Hit, as_json, canonical_id, check_ids, point_id
-from regrad_qdrant.bank.embed import Bm25, Embedder, embedder_of, noted
-from regrad_qdrant.bank.layouts import Layout
 from regrad_qdrant.bank.place import MADE
 from regrad_qdrant.bank.stores.base import (
-    MAX_REQUEST_BYTES,
     Payload,
     PayloadWrite,
     Point,
     PointId,
-    Store,
     VectorNames,
     Without,
     bounded,
@@ -33,50 +29,11 @@ from regrad_qdrant.bank.stores.base import (
 from regrad_qdrant.errors import BankError
 
 if TYPE_CHECKING:
-    from qdrant_client import QdrantClient
-
-    from regrad_qdrant.model.space import AtomSpace
+    pass
 
 
 class WritableCollection(AtomCollection):
     """A collection that documents and atoms of one space are written to; arguments as those of `GradientBank`."""
-
-    def __init__(
-        self,
-        client: QdrantClient | Store,
-        collection_name: str,
-        space: str,
-        *,
-        payload_key: str = DEFAULT_KEY,
-        layout: Layout | None = None,
-        embedders: Mapping[str, Embedder] | None = None,
-        max_request_bytes: int = MAX_REQUEST_BYTES,
-        sidecar: str | Literal[False] | None = None,
-    ) -> None:
-        super().__init__(
-            client,
-            collection_name,
-            space,
-            payload_key=payload_key,
-            layout=layout,
-            max_request_bytes=max_request_bytes,
-            sidecar=sidecar,
-        )
-        self._embedders = None if embedders is None else dict(embedders)
-
-    @property
-    def embedders(self) -> dict[str, Embedder]:
-        """What makes each named vector from text."""
-        if self._embedders is None:
-            if not self.store.exists():
-                return {"bm25": Bm25()}  # until there is something to look at
-            found = {name: embedder_of(spec) for name, spec in (self.known("embedders") or {}).items()}
-            self._embedders = found or {"bm25": Bm25()}
-        return self._embedders
-
-    def embed_with(self, name: str, embedder: Embedder) -> None:
-        """Make one vector from text by this embedder, the others as before."""
-        self._embedders = self.embedders | {name: embedder}
 
     def create(self) -> None:
         """Make the collection with one vector for each embedder, if it is not there yet, and the index on the space.
@@ -258,10 +215,6 @@ class WritableCollection(AtomCollection):
         write = PayloadWrite(key, {self.payload_key: record.to_payload()}, {**state, **vacant}, bool(vacant))
         return write, json_bytes(write.payload) + json_bytes(state)
 
-    def describe(self, space: AtomSpace, embedders: Mapping[str, Any] | None = None) -> None:
-        """As `AtomCollection.describe`, with this bank's embedders."""
-        super().describe(space, embedders or self._specs())
-
     def check_document(self, document: Document) -> None:
         """Refuse a document that can't be added.
 
@@ -313,10 +266,6 @@ class WritableCollection(AtomCollection):
             )
         self.check_fields(document)
         return text
-
-    def _specs(self) -> dict[str, Any]:
-        """What the metadata can say of each vector's embedder."""
-        return {name: found for name, embedder in self.embedders.items() if (found := noted(embedder)) is not None}
 
     def _no_vector(self, name: str, present: VectorNames) -> BankError:
         names = present.names or "none"

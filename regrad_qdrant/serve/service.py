@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic
 
-from pydantic import ValidationError
 from qdrant_client import models
 
 from regrad_qdrant.answer.query import WITHOUT_DOCUMENTS, Grounded, Mode, Query
+from regrad_qdrant.bank.documents import filter_of
 from regrad_qdrant.bank.stores.base import TEXT_INDEX
 from regrad_qdrant.errors import BankError, DataError, StoreUnavailableError
 from regrad_qdrant.serve.job import AnswersJobs, DeadlineError, Job, Source
@@ -111,20 +111,6 @@ def _restricts(only: models.Filter) -> bool:
     for part in (only.must, only.should, only.must_not, only.min_should and only.min_should.conditions):
         conditions += part if isinstance(part, list) else [] if part is None else [part]
     return bool(conditions) and all(_restricts(one) for one in conditions if isinstance(one, models.Filter))
-
-
-def filter_of(value: Any, name: str) -> models.Filter:
-    """Qdrant's filter of its JSON.
-
-    Raises:
-        DataError: if it is none.
-    """
-    try:
-        return models.Filter.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"][:2])
-        raise DataError(f"{name} is no filter of Qdrant's: {where}: {first['msg']}") from error
 
 
 class Service(Generic[Source]):

@@ -322,7 +322,7 @@ def test_a_filter_may_be_the_json_of_the_rest_interface(tenants):
     as_json = only("b").model_dump(exclude_none=True)
     assert owners([tenants.answer(BROAD, top_k=4, query_filter=as_json)]) == {"b"}
     assert {hit.payload["tenant"] for hit in tenants.bank.search(BROAD, 4, query_filter=as_json)} == {"b"}
-    with pytest.raises(BankError, match="or its JSON, found 'tenant=b'"):
+    with pytest.raises(DataError, match="or its JSON, found 'tenant=b'"):
         tenants.answer(BROAD, query_filter="tenant=b")
 
 

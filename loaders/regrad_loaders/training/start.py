@@ -165,8 +165,7 @@ def adapted_layers(model: nn.Module, targets: Sequence[str], layers: Sequence[in
         and any(part.isdigit() and int(part) in layers for part in name.split("."))
     }
     numbers = {int(part) for name in linears for part in name.split(".") if part.isdigit()}
-    unmet = [target for target in targets if target not in {name.rsplit(".", 1)[-1] for name in chosen}]
-    if unmet or not chosen or not set(layers) <= numbers:
+    if not chosen or not set(targets) <= {name.rsplit(".", 1)[-1] for name in chosen} or not set(layers) <= numbers:
         kinds = sorted({name.rsplit(".", 1)[-1] for name in linears})
         raise InitializationError(
             f"not every layer of targets {list(targets)} in layers {list(layers)} is there; the model has {kinds} in "
